@@ -1,0 +1,385 @@
+"""The configuration: typed, documented where it is declared, and closed to unknown keys.
+
+Defaults below are the COCO recipe of Mask R-CNN R50-FPN. A YAML file overrides them, `key=value` on
+the command line overrides the file, and the resolved tree is written to the output folder. Only the
+entry points read it; modules take values.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fastmrcnn.errors import UserError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, strict=False, protected_namespaces=()
+    )
+
+
+class SplitConfig(Section):
+    images: str | None = None
+    """Folder of images; `file_name` in the annotations is relative to it."""
+    annotations: str | None = None
+    """COCO-format JSON file."""
+
+
+class AugmentConfig(Section):
+    """Random changes of a training image. Each is a function of seed and global index alone."""
+
+    flip_horizontal: float = Field(0.5, ge=0, le=1)
+    """Probability. Keypoints swap left and right."""
+    flip_vertical: float = Field(0.0, ge=0, le=1)
+    """Probability. For images without an up, as under a microscope."""
+    rotate90: float = Field(0.0, ge=0, le=1)
+    """Probability of a quarter turn."""
+    brightness: float = Field(0.0, ge=0, le=1)
+    """Factor drawn from 1 - x .. 1 + x."""
+    contrast: float = Field(0.0, ge=0, le=1)
+    """Factor about the image's mean, drawn from 1 - x .. 1 + x."""
+
+
+class DataConfig(Section):
+    train: SplitConfig = SplitConfig()
+    """Training set. With neither set given, the embedded shapes are used."""
+    val: SplitConfig = SplitConfig()
+    """Validation set; without it there is no evaluation."""
+    short_side: list[int] = [800]
+    """Training images are resized to one of these, drawn per image."""
+    short_side_test: int = Field(800, gt=0)
+    long_side_max: int = Field(1333, gt=0)
+    """No image is resized beyond this, whatever its short side."""
+    buckets: list[tuple[int, int]] | Literal["auto"] = "auto"
+    """Padded (height, width) shapes. `auto`: the smallest multiples of 32 that hold a landscape and a
+    portrait image under the resize rule, or one shape if all images come out alike."""
+    max_objects: int = Field(512, gt=0)
+    """Most objects an image may have; ground-truth slots come in powers of two up to this."""
+    min_box_side: float = Field(1.0, ge=0)
+    """Objects with a side below this, in annotation pixels after clipping to the image, are skipped."""
+    workers: int = Field(2, ge=0)
+    """Loader processes; 0 loads in the training process."""
+    augment: AugmentConfig = AugmentConfig()
+
+
+class BackboneConfig(Section):
+    name: Literal[
+        "resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x4d", "resnext101_32x8d"
+    ] = "resnet50"
+    weights: str | None = None
+    """File or URL of a torchvision ImageNet checkpoint; none: random weights."""
+    weights_sha256: str | None = None
+    """Expected hash (or its first digits) of that file; torchvision's URLs carry it in the name."""
+    norm: Literal["frozen_bn", "bn", "sync_bn", "gn"] = "frozen_bn"
+    norm_eps: float = Field(1e-5, gt=0)
+    """Epsilon of the backbone's normalisation."""
+    width: int = Field(64, gt=0)
+    """Channels of the stem; the stages scale with it. 64 is the published network."""
+    stride_in_1x1: bool = False
+    """Downsample in the 1x1 convolution (the original ResNet, Caffe2) or in the 3x3 (torchvision)."""
+    frozen_stages: int = Field(2, ge=0, le=5)
+    """How many are frozen: 1 the stem, 2 stem and res2, ... 0 with random weights."""
+
+
+class FpnConfig(Section):
+    channels: int = Field(256, gt=0)
+    norm: Literal["none", "gn", "bn", "sync_bn"] = "none"
+
+
+class AnchorConfig(Section):
+    sizes: list[list[float]] = [[32], [64], [128], [256], [512]]
+    """Sides of the square anchors, a list per level p2..p6."""
+    aspect_ratios: list[float] = [0.5, 1.0, 2.0]
+    """Height over width."""
+    rounding: bool = False
+    """Round the base anchors to whole pixels (torchvision)."""
+    stride_rule: Literal["nominal", "grid"] = "nominal"
+    """nominal: 4, 8, ... (detectron2); grid: padded size // grid size (torchvision)."""
+    offset: float = Field(0.0, ge=0, lt=1)
+    """Of the anchor centres, in strides (detectron2's ANCHOR_GENERATOR.OFFSET)."""
+
+
+class RpnConfig(Section):
+    convs: int = Field(1, ge=1)
+    """3x3 convolutions before the predictors."""
+    pre_nms_top_n: int = Field(2000, gt=0)
+    """Proposals kept per level before NMS, in training."""
+    pre_nms_top_n_test: int = Field(1000, gt=0)
+    post_nms_top_n: int = Field(1000, gt=0)
+    """Proposals kept per image after NMS, in training."""
+    post_nms_top_n_test: int = Field(1000, gt=0)
+    nms_iou: float = Field(0.7, gt=0, le=1)
+    min_box_side: float = Field(0.0, ge=0)
+    """Proposals with a smaller side are dropped."""
+    foreground_iou: float = Field(0.7, gt=0, le=1)
+    background_iou: float = Field(0.3, ge=0, le=1)
+    batch_per_image: int = Field(256, gt=0)
+    """Anchors sampled for the losses."""
+    foreground_share: float = Field(0.5, gt=0, le=1)
+    box_loss_beta: float = Field(0.0, ge=0)
+    """Smooth L1 turns from quadratic to linear here; 0 is L1."""
+    loss_normalizer: Literal["asked", "sampled"] = "asked"
+    """Divide by the number asked for (detectron2) or by the number sampled (torchvision)."""
+    loss_weight: float = Field(1.0, ge=0)
+
+
+class RoiConfig(Section):
+    """Sampling of RoIs, and RoIAlign."""
+
+    batch_per_image: int = Field(512, gt=0)
+    foreground_share: float = Field(0.25, gt=0, le=1)
+    foreground_iou: float = Field(0.5, gt=0, le=1)
+    append_ground_truth: bool = True
+    crowd_overlap: float | None = Field(0.7, gt=0, le=1)
+    """Background whose area lies by this share in a crowd region is not sampled; none: it is."""
+    aligned: bool = True
+    """Half-pixel correct RoIAlign (detectron2's RoIAlignV2); false: torchvision."""
+    sampling_ratio: int = 0
+    """Samples per bin and axis; 0 or less: adaptive."""
+
+
+class BoxHeadConfig(Section):
+    resolution: int = Field(7, gt=0)
+    hidden: int = Field(1024, gt=0)
+    box_loss_beta: float = Field(0.0, ge=0)
+    class_agnostic: bool = False
+    delta_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)
+    score_threshold: float = Field(0.05, ge=0, le=1)
+    nms_iou: float = Field(0.5, gt=0, le=1)
+    candidates: int = Field(100_000, gt=0)
+    """Most class scores above the threshold that go into NMS; a cut is counted and reported."""
+    detections: int = Field(100, gt=0)
+    """Most detections per image."""
+    loss_weight: float = Field(1.0, ge=0)
+
+
+class MaskHeadConfig(Section):
+    enabled: bool = True
+    resolution: int = Field(14, gt=0)
+    """Side of the RoI features; the mask is twice as large."""
+    convs: int = Field(4, ge=0)
+    channels: int = Field(256, gt=0)
+    class_agnostic: bool = False
+    target: Literal["bitmap", "soft"] = "bitmap"
+    """bitmap: RoIAlign of the ground truth, then >= 0.5 (detectron2); soft: its average (torchvision)."""
+    target_sampling_ratio: int = 0
+    """Samples per mask pixel and axis; 0 or less: adaptive, as both peers do."""
+    threshold: float = Field(0.5, gt=0, lt=1)
+    """Of a pasted mask."""
+    loss_weight: float = Field(1.0, ge=0)
+
+
+class ModelConfig(Section):
+    channel_order: Literal["rgb", "bgr"] = "rgb"
+    pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    """In `channel_order`, for pixels in 0..255."""
+    pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    backbone: BackboneConfig = BackboneConfig()
+    fpn: FpnConfig = FpnConfig()
+    anchors: AnchorConfig = AnchorConfig()
+    rpn: RpnConfig = RpnConfig()
+    roi: RoiConfig = RoiConfig()
+    box_head: BoxHeadConfig = BoxHeadConfig()
+    mask_head: MaskHeadConfig = MaskHeadConfig()
+
+
+class OptimConfig(Section):
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float = Field(0.02, gt=0)
+    """At `reference_batch` images a step; scaled linearly with the batch."""
+    reference_batch: int = Field(16, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(1e-4, ge=0)
+    weight_decay_norm: float | None = Field(None, ge=0)
+    """Of normalisation layers; none: the same as of everything else."""
+    schedule: Literal["multistep", "cosine"] = "multistep"
+    milestones: list[int] = [60_000, 80_000]
+    """Steps at which multistep multiplies the rate by gamma."""
+    gamma: float = Field(0.1, gt=0)
+    warmup_steps: int = Field(1000, ge=0)
+    warmup_factor: float = Field(0.001, ge=0, le=1)
+    clip_norm: float | None = Field(None, gt=0)
+    """Largest norm of the whole gradient; none: not clipped."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay of an exponential moving average of the weights, which is then what is evaluated."""
+
+
+class TrainConfig(Section):
+    steps: int = Field(90_000, gt=0)
+    batch: int = Field(16, gt=0)
+    """Images a step."""
+    seed: int = Field(0, ge=0)
+    device: str = "auto"
+    """auto: cuda if there is one, else cpu."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 on CUDA, fp32 on CPU. fp16 comes with a gradient scaler."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the step as one graph. auto: on CUDA, not on CPU."""
+    threads: int | None = Field(None, gt=0)
+    """CPU threads; none: what torch chooses."""
+    log_every: int = Field(20, gt=0)
+    """Steps between reads of the losses. The host does not wait for the device in between."""
+    checkpoint_every: int = Field(5000, gt=0)
+    keep_checkpoints: int = Field(3, gt=0)
+    """Older ones are removed."""
+    evaluate_every: int | None = Field(None, gt=0)
+    """Steps between evaluations; none: only after the last."""
+
+
+class EvaluateConfig(Section):
+    batch: int = Field(1, gt=0)
+    pictures: int = Field(8, ge=0)
+    """Validation images drawn with ground truth beside predictions."""
+
+
+class Config(Section):
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    output: str = "runs"
+    """Folder under which each run gets a new one."""
+
+    @model_validator(mode="after")
+    def _check_across(self) -> Config:
+        levels = len(self.model.anchors.sizes)
+        if levels != 5:
+            raise ValueError(f"model.anchors.sizes must have one list per level p2..p6, got {levels}")
+        if self.model.rpn.background_iou > self.model.rpn.foreground_iou:
+            raise ValueError("model.rpn.background_iou must not exceed model.rpn.foreground_iou")
+        return self
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Defaults, then the YAML file, then `key=value` overrides.
+
+    Raises:
+        UserError: with every mistake at once, each with its place and the nearest known key.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        tree = _read_yaml(Path(path))
+    problems: list[str] = []
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals or not key.strip():
+            problems.append(f"'{item}' is not key=value")
+            continue
+        try:
+            value = yaml.load(text, Loader=_Loader)
+        except yaml.YAMLError:
+            problems.append(f"{key}: '{text}' is not a YAML value (quote it?)")
+            continue
+        if not _put(tree, key.strip().split("."), value):
+            problems.append(f"{key}: '{key.rsplit('.', 1)[0]}' is a value, not a section")
+    return parse_config(tree, source=str(path) if path else "the command line", problems=problems)
+
+
+def parse_config(tree: dict[str, Any], source: str, problems: Sequence[str] = ()) -> Config:
+    """Validate a nested dictionary. Raises UserError naming `source` and all mistakes."""
+    found = list(problems)
+    config = None
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        found += [_explain(entry) for entry in error.errors()]
+    if found or config is None:
+        unique = list(dict.fromkeys(found))
+        raise UserError(f"configuration from {source}: " + "; ".join(unique))
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """YAML text that `load_config` reads back to an equal configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Every dotted key that holds a value."""
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from known_keys(inner, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as text; people mean a number. Duplicate keys are mistakes, not overrides."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep=deep)
+        if len(mapping) != len(node.value):
+            keys = [self.construct_object(key) for key, _ in node.value]
+            twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+            raise UserError(f"{node.start_mark.name}: duplicate key {', '.join(twice)}")
+        return mapping
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    __import__("re").compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        with path.open(encoding="utf-8") as stream:
+            tree = yaml.load(stream, Loader=_Loader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected sections such as 'train:', got a {type(tree).__name__}")
+    return tree
+
+
+def _put(tree: dict[str, Any], keys: list[str], value: Any) -> bool:
+    for key in keys[:-1]:
+        inner = tree.setdefault(key, {})
+        if not isinstance(inner, dict):
+            return False
+        tree = inner
+    tree[keys[-1]] = value
+    return True
+
+
+def _explain(entry: Any) -> str:
+    place = ".".join(str(part) for part in entry["loc"])
+    if entry["type"] == "extra_forbidden":
+        near = nearest_key(place)
+        return f"unknown key '{place}'" + (f" (did you mean '{near}'?)" if near else "")
+    message = entry["msg"].removeprefix("Value error, ")
+    if not place:
+        return message
+    return f"{place}: {message[0].lower()}{message[1:]}, got {entry['input']!r}"
+
+
+def nearest_key(place: str) -> str | None:
+    """The known key, or section, that looks most like `place`."""
+    leaves = list(known_keys())
+    sections = {key.rsplit(".", n)[0] for key in leaves for n in range(1, key.count(".") + 1)}
+    candidates = [*leaves, *sorted(sections)]
+    same_leaf = [key for key in leaves if key.rsplit(".", 1)[-1] == place.rsplit(".", 1)[-1]]
+    if len(same_leaf) == 1:
+        return same_leaf[0]
+    close = difflib.get_close_matches(place, candidates, n=1, cutoff=0.6)
+    return close[0] if close else None
+
+
+def choices(section: type[BaseModel], field: str) -> tuple[str, ...]:
+    """The values a Literal field admits."""
+    return get_args(section.model_fields[field].annotation)

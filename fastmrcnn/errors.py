@@ -1,0 +1,27 @@
+"""Mistakes that a user can mend."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class UserError(Exception):
+    """One line: what is wrong, where (file, id or key), and what to do about it.
+
+    The entry points print it and exit with code 2; from Python it is an ordinary exception.
+    """
+
+
+def fail(error: UserError) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def run_main(main: Callable[[list[str]], None]) -> None:
+    """Run an entry point on the command line's arguments; a UserError becomes one line and exit code 2."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        fail(error)

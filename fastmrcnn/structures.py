@@ -1,0 +1,110 @@
+"""The padded tensors that flow through a step.
+
+Dimension letters, used in every docstring:
+    N images, L pyramid levels, R anchors per image, G ground-truth slots,
+    P proposal slots, S sampled slots, F foreground slots, D detection slots,
+    K classes, M mask side, C channels, H and W the padded image.
+
+A *slot* is one row of a padded tensor; `valid` says whether it is real. What stands in a slot that
+is not valid is unspecified but finite. Boxes are xyxy, float32, in pixels of the padded input.
+Classes are 0..K-1 and K is background.
+
+Every structure is a NamedTuple, so that it is a pytree: `torch.compile`, `tree_map` and CUDA graphs
+take it apart without help.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+T = TypeVar("T")
+
+
+class PackedMasks(NamedTuple):
+    """Ground-truth bitmaps, each cropped to its box, in the annotation's own resolution.
+
+    Flips, scales and crops of the image change `to_annotation`, never the bitmaps.
+    """
+
+    buffer: Tensor  # (B,) uint8, 0 or 1; crops row by row, end to end; B is a power of two
+    offset: Tensor  # (N, G) int64, first byte of the slot's crop
+    window: Tensor  # (N, G, 4) int32 x, y, width, height of the crop in annotation pixels; 0 if none
+    to_annotation: Tensor  # (N, 2, 3) float32, (x, y, 1) in input pixels -> (x, y) in annotation pixels
+    size: Tensor  # (N, 2) int32, height and width of the annotated image
+
+
+class Targets(NamedTuple):
+    """What there is to learn in a batch."""
+
+    boxes: Tensor  # (N, G, 4) float32
+    classes: Tensor  # (N, G) int64 in 0..K-1
+    valid: Tensor  # (N, G) bool, an object to learn
+    crowd: Tensor  # (N, G) bool, a crowd region: nothing to learn, nothing to punish; never valid too
+    masks: PackedMasks
+    keypoints: Tensor | None = None  # (N, G, J, 3) float32 x, y, visibility
+
+
+class Batch(NamedTuple):
+    pixels: Tensor  # (N, 3, H, W) uint8, or float32 in 0..255; RGB; zero where padded
+    sizes: Tensor  # (N, 2) int64, height and width of the real image within the padding
+    targets: Targets | None = None
+
+
+class Proposals(NamedTuple):
+    boxes: Tensor  # (N, P, 4) float32, no gradient
+    scores: Tensor  # (N, P) float32 objectness logits
+    valid: Tensor  # (N, P) bool
+
+
+class SampledRois(NamedTuple):
+    """RoIs to train the heads on: foreground first, then background, then empty slots."""
+
+    boxes: Tensor  # (N, S, 4) float32
+    classes: Tensor  # (N, S) int64 in 0..K
+    matched: Tensor  # (N, S) int64, ground-truth slot; meaningful where is_foreground
+    is_foreground: Tensor  # (N, S) bool
+    valid: Tensor  # (N, S) bool
+
+
+class Losses(NamedTuple):
+    """Scalars, named as in detectron2. A head that the model lacks gives None."""
+
+    loss_rpn_cls: Tensor
+    loss_rpn_loc: Tensor
+    loss_cls: Tensor
+    loss_box_reg: Tensor
+    loss_mask: Tensor | None = None
+    loss_keypoint: Tensor | None = None
+
+    def present(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
+    def total(self) -> Tensor:
+        first, *rest = self.present().values()
+        return sum(rest, start=first)
+
+
+class Detections(NamedTuple):
+    """Best D detections of each image, by falling score."""
+
+    boxes: Tensor  # (N, D, 4) float32
+    scores: Tensor  # (N, D) float32 in 0..1
+    classes: Tensor  # (N, D) int64
+    valid: Tensor  # (N, D) bool
+    cut: Tensor  # (N,) int64, candidates above the threshold that did not fit before NMS
+    masks: Tensor | None = None  # (N, D, M, M) float32 probabilities within the box
+    keypoints: Tensor | None = None  # (N, D, J, 3) float32 x, y, score
+
+
+def tree_map(function: Callable[[Tensor], Any], structure: T) -> T:
+    """Apply `function` to every tensor of a structure; None stays None."""
+    return pytree.tree_map(lambda leaf: None if leaf is None else function(leaf), structure)
+
+
+def to_device(structure: T, device: Any) -> T:
+    """Copy a structure to a device, without waiting where the source is pinned."""
+    return tree_map(lambda t: t.to(device, non_blocking=True), structure)
