@@ -1,0 +1,1 @@
+"""Sigmoid cross-entropy on the mask channel of each slot's class."""

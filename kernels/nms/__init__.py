@@ -1,0 +1,1 @@
+"""Greedy non-maximum suppression: padded over images and groups, and in torchvision's form."""

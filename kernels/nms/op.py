@@ -1,0 +1,150 @@
+"""Non-maximum suppression: public functions and their registration."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._library import NAMESPACE
+from . import reference
+
+
+def padded_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    groups: Tensor | None,
+    valid: Tensor | None,
+    iou_threshold: float,
+    max_out: int,
+) -> tuple[Tensor, Tensor]:
+    """Greedy NMS of every image and group at once, with a fixed output and no host sync.
+
+    A box is dropped if a better box of its own group that is not dropped overlaps it with an IoU above
+    `iou_threshold`. Boxes of equal score stand in the order of their index, on every device. IoU is
+    torchvision's, in float32 whatever the dtype of the boxes: inter / (area_a + area_b - inter).
+
+    Args:
+        boxes: (N, P, 4) floating point, xyxy. Boxes that are not finite count as not valid.
+        scores: (N, P) floating point, compared as given. NaN counts as not valid.
+        groups: (N, P) integer, such as the level or class of each box; None: one group an image.
+        valid: (N, P) bool, which slots are real; None: all.
+        iou_threshold: at least 0; 1 and above drops nothing.
+        max_out: how many of an image's survivors to return at most, over all of its groups.
+
+    Returns:
+        index: (N, max_out) int64 into P, by falling score; 0 in slots that are not valid.
+        valid: (N, max_out) bool, true for the first slots, as many as there are survivors.
+
+    Raises:
+        ValueError: a shape, dtype or device is not as above, or a number is out of range.
+    """
+    if boxes.ndim != 3 or boxes.shape[2] != 4:
+        raise ValueError(f"boxes must be (N, P, 4), got {tuple(boxes.shape)}")
+    _check(boxes, scores, groups, valid, iou_threshold)
+    if max_out < 0:
+        raise ValueError(f"max_out must be at least 0, got {max_out}")
+    return _padded_nms(boxes.detach(), scores.detach(), groups, valid, iou_threshold, max_out)
+
+
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Greedy NMS, with the signature and result of torchvision.ops.nms.
+
+    Args:
+        boxes: (P, 4) floating point, xyxy. Compared in float32 whatever the dtype.
+        scores: (P,) floating point.
+        iou_threshold: at least 0.
+
+    Returns:
+        (kept,) int64, the indices of the survivors by falling score, equal scores by rising index. To
+        learn how many they are takes one host sync; `padded_nms` needs none.
+
+    Raises:
+        ValueError: a shape, dtype or device is not as above, or iou_threshold is negative.
+    """
+    return batched_nms(boxes, scores, None, iou_threshold)
+
+
+def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: float) -> Tensor:
+    """Greedy NMS within each category, with the signature and result of torchvision.ops.batched_nms.
+
+    Categories are told apart by comparing them, never by moving the boxes, so large coordinates lose no
+    precision.
+
+    Args:
+        boxes: (P, 4) floating point, xyxy. Compared in float32 whatever the dtype.
+        scores: (P,) floating point.
+        idxs: (P,) integer, the category of each box.
+        iou_threshold: at least 0.
+
+    Returns:
+        (kept,) int64, as `nms`, over all categories.
+
+    Raises:
+        ValueError: as `nms`.
+    """
+    if boxes.ndim != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"boxes must be (P, 4), got {tuple(boxes.shape)}")
+    _check(boxes, scores, idxs, None, iou_threshold)
+    return _nms(boxes.detach(), scores.detach(), idxs, iou_threshold)
+
+
+def _check(
+    boxes: Tensor, scores: Tensor, groups: Tensor | None, valid: Tensor | None, iou_threshold: float
+) -> None:
+    slots = tuple(boxes.shape[:-1])
+    for name, tensor in (("scores", scores), ("groups", groups), ("valid", valid)):
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != slots:
+            raise ValueError(
+                f"{name} must be {slots} for boxes {tuple(boxes.shape)}, got {tuple(tensor.shape)}"
+            )
+        if tensor.device != boxes.device:
+            raise ValueError(f"{name} must be on {boxes.device} as boxes are, got {tensor.device}")
+    for name, tensor in (("boxes", boxes), ("scores", scores)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+    if groups is not None and (
+        groups.is_floating_point() or groups.is_complex() or groups.dtype == torch.bool
+    ):
+        raise ValueError(f"groups must be of an integer dtype, got {groups.dtype}")
+    if valid is not None and valid.dtype != torch.bool:
+        raise ValueError(f"valid must be bool, got {valid.dtype}")
+    if not iou_threshold >= 0:
+        raise ValueError(f"iou_threshold must be at least 0, got {iou_threshold}")
+
+
+@torch.library.custom_op(f"{NAMESPACE}::padded_nms", mutates_args=())
+def _padded_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    groups: Tensor | None,
+    valid: Tensor | None,
+    iou_threshold: float,
+    max_out: int,
+) -> tuple[Tensor, Tensor]:
+    return reference.padded_nms(boxes, scores, groups, valid, iou_threshold, max_out)
+
+
+@_padded_nms.register_fake
+def _(
+    boxes: Tensor,
+    scores: Tensor,
+    groups: Tensor | None,
+    valid: Tensor | None,
+    iou_threshold: float,
+    max_out: int,
+) -> tuple[Tensor, Tensor]:
+    shape = (boxes.shape[0], max_out)
+    return boxes.new_empty(shape, dtype=torch.int64), boxes.new_empty(shape, dtype=torch.bool)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::nms", mutates_args=())
+def _nms(boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_threshold: float) -> Tensor:
+    return reference.nms(boxes, scores, groups, iou_threshold)
+
+
+@_nms.register_fake
+def _(boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_threshold: float) -> Tensor:
+    kept = torch.library.get_ctx().new_dynamic_size()
+    return boxes.new_empty((kept,), dtype=torch.int64)
