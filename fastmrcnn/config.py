@@ -7,6 +7,7 @@ entry points read it; modules take values.
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -47,8 +48,9 @@ class AugmentConfig(Section):
 
 
 class DataConfig(Section):
+    shapes: bool = False
+    """Draw the embedded data set of shapes into the run's folder and use it."""
     train: SplitConfig = SplitConfig()
-    """Training set. With neither set given, the embedded shapes are used."""
     val: SplitConfig = SplitConfig()
     """Validation set; without it there is no evaluation."""
     short_side: list[int] = [800]
@@ -69,9 +71,9 @@ class DataConfig(Section):
 
 
 class BackboneConfig(Section):
-    name: Literal[
-        "resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x4d", "resnext101_32x8d"
-    ] = "resnet50"
+    name: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x4d", "resnext101_32x8d"] = (
+        "resnet50"
+    )
     weights: str | None = None
     """File or URL of a torchvision ImageNet checkpoint; none: random weights."""
     weights_sha256: str | None = None
@@ -136,8 +138,6 @@ class RoiConfig(Section):
     foreground_share: float = Field(0.25, gt=0, le=1)
     foreground_iou: float = Field(0.5, gt=0, le=1)
     append_ground_truth: bool = True
-    crowd_overlap: float | None = Field(0.7, gt=0, le=1)
-    """Background whose area lies by this share in a crowd region is not sampled; none: it is."""
     aligned: bool = True
     """Half-pixel correct RoIAlign (detectron2's RoIAlignV2); false: torchvision."""
     sampling_ratio: int = 0
@@ -168,8 +168,8 @@ class MaskHeadConfig(Section):
     class_agnostic: bool = False
     target: Literal["bitmap", "soft"] = "bitmap"
     """bitmap: RoIAlign of the ground truth, then >= 0.5 (detectron2); soft: its average (torchvision)."""
-    target_sampling_ratio: int = 0
-    """Samples per mask pixel and axis; 0 or less: adaptive, as both peers do."""
+    target_sampling_ratio: int = 2
+    """Samples per mask pixel and axis; 0 or less: adaptive, as both peers do (much slower)."""
     threshold: float = Field(0.5, gt=0, lt=1)
     """Of a pasted mask."""
     loss_weight: float = Field(1.0, ge=0)
@@ -180,6 +180,8 @@ class ModelConfig(Section):
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     """In `channel_order`, for pixels in 0..255."""
     pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    crowd_overlap: float | None = Field(0.7, gt=0, le=1)
+    """Background whose area lies by this share in a crowd region is not sampled; none: it is."""
     backbone: BackboneConfig = BackboneConfig()
     fpn: FpnConfig = FpnConfig()
     anchors: AnchorConfig = AnchorConfig()
@@ -257,13 +259,15 @@ class Config(Section):
         return self
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Defaults, then the YAML file, then `key=value` overrides.
+def load_config(
+    path: str | Path | None = None, overrides: Sequence[str] = (), *, base: dict[str, Any] | None = None
+) -> Config:
+    """Defaults, then the YAML file or the `base` tree, then `key=value` overrides.
 
     Raises:
         UserError: with every mistake at once, each with its place and the nearest known key.
     """
-    tree: dict[str, Any] = {}
+    tree: dict[str, Any] = copy.deepcopy(base) if base is not None else {}
     if path is not None:
         tree = _read_yaml(Path(path))
     problems: list[str] = []

@@ -1,0 +1,103 @@
+"""The training record. The only place where the host reads device scalars, once every log_every steps."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmrcnn.structures import Losses
+
+
+class Metrics:
+    """Gathers losses on the device and writes metrics.json (JSON lines, detectron2's keys) and TensorBoard.
+
+    Args:
+        folder: of the run.
+        start_step: lines at or beyond this step, from a run that was cut off, are dropped.
+    """
+
+    def __init__(self, folder: Path, start_step: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = folder / "metrics.json"
+        self._drop_from(start_step)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
+        self._names: list[str] = []
+        self._sums: Tensor | None = None
+        self._count = 0
+        self._images = 0
+        self._data_time = 0.0
+        self._since = time.perf_counter()
+
+    def _drop_from(self, step: int) -> None:
+        if not self.path.exists():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if line and json.loads(line).get("iteration", 0) < step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(self.path)
+
+    def add(self, losses: Losses, images: int, data_time: float) -> None:
+        """Take the losses of a step, without waiting for them."""
+        present = losses.present()
+        values = torch.stack([value.detach().float() for value in present.values()])
+        # Steps after a bad one are not trained on; their losses are not to drown the message.
+        self._sums = values if self._sums is None else self._sums + values
+        self._names = list(present)
+        self._count += 1
+        self._images += images
+        self._data_time += data_time
+
+    def read(
+        self, step: int, first_bad_step: Tensor, lr: float, steps_left: int
+    ) -> tuple[dict[str, Any], int]:
+        """Means since the last read, and the number of the first bad step or -1. Waits for the device."""
+        assert self._sums is not None, "read() before add()"
+        # The one host read of the loop: every loss and the flag in a single transfer.
+        *sums, bad = torch.cat([self._sums, first_bad_step.float().reshape(1)]).tolist()
+        seconds = time.perf_counter() - self._since
+        means = {name: value / self._count for name, value in zip(self._names, sums, strict=True)}
+        per_step = seconds / self._count
+        row: dict[str, Any] = {
+            "iteration": step,
+            "total_loss": sum(means.values()),
+            **means,
+            "lr": lr,
+            "time": per_step,
+            "data_time": self._data_time / self._count,
+            "images_per_second": self._images / seconds,
+            "eta_seconds": per_step * steps_left,
+        }
+        if torch.cuda.is_available() and first_bad_step.is_cuda:
+            row["max_mem_mb"] = torch.cuda.max_memory_allocated() / 2**20
+        self._sums, self._count, self._images, self._data_time = None, 0, 0, 0.0
+        self._since = time.perf_counter()
+        if bad < 0:
+            self.write(row)
+        return row, int(bad)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a line; `iteration` must be in it. What is not finite becomes null."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+        for name, value in clean.items():
+            if name != "iteration" and value is not None:
+                self._board.add_scalar(name, value, row["iteration"])
+        self._board.flush()
+
+    def exclude(self, seconds: float) -> None:
+        """Leave out of the next row what was not training: an evaluation, a checkpoint."""
+        self._since += seconds
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()

@@ -1,0 +1,50 @@
+"""Feature pyramid network (arXiv 1612.03144)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmrcnn.model.backbone import Norm
+
+STRIDES = (4, 8, 16, 32, 64)  # of p2..p6
+
+
+class FeaturePyramid(nn.Module):
+    """res2..res5 -> p2..p6. p6 is every second pixel of p5, for the proposals only.
+
+    Args:
+        in_channels: of res2..res5.
+        channels: of every level.
+        norm: after each convolution, which then has no bias; none: a bias and no norm.
+    """
+
+    def __init__(self, in_channels: Sequence[int], channels: int, norm: Norm | None = None) -> None:
+        super().__init__()
+        self.channels = channels
+        self.lateral = nn.ModuleList(_conv(inputs, channels, 1, norm) for inputs in in_channels)
+        self.output = nn.ModuleList(_conv(channels, channels, 3, norm) for _ in in_channels)
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        top_down: Tensor | None = None
+        outputs: list[Tensor] = []
+        for feature, lateral, output in zip(
+            reversed(features), reversed(self.lateral), reversed(self.output), strict=True
+        ):
+            x = lateral(feature)
+            if top_down is not None:
+                x = x + F.interpolate(top_down, scale_factor=2.0, mode="nearest")
+            top_down = x
+            outputs.insert(0, output(x))
+        outputs.append(F.max_pool2d(outputs[-1], 1, stride=2))
+        return outputs
+
+
+def _conv(inputs: int, outputs: int, kernel: int, norm: Norm | None) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=norm is None)
+    nn.init.kaiming_uniform_(conv.weight, a=1)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    return nn.Sequential(conv) if norm is None else nn.Sequential(conv, norm(outputs))

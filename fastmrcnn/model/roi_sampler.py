@@ -1,0 +1,67 @@
+"""From proposals to the RoIs that the heads are trained on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmrcnn.model.matcher import match
+from fastmrcnn.model.sampling import sample, take
+from fastmrcnn.structures import Proposals, SampledRois, Targets
+
+
+class RoiSampler:
+    """
+    Args:
+        num_classes: K, the class of background.
+        batch_per_image: RoIs sampled of each image.
+        foreground_share: at most this share of them is foreground.
+        foreground_iou: overlap from which a proposal is foreground; below it is background.
+        append_ground_truth: the objects' own boxes are proposals too.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        batch_per_image: int = 512,
+        foreground_share: float = 0.25,
+        foreground_iou: float = 0.5,
+        append_ground_truth: bool = True,
+        crowd_overlap: float | None = None,
+    ) -> None:
+        self.num_classes = num_classes
+        self.batch_per_image = batch_per_image
+        self.foreground_share = foreground_share
+        self.foreground_iou = foreground_iou
+        self.append_ground_truth = append_ground_truth
+        self.crowd_overlap = crowd_overlap
+
+    @property
+    def foreground_slots(self) -> int:
+        """F: no foreground RoI stands at this slot or beyond."""
+        return int(self.batch_per_image * self.foreground_share)
+
+    @torch.no_grad()
+    def __call__(self, proposals: Proposals, targets: Targets, keys: Tensor) -> SampledRois:
+        boxes, valid = proposals.boxes, proposals.valid
+        if self.append_ground_truth:
+            boxes = torch.cat([boxes, targets.boxes], 1)
+            valid = torch.cat([valid, targets.valid], 1)
+        matches = match(
+            boxes,
+            targets,
+            foreground_iou=self.foreground_iou,
+            background_iou=self.foreground_iou,
+            crowd_overlap=self.crowd_overlap,
+        )
+        chosen = sample(
+            matches.is_foreground & valid,
+            matches.is_background & valid,
+            keys,
+            asked=self.batch_per_image,
+            foreground_share=self.foreground_share,
+        )
+        matched = take(matches.matched, chosen.index)
+        classes = torch.where(chosen.is_foreground, take(targets.classes, matched), self.num_classes)
+        return SampledRois(take(boxes, chosen.index), classes, matched, chosen.is_foreground, chosen.valid)

@@ -1,0 +1,144 @@
+"""Region proposal network (arXiv 1506.01497), shared over the levels of a pyramid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmrcnn.kernels import padded_nms
+from fastmrcnn.model import boxes as box_ops
+from fastmrcnn.model.anchors import AnchorGenerator
+from fastmrcnn.model.losses import masked_sum, smooth_l1
+from fastmrcnn.model.matcher import match
+from fastmrcnn.model.sampling import sample, take
+from fastmrcnn.structures import Proposals, Targets
+
+
+class RpnHead(nn.Module):
+    """3x3 convolutions, then objectness and deltas for the A anchors of each cell."""
+
+    def __init__(self, channels: int, anchors_per_cell: int, convs: int = 1) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(convs))
+        self.objectness = nn.Conv2d(channels, anchors_per_cell, 1)
+        self.deltas = nn.Conv2d(channels, anchors_per_cell * 4, 1)
+        for conv in (*self.convs, self.objectness, self.deltas):
+            nn.init.normal_(conv.weight, std=0.01)
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Per level: objectness logits (N, R_l) and deltas (N, R_l, 4), in the anchors' order."""
+        objectness, deltas = [], []
+        for x in features:
+            for conv in self.convs:
+                x = F.relu(conv(x), inplace=True)
+            objectness.append(self.objectness(x).permute(0, 2, 3, 1).flatten(1))
+            deltas.append(self.deltas(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, 4))
+        return objectness, deltas
+
+
+class RegionProposalNetwork(nn.Module):
+    def __init__(
+        self,
+        channels: int,
+        anchors: AnchorGenerator,
+        *,
+        convs: int = 1,
+        pre_nms_top_n: tuple[int, int] = (2000, 1000),
+        post_nms_top_n: tuple[int, int] = (1000, 1000),
+        nms_iou: float = 0.7,
+        min_box_side: float = 0.0,
+        foreground_iou: float = 0.7,
+        background_iou: float = 0.3,
+        crowd_overlap: float | None = None,
+        batch_per_image: int = 256,
+        foreground_share: float = 0.5,
+        box_loss_beta: float = 0.0,
+        loss_normalizer: str = "asked",
+        loss_weight: float = 1.0,
+    ) -> None:
+        """pre_nms_top_n (per level) and post_nms_top_n (per image) are for training and for testing."""
+        super().__init__()
+        if len(set(anchors.per_cell)) != 1:
+            raise ValueError(f"every level needs the same number of anchors a cell, got {anchors.per_cell}")
+        self.head = RpnHead(channels, anchors.per_cell[0], convs)
+        self.anchors = anchors
+        self.pre_nms_top_n = pre_nms_top_n
+        self.post_nms_top_n = post_nms_top_n
+        self.nms_iou = nms_iou
+        self.min_box_side = min_box_side
+        self.foreground_iou = foreground_iou
+        self.background_iou = background_iou
+        self.crowd_overlap = crowd_overlap
+        self.batch_per_image = batch_per_image
+        self.foreground_share = foreground_share
+        self.box_loss_beta = box_loss_beta
+        self.loss_normalizer = loss_normalizer
+        self.loss_weight = loss_weight
+
+    @torch.no_grad()
+    def propose(
+        self, objectness: Sequence[Tensor], deltas: Sequence[Tensor], anchors: Sequence[Tensor], sizes: Tensor
+    ) -> Proposals:
+        """Best boxes of each level, decoded, clipped and thinned out by NMS within their level."""
+        when = 0 if self.training else 1
+        scores, boxes, levels = [], [], []
+        for level, (logits, delta, anchor) in enumerate(zip(objectness, deltas, anchors, strict=True)):
+            count = min(self.pre_nms_top_n[when], logits.shape[1])
+            top, index = logits.float().topk(count)
+            scores.append(top)
+            chosen = anchor[None].expand(logits.shape[0], -1, -1)
+            boxes.append(box_ops.decode(take(delta, index), take(chosen, index)))
+            levels.append(torch.full_like(index, level))
+        score, box = torch.cat(scores, 1), torch.cat(boxes, 1)
+        finite = box.isfinite().all(-1) & score.isfinite()
+        box = box_ops.clip(torch.where(finite[..., None], box, 0.0), sizes)
+        side = (box[..., 2:] - box[..., :2]).amin(-1)
+        valid = finite & (side > self.min_box_side)
+        count = min(self.post_nms_top_n[when], box.shape[1])
+        index, kept = padded_nms(box, score, torch.cat(levels, 1), valid, self.nms_iou, count)
+        return Proposals(take(box, index), take(score, index), kept)
+
+    def losses(
+        self,
+        objectness: Sequence[Tensor],
+        deltas: Sequence[Tensor],
+        anchors: Sequence[Tensor],
+        targets: Targets,
+        keys: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Binary cross-entropy of the objectness, and smooth L1 of the deltas, over sampled anchors."""
+        with torch.no_grad():
+            anchor = torch.cat(list(anchors))
+            matches = match(
+                anchor[None],
+                targets,
+                foreground_iou=self.foreground_iou,
+                background_iou=self.background_iou,
+                low_quality=True,
+                crowd_overlap=self.crowd_overlap,
+            )
+            chosen = sample(
+                matches.is_foreground,
+                matches.is_background,
+                keys,
+                asked=self.batch_per_image,
+                foreground_share=self.foreground_share,
+            )
+            reference = anchor[chosen.index]
+            goal = box_ops.encode(take(targets.boxes, take(matches.matched, chosen.index)), reference)
+            if self.loss_normalizer == "asked":
+                normalizer = torch.tensor(float(self.batch_per_image * len(keys)), device=keys.device)
+            else:
+                normalizer = chosen.valid.sum().clamp(min=1).float()
+        logits = take(torch.cat(list(objectness), 1), chosen.index).float()
+        cls = F.binary_cross_entropy_with_logits(logits, chosen.is_foreground.float(), reduction="none")
+        delta = take(torch.cat(list(deltas), 1), chosen.index).float()
+        loc = smooth_l1(delta - goal, self.box_loss_beta)
+        scale = self.loss_weight / normalizer
+        return torch.where(chosen.valid, cls, 0.0).sum() * scale, masked_sum(
+            loc, chosen.is_foreground
+        ) * scale

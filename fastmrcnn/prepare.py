@@ -1,0 +1,128 @@
+"""What is decided before the first step: configuration, device, precision, data, folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from fastmrcnn.config import Config, load_config
+from fastmrcnn.data.coco import CocoDataset, check_same_classes, read_coco
+from fastmrcnn.data.shapes import write_shapes
+from fastmrcnn.errors import UserError
+from fastmrcnn.output import new_run_folder
+
+RECIPES = Path(__file__).parent / "configs"
+
+
+class Precision(NamedTuple):
+    autocast: bool
+    dtype: torch.dtype
+    loss_scale: float | None  # fp16 only
+
+
+def starting_config(path: str | None, overrides: list[str]) -> Config:
+    """The recipe that was asked for; without one and without data, the demo."""
+    if path is None:
+        if any(item.startswith("data.train.") for item in overrides):
+            raise UserError(
+                "data.train needs a recipe: --config configs/small.yaml for a small model from random weights, "
+                "or one of configs/mask_rcnn_*.yaml"
+            )
+        return load_config(RECIPES / "demo.yaml", overrides)
+    return load_config(path, overrides)
+
+
+def check_trainable(config: Config) -> None:
+    """Raise UserError for a configuration that is valid but cannot be meant."""
+    backbone, split = config.model.backbone, config.data.train
+    problems = []
+    if not config.data.shapes:
+        for key in ("images", "annotations"):
+            if getattr(split, key) is None:
+                problems.append(
+                    f"data.train.{key} is not set: data.train.images=DIR data.train.annotations=FILE"
+                )
+    if (config.data.val.images is None) != (config.data.val.annotations is None):
+        problems.append("data.val needs both images and annotations, or neither")
+    if backbone.weights is None and backbone.norm == "frozen_bn":
+        problems.append(
+            "model.backbone.norm=frozen_bn needs model.backbone.weights; from random weights use gn or bn"
+        )
+    if backbone.weights is None and backbone.frozen_stages > 0:
+        problems.append(
+            "model.backbone.frozen_stages needs model.backbone.weights; from random weights set it to 0"
+        )
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"train.device={name} is not a device; use auto, cpu, cuda or cuda:0") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"train.device={name} is not supported; use auto, cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"train.device={name}, but torch {torch.__version__} finds no CUDA device; use cpu")
+    return device
+
+
+def choose_precision(name: str, device: torch.device) -> Precision:
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" else "fp32"
+    if name == "fp32":
+        return Precision(False, torch.bfloat16, None)
+    return Precision(
+        True, torch.bfloat16 if name == "bf16" else torch.float16, 2.0**16 if name == "fp16" else None
+    )
+
+
+def choose_compile(config: Config, device: torch.device) -> bool:
+    """auto compiles on CUDA only: on a CPU, compiling takes longer than a short run."""
+    if config.train.compile == "auto":
+        return device.type == "cuda"
+    return config.train.compile == "on"
+
+
+def prepare_run_folder(config: Config) -> Path:
+    """A new folder for the run, made only once the data that was asked for is known to be there."""
+    if not config.data.shapes:
+        read_sets(config)
+    return new_run_folder(config.output)
+
+
+def prepare_data(config: Config, folder: Path) -> tuple[Config, CocoDataset, CocoDataset | None]:
+    """Training and validation sets; the embedded one is drawn into the run's folder first."""
+    if config.data.shapes:
+        data = folder / "data"
+        paths = write_shapes(data, seed=0)
+        filled = {
+            split: {
+                "images": str(paths[f"{split}_images"]),
+                "annotations": str(paths[f"{split}_annotations"]),
+            }
+            for split in ("train", "val")
+        }
+        tree = config.model_dump()
+        tree["data"].update(filled)
+        config = Config.model_validate(tree)
+    train_set, val_set = read_sets(config)
+    return config, train_set, val_set
+
+
+def read_sets(config: Config) -> tuple[CocoDataset, CocoDataset | None]:
+    data = config.data
+    assert data.train.images is not None, "check_trainable() comes first"
+    assert data.train.annotations is not None, "check_trainable() comes first"
+    limits = {"max_objects": data.max_objects, "min_box_side": data.min_box_side}
+    train_set = read_coco(data.train.images, data.train.annotations, key="data.train", **limits)
+    if data.val.images is None or data.val.annotations is None:
+        return train_set, None
+    val_set = read_coco(data.val.images, data.val.annotations, key="data.val", **limits)
+    check_same_classes(train_set, val_set)
+    return train_set, val_set

@@ -1,0 +1,233 @@
+"""python -m fastmrcnn.train: the loop, read from top to bottom."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from fastmrcnn.checkpoint import ModelCard, find_checkpoint, read_checkpoint, restore, save_checkpoint
+from fastmrcnn.config import Config, dump_config, load_config
+from fastmrcnn.data.coco import CocoDataset
+from fastmrcnn.data.loader import TrainLoader
+from fastmrcnn.errors import UserError, run_main
+from fastmrcnn.evaluate import run_evaluation
+from fastmrcnn.metrics import Metrics
+from fastmrcnn.model.build import build_model
+from fastmrcnn.model.mask_rcnn import MaskRCNN
+from fastmrcnn.model.sampling import SamplingKeys
+from fastmrcnn.optim import Ema, GatedStep, build_optimizer, learning_rate
+from fastmrcnn.output import write_text
+from fastmrcnn.prepare import (
+    Precision,
+    check_trainable,
+    choose_compile,
+    choose_device,
+    choose_precision,
+    prepare_data,
+    prepare_run_folder,
+    starting_config,
+)
+from fastmrcnn.structures import Batch, Losses, to_device
+from fastmrcnn.visualize import plot_losses
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse_arguments(argv)
+    if arguments.resume is not None:
+        checkpoint = find_checkpoint(arguments.resume)
+        state = read_checkpoint(checkpoint)
+        config = load_config(overrides=arguments.overrides, base=state["config"])
+        folder = checkpoint.parent.parent
+    else:
+        state, folder = None, None
+        config = starting_config(arguments.config, arguments.overrides)
+    check_trainable(config)
+    if arguments.dry_run:
+        from fastmrcnn.dry_run import dry_run
+
+        dry_run(config)
+        return
+    if folder is None:
+        folder = prepare_run_folder(config)
+    config, train_set, val_set = prepare_data(config, folder)
+    write_text(folder / "config.yaml", dump_config(config))
+    for line in train_set.summary() + (val_set.summary() if val_set else []):
+        print(line)
+    train(config, folder, train_set, val_set, state)
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastmrcnn.train",
+        description="Train Mask R-CNN. Without arguments: a small model on an embedded set of shapes.",
+    )
+    parser.add_argument("--config", help="YAML recipe; see configs/")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="runs",
+        metavar="RUN",
+        help="go on from a run's last checkpoint (a run folder or a checkpoint; default: the newest run)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check configuration and data, estimate the cost"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.steps=1000")
+    return parser.parse_intermixed_args(argv)
+
+
+def train(
+    config: Config,
+    folder: Path,
+    train_set: CocoDataset,
+    val_set: CocoDataset | None,
+    state: dict[str, Any] | None = None,
+) -> dict[str, float]:
+    """Train to `config.train.steps`, from `state` if given; returns the metrics of the last evaluation."""
+    device = choose_device(config.train.device)
+    precision = choose_precision(config.train.precision, device)
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    card = ModelCard(config, train_set.class_names, train_set.category_ids)
+    torch.manual_seed(config.train.seed)
+    model = build_model(config.model, len(card.class_names), load_backbone_weights=state is None)
+    model = model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    optimizer = build_optimizer(model, config.optim)
+    update = GatedStep(model, optimizer, clip_norm=config.optim.clip_norm, loss_scale=precision.loss_scale)
+    ema = Ema(model, config.optim.ema) if config.optim.ema is not None else None
+    start = restore(state, model, optimizer, update, ema) if state is not None else 0
+    forward = step_function(model, device, precision, choose_compile(config, device))
+
+    steps, batch_size, log_every = config.train.steps, config.train.batch, config.train.log_every
+    loader = TrainLoader.from_config(train_set, config, start_step=start, pin_memory=device.type == "cuda")
+    generator = torch.Generator(device)
+    metrics = Metrics(folder, start)
+    recent: deque[tuple[int, list[int]]] = deque(maxlen=log_every)
+    result: dict[str, float] = {}
+    last_checkpoint: Path | None = None
+
+    def save(step: int) -> Path:
+        return save_checkpoint(
+            folder / "checkpoints",
+            step=step,
+            model=model,
+            optimizer=optimizer,
+            scaler=update,
+            ema=None if ema is None else ema.model,
+            card=card,
+            keep=config.train.keep_checkpoints,
+        )
+
+    def evaluate(step: int, pictures: int) -> dict[str, float]:
+        assert val_set is not None
+        judged = model if ema is None else ema.model
+        judged.eval()
+        found = run_evaluation(
+            judged, val_set, config, output=folder / "evaluation", pictures=pictures, device=device
+        )
+        model.train()
+        metrics.write({"iteration": step, **found})
+        return found
+
+    bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, desc="train")
+    fetched = time.perf_counter()
+    try:
+        for step, loaded in enumerate(loader, start=start):
+            data_time = time.perf_counter() - fetched
+            batch = to_device(loaded.batch, device)
+            recent.append((step, loaded.image_ids))
+            lr = learning_rate(config.optim, step, steps, batch_size)
+            for group in optimizer.param_groups:
+                group["lr"].fill_(lr)
+            generator.manual_seed((config.train.seed << 32) + step)
+            keys = model.draw_keys(batch, generator)
+
+            update.before_forward()
+            losses = forward(batch, keys)
+            update.backward(losses.total(), step)
+            if ema is not None:
+                ema.update(step)
+            metrics.add(losses, batch_size, data_time)
+
+            done = step + 1
+            bar.update()
+            if done % log_every == 0 or done == steps:
+                row, bad_step = metrics.read(step, update.first_bad_step, lr, steps - done)
+                if bad_step >= 0:
+                    stop_at_bad_loss(bad_step, recent, save(bad_step))
+                bar.set_postfix_str(describe(row))
+            paused = time.perf_counter()
+            if done % config.train.checkpoint_every == 0 or done == steps:
+                last_checkpoint = save(done)
+            every = config.train.evaluate_every
+            if val_set is not None and every is not None and done % every == 0 and done < steps:
+                result = evaluate(step, pictures=0)
+            fetched = time.perf_counter()
+            metrics.exclude(fetched - paused)
+    finally:
+        bar.close()
+    if val_set is not None and start < steps:
+        result = evaluate(steps - 1, config.evaluate.pictures)
+    metrics.close()
+    plot_losses(folder / "metrics.json", folder / "losses.png")
+    print_next(folder, last_checkpoint, config, val_set)
+    return result
+
+
+def step_function(
+    model: MaskRCNN, device: torch.device, precision: Precision, compiled: bool
+) -> Callable[[Batch, SamplingKeys], Losses]:
+    """Pixels to losses, under autocast; one graph if compiled."""
+
+    def forward(batch: Batch, keys: SamplingKeys) -> Losses:
+        with torch.autocast(device.type, dtype=precision.dtype, enabled=precision.autocast):
+            losses = model(batch, keys)
+        assert isinstance(losses, Losses)
+        return losses
+
+    return torch.compile(forward, fullgraph=True, dynamic=False) if compiled else forward
+
+
+def stop_at_bad_loss(bad_step: int, recent: deque[tuple[int, list[int]]], checkpoint: Path) -> None:
+    images = next((ids for step, ids in recent if step == bad_step), [])
+    raise UserError(
+        f"the loss or its gradient is not finite at step {bad_step} (image ids {images}); the weights are "
+        f"those before it, saved in {checkpoint}; lower optim.lr, lengthen optim.warmup_steps or set "
+        f"optim.clip_norm, then go on with --resume {checkpoint}"
+    )
+
+
+def describe(row: dict[str, Any]) -> str:
+    """A row of metrics on one line of the progress bar."""
+    parts = [f"loss {row['total_loss']:.3f}"]
+    parts += [f"{name.removeprefix('loss_')} {row[name]:.3f}" for name in row if name.startswith("loss_")]
+    parts += [f"lr {row['lr']:.2g}", f"{row['images_per_second']:.1f} img/s"]
+    return ", ".join(parts)
+
+
+def print_next(folder: Path, checkpoint: Path | None, config: Config, val_set: CocoDataset | None) -> None:
+    checkpoint = checkpoint or find_checkpoint(folder)
+    print(f"\nEverything is in {folder}")
+    if val_set is not None:
+        image = val_set.records[0].path
+        print("Look at its pictures, or run the model on an image:")
+        print(
+            f"  python -m fastmrcnn.predict {image} --checkpoint {checkpoint} --output {folder}/predictions"
+        )
+    if config.data.shapes:
+        print("Train on your own data, any COCO-format annotation file:")
+        print(
+            "  python -m fastmrcnn.train --config configs/small.yaml "
+            "data.train.images=DIR data.train.annotations=FILE data.val.images=DIR data.val.annotations=FILE"
+        )
+
+
+if __name__ == "__main__":
+    run_main(main)

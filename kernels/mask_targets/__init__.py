@@ -1,0 +1,3 @@
+from .reference import mask_targets
+
+__all__ = ["mask_targets"]

@@ -1,0 +1,139 @@
+"""Losses, gradients and detections of torchvision and detectron2, from the same weights and images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import peers
+import pytest
+import torch
+from torch import Tensor
+
+from fastmrcnn.config import parse_config
+from fastmrcnn.model.build import build_model
+from fastmrcnn.model.mask_rcnn import MaskRCNN
+from fastmrcnn.structures import Batch
+
+ALL = 10**6  # sample everything, so that nothing is random
+
+TORCHVISION: dict[str, Any] = {
+    "backbone": {"name": "resnet50", "frozen_stages": 0},
+    "anchors": {"rounding": True, "stride_rule": "grid"},
+    "rpn": {
+        "batch_per_image": ALL,
+        "box_loss_beta": 1 / 9,
+        "loss_normalizer": "sampled",
+        "post_nms_top_n": 2000,
+        "min_box_side": 1e-3,
+    },
+    "roi": {"batch_per_image": ALL, "foreground_share": 0.5, "aligned": False, "sampling_ratio": 2},
+    "box_head": {"box_loss_beta": 1 / 9},
+    "mask_head": {"target": "soft", "target_sampling_ratio": 0},
+}
+DETECTRON2: dict[str, Any] = {
+    "backbone": {"name": "resnet50", "frozen_stages": 0, "stride_in_1x1": True},
+    "pixel_mean": [103.53, 116.28, 123.675],
+    "pixel_std": [57.375, 57.12, 58.395],
+    "rpn": {"batch_per_image": 30000},
+    "roi": {"batch_per_image": 4000, "foreground_share": 0.5},
+    "mask_head": {"target": "bitmap", "target_sampling_ratio": 0},
+}
+
+
+def build(peer: str, norm: str = "frozen_bn") -> tuple[MaskRCNN, Batch, dict[str, np.ndarray]]:
+    data = peers.golden(f"{peer}_mask_rcnn_r50_fpn.npz")
+    settings = TORCHVISION if peer == "torchvision" else DETECTRON2
+    tree = {"model": {**settings, "backbone": {**settings["backbone"], "norm": norm}}}
+    model = build_model(parse_config(tree, "the test").model, 7)
+    if peer == "torchvision":
+        peers.fill_from_torchvision(model)
+        batch = peers.golden_batch(data, "labels", "masks", background=1, scale=255.0)
+    else:
+        peers.fill_from_detectron2(model)
+        batch = peers.golden_batch(data, "classes", "bitmaps", background=0, scale=255.0)
+    return model, batch, data
+
+
+def close(ours: Tensor, theirs: np.ndarray, tolerance: float = 1e-4) -> bool:
+    """Relative error in the Euclidean norm."""
+    expected = torch.from_numpy(np.asarray(theirs)).double()
+    return bool((ours.double() - expected).norm() <= tolerance * expected.norm())
+
+
+LOSSES = {
+    "torchvision": {
+        "loss_rpn_cls": "loss_objectness",
+        "loss_rpn_loc": "loss_rpn_box_reg",
+        "loss_cls": "loss_classifier",
+        "loss_box_reg": "loss_box_reg",
+        "loss_mask": "loss_mask",
+    },
+    "detectron2": {
+        name: name for name in ("loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask")
+    },
+}
+CASES = [("torchvision", "bn", ""), ("torchvision", "frozen_bn", "frozen."), ("detectron2", "frozen_bn", "")]
+
+
+@pytest.mark.parametrize(("peer", "norm", "prefix"), CASES)
+def test_losses_and_gradients(peer: str, norm: str, prefix: str) -> None:
+    model, batch, data = build(peer, norm)
+    model.train()
+    keys = model.draw_keys(batch, torch.Generator().manual_seed(0))
+    losses = model(batch, keys)
+    for ours, theirs in LOSSES[peer].items():
+        expected = float(data[f"{prefix}loss.{theirs}"])
+        assert getattr(losses, ours).item() == pytest.approx(expected, rel=1e-4), ours
+    losses.total().backward()
+    rename = peers.torchvision_name if peer == "torchvision" else peers.detectron2_name
+    wrong = []
+    compared = 0
+    for name, parameter in model.named_parameters():
+        key = f"{prefix}gradnorm.{rename(name)}"
+        if key not in data:
+            continue
+        compared += 1
+        expected = float(data[key])
+        assert parameter.grad is not None, name
+        if parameter.grad.norm().item() != pytest.approx(expected, rel=1e-3, abs=1e-7):
+            wrong.append((name, parameter.grad.norm().item(), expected))
+    assert compared > 50
+    assert not wrong
+
+
+@pytest.mark.parametrize("peer", ["torchvision", "detectron2"])
+def test_features_proposals_and_detections(peer: str) -> None:
+    model, batch, data = build(peer)
+    model.eval()
+    with torch.no_grad():
+        features = model.features(batch)
+        objectness, deltas = model.rpn.head(features)
+        anchors = model.rpn.anchors(features, (256, 288))
+        proposals = model.rpn.propose(objectness, deltas, anchors, batch.sizes)
+        found = model(batch)
+    for level in range(5):
+        name = (
+            f"fpn.{level if level < 4 else 'pool'}" if peer == "torchvision" else f"features.p{level + 2}"
+        )
+        assert close(features[level][:, ::16], data[name]), name
+        height, width = features[level].shape[-2:]
+        expected = data[f"rpn.objectness.{level}"]
+        ours = objectness[level].reshape(2, height, width, 3).permute(0, 3, 1, 2)
+        assert close(ours.reshape(expected.shape), expected)
+    for image in range(2):
+        expected = data[f"proposals.{image}"]
+        ours = proposals.boxes[image][proposals.valid[image]].numpy()
+        assert ours.shape == expected.shape
+        # The same set: ties in score may stand in another order.
+        distance = np.abs(ours[:, None] - expected[None]).max(-1)
+        assert distance.min(1).max() < 1e-2
+        assert distance.min(0).max() < 1e-2
+        count = len(data[f"det{image}.boxes"])
+        assert int(found.valid[image].sum()) == count
+        boxes = found.boxes[image, :count].numpy()
+        scores = found.scores[image, :count].numpy()
+        distance = np.abs(boxes[:, None] - data[f"det{image}.boxes"][None]).max(-1)
+        distance += 1e3 * np.abs(scores[:, None] - data[f"det{image}.scores"][None])  # 1e-4 is 0.1
+        assert distance.min(1).max() < 0.15
+        assert distance.min(0).max() < 0.15
