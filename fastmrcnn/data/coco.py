@@ -1,0 +1,408 @@
+"""Read a data set in COCO format, and check all that can be checked without decoding an image."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastmrcnn.data.masks import Window, bitmap, mask_area, segmentation_problem
+from fastmrcnn.errors import UserError
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectRecord:
+    annotation_id: int
+    class_index: int
+    """0..K-1."""
+    box: Box
+    """xyxy in annotation pixels, clipped to the image."""
+    crowd: bool
+    segmentation: Any
+    """List of polygons, or RLE, as in the file; None where the file has none."""
+    area: float
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRecord:
+    image_id: int
+    path: Path
+    file_name: str
+    width: int
+    height: int
+    objects: list[ObjectRecord]
+    annotations: Path
+    """The file that lists this image, for messages."""
+
+
+@dataclass(frozen=True)
+class CocoDataset:
+    records: list[ImageRecord]
+    """In the order of the file."""
+    class_names: list[str]
+    category_ids: list[int]
+    """COCO id of each class index, ascending."""
+    annotations: Path
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Objects left out, by reason."""
+    clipped: int = 0
+    """Boxes that reached over the image."""
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def summary(self) -> list[str]:
+        """One line: what there is, and what was left out."""
+        objects = sum(not item.crowd for record in self.records for item in record.objects)
+        crowds = sum(item.crowd for record in self.records for item in record.objects)
+        negatives = sum(not record.objects for record in self.records)
+        counts = [
+            _count(len(self.records), "image"),
+            _count(objects, "object"),
+            _count(len(self.class_names), "class", "classes"),
+        ]
+        if crowds:
+            counts.append(_count(crowds, "crowd region"))
+        parts = [", ".join(counts)]
+        changes = [f"skipped {_count(n, 'box', 'boxes')} {reason}" for reason, n in self.skipped.items()]
+        if self.clipped:
+            changes.append(f"clipped {_count(self.clipped, 'box', 'boxes')} to the image")
+        if changes:
+            parts.append(", ".join(changes))
+        if negatives:
+            use = "image without objects is used as a negative"
+            many = "images without objects are used as negatives"
+            parts.append(_count(negatives, use, many))
+        return [f"{self.annotations.name}: " + "; ".join(parts)]
+
+
+def read_coco(
+    images: str | Path,
+    annotations: str | Path,
+    *,
+    max_objects: int = 512,
+    min_box_side: float = 1.0,
+    require_objects: bool = True,
+    require_masks: bool = True,
+    key: str = "data.train",
+) -> CocoDataset:
+    """Read and check a data set.
+
+    Args:
+        images: folder to which each `file_name` is relative.
+        annotations: COCO-format JSON file.
+        max_objects: most objects, crowd regions included, that an image may have.
+        min_box_side: boxes with a smaller side, in annotation pixels after clipping, are skipped.
+        require_objects: refuse a set without any object.
+        require_masks: refuse objects without a segmentation.
+        key: configuration section that gave the paths, for messages.
+    Raises:
+        UserError: one line with all mistakes, each naming the file, the id and the remedy.
+    """
+    folder, file = Path(images), Path(annotations)
+    if not folder.is_dir():
+        found = "is a file, not a folder" if folder.exists() else "no such folder"
+        raise UserError(f"{folder}: {found}; set {key}.images to the folder of images")
+    tree = _read_json(file, key)
+    problems = _Problems()
+    class_names, category_ids = _read_categories(tree["categories"], problems)
+    records = _read_images(tree["images"], folder, file, problems)
+    skipped: Counter[str] = Counter()
+    clipped = 0
+    index_of = {category: index for index, category in enumerate(category_ids)}
+    seen: set[int] = set()
+    for position, entry in enumerate(tree["annotations"]):
+        annotation_id = _identifier(entry, "annotation", position, seen, problems)
+        if annotation_id is None:
+            continue
+        record = records.get(_hashable(entry.get("image_id")))
+        class_index = index_of.get(_hashable(entry.get("category_id")))
+        fault = _reference_problem(entry, record, class_index)
+        box, frame = _corners(entry.get("bbox")), record
+        if not fault and box is None:
+            fault = f"bbox {entry.get('bbox')!r} is not four finite numbers [x, y, width, height]"
+        if not fault and entry.get("iscrowd", 0) not in (0, 1):
+            fault = f"iscrowd is {entry['iscrowd']!r}, not 0 or 1"
+        crowd = entry.get("iscrowd", 0) == 1
+        shape = entry.get("segmentation") or None
+        if not fault and frame is not None and shape is not None:
+            fault = segmentation_problem(shape, frame.height, frame.width)
+        if not fault and shape is None and require_masks and not crowd:
+            fault = "no segmentation; add one, or train without masks (model.mask_head.enabled=false)"
+        if fault:
+            problems.add("annotation", annotation_id, fault)
+            continue
+        assert record is not None
+        assert class_index is not None
+        assert box is not None
+        inside = _clip(box, record.width, record.height)
+        area = _area(entry.get("area"), shape, inside, record)
+        reason = _reason_to_skip(box, inside, area, shape, record, min_box_side, crowd)
+        if reason:
+            skipped[reason] += 1
+            continue
+        clipped += max(abs(a - b) for a, b in zip(box, inside, strict=True)) > 0.01
+        record.objects.append(ObjectRecord(annotation_id, class_index, inside, crowd, shape, area))
+    for record in records.values():
+        if len(record.objects) > max_objects:
+            problems.add(
+                "image",
+                record.image_id,
+                f"{record.file_name} has {len(record.objects)} objects, more than data.max_objects = "
+                f"{max_objects}; set data.max_objects={len(record.objects)} or cut the image into tiles",
+            )
+    problems.check(file)
+    _check_files(list(records.values()), folder, file, key)
+    dataset = CocoDataset(list(records.values()), class_names, category_ids, file, skipped, clipped)
+    if require_objects and not any(not o.crowd for record in dataset.records for o in record.objects):
+        why = f" ({dataset.summary()[0].split('; ', 1)[-1]})" if skipped else ""
+        raise UserError(f"{file}: no image has an object to learn{why}; give {key}.annotations with objects")
+    return dataset
+
+
+def object_bitmap(item: ObjectRecord, height: int, width: int) -> tuple[NDArray[np.uint8], Window]:
+    """Bitmap of an object in its image of `height` x `width`, cropped to its extent.
+
+    Returns:
+        (h, w) uint8 of 0 and 1, and the crop's (x, y, w, h) in annotation pixels; both are empty for
+        an object that covers no pixel.
+    """
+    return bitmap(item.segmentation, height, width)
+
+
+def check_same_classes(train: CocoDataset, val: CocoDataset) -> CocoDataset:
+    """The validation set, its class indices those of the training set. It may lack some classes.
+
+    Raises:
+        UserError: it has a category that the training set does not have, or has under another name.
+    """
+    return align_classes(val, train.class_names, train.category_ids, str(train.annotations))
+
+
+def align_classes(
+    dataset: CocoDataset, class_names: Sequence[str], category_ids: Sequence[int], source: str
+) -> CocoDataset:
+    """The data set with the class indices of `source`, a training set or a checkpoint.
+
+    Raises:
+        UserError: it has a category that `source` does not have, or has under another name.
+    """
+    known = dict(zip(category_ids, class_names, strict=True))
+    ids_by_name = {name: category for category, name in known.items()}
+    faults = []
+    for category, name in zip(dataset.category_ids, dataset.class_names, strict=True):
+        if known.get(category) == name:
+            continue
+        if category in known:
+            faults.append(f"category {category} is '{name}' here, but '{known[category]}' there")
+        elif name in ids_by_name:
+            faults.append(f"category '{name}' has id {category} here, but {ids_by_name[name]} there")
+        else:
+            faults.append(f"category {category} '{name}' is not there")
+    if faults:
+        raise UserError(
+            f"{dataset.annotations}: its categories do not match {source}: {'; '.join(faults)}; "
+            "give both files the same ids and names"
+        )
+    if dataset.category_ids == list(category_ids):
+        return dataset
+    index_of = {category: index for index, category in enumerate(category_ids)}
+    moved = [index_of[category] for category in dataset.category_ids]
+    records = [
+        replace(r, objects=[replace(o, class_index=moved[o.class_index]) for o in r.objects])
+        for r in dataset.records
+    ]
+    return replace(dataset, records=records, class_names=list(class_names), category_ids=list(category_ids))
+
+
+class _Problems:
+    """Mistakes of one kind are told once, with the ids of the others."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[str, str], tuple[str, list[Any]]] = {}
+
+    def add(self, thing: str, identifier: Any, fault: str) -> None:
+        kind = (thing, "".join("#" if letter.isdigit() else letter for letter in fault))
+        self.found.setdefault(kind, (fault, []))[1].append(identifier)
+
+    def check(self, file: Path) -> None:
+        if not self.found:
+            return
+        parts = []
+        for (thing, _), (fault, ids) in self.found.items():
+            others = ", ".join(str(i) for i in ids[1:4]) + (
+                f" and {len(ids) - 4} more" if len(ids) > 4 else ""
+            )
+            also = f" (the same in {others})" if len(ids) > 1 else ""
+            parts.append(f"{thing} {ids[0]}: {fault}{also}")
+        shown, rest = parts[:5], len(parts) - 5
+        tail = f"; and {rest} other kinds of mistakes" if rest > 0 else ""
+        raise UserError(f"{file}: {'; '.join(shown)}{tail}. Correct or remove these entries")
+
+
+def _read_json(file: Path, key: str) -> dict[str, list[Any]]:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; set {key}.annotations to a COCO-format JSON file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); {key}.annotations must be a JSON file") from None
+    try:
+        tree = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{file}: not valid JSON ({error}); {key}.annotations must be a JSON file") from None
+    parts = ("images", "annotations", "categories")
+    if isinstance(tree, dict):
+        missing = [part for part in parts if not isinstance(tree.get(part), list)]
+        wrong = f"has no list of {' and no list of '.join(missing)}" if missing else ""
+    else:
+        wrong = f"holds a {type(tree).__name__} where an object is expected"
+    if wrong:
+        raise UserError(
+            f"{file}: not COCO format: it {wrong}; {key}.annotations must hold {', '.join(parts)}"
+        )
+    for part in ("images", "categories"):
+        if not tree[part]:
+            raise UserError(f"{file}: its list of {part} is empty; give {key}.annotations with {part}")
+    return tree
+
+
+def _read_categories(entries: list[Any], problems: _Problems) -> tuple[list[str], list[int]]:
+    names: dict[int, str] = {}
+    seen: set[int] = set()
+    for position, entry in enumerate(entries):
+        category = _identifier(entry, "category", position, seen, problems)
+        if category is None:
+            continue
+        if not isinstance(entry.get("name"), str) or not entry["name"]:
+            problems.add("category", category, "no name")
+        names[category] = str(entry.get("name"))
+    ids = sorted(names)
+    return [names[category] for category in ids], ids
+
+
+def _read_images(entries: list[Any], folder: Path, file: Path, problems: _Problems) -> dict[Any, ImageRecord]:
+    records: dict[Any, ImageRecord] = {}
+    seen: set[int] = set()
+    for position, entry in enumerate(entries):
+        image_id = _identifier(entry, "image", position, seen, problems)
+        if image_id is None:
+            continue
+        width, height, name = _whole(entry.get("width")), _whole(entry.get("height")), entry.get("file_name")
+        if not isinstance(name, str) or not name:
+            problems.add("image", image_id, "no file_name")
+            name = "?"
+        if width is None or height is None or width <= 0 or height <= 0:
+            given = f"width {entry.get('width')!r}, height {entry.get('height')!r}"
+            problems.add("image", image_id, f"{given}: both must be whole numbers above 0")
+            width = height = 1
+        records[image_id] = ImageRecord(image_id, folder / name, name, width, height, [], file)
+    return records
+
+
+def _identifier(entry: Any, thing: str, position: int, seen: set[int], problems: _Problems) -> int | None:
+    if not isinstance(entry, dict):
+        problems.add(thing, f"number {position + 1}", f"is a {type(entry).__name__}, not an object")
+        return None
+    found = _whole(entry.get("id"))
+    if found is None:
+        problems.add(thing, f"number {position + 1}", f"its id {entry.get('id')!r} is not a whole number")
+    elif found in seen:
+        problems.add(thing, found, "its id is there twice")
+        return None
+    else:
+        seen.add(found)
+    return found
+
+
+def _whole(value: Any) -> int | None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
+        return None
+    return int(value)
+
+
+def _hashable(value: Any) -> Any:
+    return value if isinstance(value, int | float | str) else None
+
+
+def _reference_problem(entry: Any, record: ImageRecord | None, class_index: int | None) -> str | None:
+    if record is None:
+        return f"image_id {entry.get('image_id')!r} is not among the images"
+    if class_index is None:
+        return f"category_id {entry.get('category_id')!r} is not among the categories"
+    return None
+
+
+def _corners(bbox: Any) -> Box | None:
+    if not isinstance(bbox, list) or len(bbox) != 4:
+        return None
+    if not all(isinstance(side, int | float) and math.isfinite(side) for side in bbox):
+        return None
+    x, y, w, h = bbox
+    return float(x), float(y), float(x + w), float(y + h)
+
+
+def _clip(box: Box, width: int, height: int) -> Box:
+    x1, y1, x2, y2 = box
+    return (
+        min(max(x1, 0.0), width),
+        min(max(y1, 0.0), height),
+        min(max(x2, 0.0), width),
+        min(max(y2, 0.0), height),
+    )
+
+
+def _area(given: Any, shape: Any, inside: Box, record: ImageRecord) -> float:
+    if isinstance(given, int | float) and math.isfinite(given):
+        return float(given)
+    if shape is not None:
+        return float(mask_area(shape, record.height, record.width))
+    return (inside[2] - inside[0]) * (inside[3] - inside[1])
+
+
+def _reason_to_skip(
+    box: Box, inside: Box, area: float, shape: Any, record: ImageRecord, min_box_side: float, crowd: bool
+) -> str | None:
+    if box[2] <= box[0] or box[3] <= box[1]:
+        return "without area"
+    width, height = inside[2] - inside[0], inside[3] - inside[1]
+    if width <= 0 or height <= 0:
+        return "outside the image"
+    if min(width, height) < min_box_side:
+        return f"with a side under {min_box_side:g} px"
+    # Rasterise only what may well come out empty: doing so for all of COCO would take a minute.
+    suspicious = area < 4 or min(width, height) < 2
+    if suspicious and shape is not None and not crowd and not mask_area(shape, record.height, record.width):
+        return "whose mask covers no pixel"
+    return None
+
+
+def _check_files(records: list[ImageRecord], folder: Path, file: Path, key: str) -> None:
+    listings: dict[Path, set[str]] = {}
+    missing = []
+    for record in records:
+        parent = record.path.parent
+        if parent not in listings:  # one listing is far cheaper than a look at each file
+            listings[parent] = set(os.listdir(parent)) if parent.is_dir() else set()
+        if record.path.name not in listings[parent] and not record.path.exists():
+            missing.append(record.file_name)
+    if missing:
+        some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise UserError(
+            f"{file}: {len(missing)} of {_count(len(records), 'image')} not found in {folder}: {some}; "
+            f"set {key}.images to their folder, or correct file_name"
+        )
+
+
+def _count(number: int, one: str, many: str | None = None) -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"

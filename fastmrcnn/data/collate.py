@@ -1,0 +1,156 @@
+"""Prepared samples into one padded batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastmrcnn.data.coco import ImageRecord, Window, object_bitmap
+from fastmrcnn.data.transforms import Plan, Size, apply_plan, from_annotation, to_annotation, transform_boxes
+from fastmrcnn.structures import Batch, PackedMasks, Targets
+
+MIN_SLOTS = 8
+MIN_MASK_BYTES = 4096
+
+
+class Objects(NamedTuple):
+    """What does not change with the augmentation: the objects of one image."""
+
+    boxes: NDArray[np.float32]  # (n, 4) xyxy in annotation pixels
+    classes: NDArray[np.int64]  # (n,)
+    crowd: NDArray[np.bool_]  # (n,) to be neither learnt nor punished
+    crops: NDArray[np.uint8]  # bitmaps end to end
+    windows: NDArray[np.int32]  # (n, 4) x, y, w, h; 0 where there is no bitmap
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self)
+
+
+class Sample(NamedTuple):
+    pixels: NDArray[np.uint8]  # (h, w, 3)
+    to_annotation: NDArray[np.float64]  # (2, 3)
+    annotated: Size
+    boxes: NDArray[np.float32] | None = None  # (n, 4) in pixels of the sample
+    objects: Objects | None = None
+
+
+def read_objects(record: ImageRecord) -> Objects:
+    """Rasterise the objects of an image.
+
+    Crowd regions have no bitmap. An object that turns out to cover no pixel has no mask that could be
+    learnt, so it is treated as a crowd region: not learnt, and not punished.
+    """
+    crops: list[NDArray[np.uint8]] = []
+    windows: list[Window] = []
+    crowd = []
+    for item in record.objects:
+        crop, window = np.zeros((0, 0), np.uint8), (0, 0, 0, 0)
+        if not item.crowd and item.segmentation:
+            crop, window = object_bitmap(item, record.height, record.width)
+        crops.append(crop.ravel())
+        windows.append(window)
+        crowd.append(item.crowd or (bool(item.segmentation) and crop.size == 0))
+    return Objects(
+        boxes=np.array([item.box for item in record.objects], np.float32).reshape(-1, 4),
+        classes=np.array([item.class_index for item in record.objects], np.int64),
+        crowd=np.array(crowd, np.bool_),
+        crops=np.concatenate([*crops, np.zeros(0, np.uint8)]),
+        windows=np.array(windows, np.int32).reshape(-1, 4),
+    )
+
+
+def make_sample(
+    resized: NDArray[np.uint8], plan: Plan, annotated: Size, objects: Objects | None = None
+) -> Sample:
+    """Carry out a plan on a resized image and on its boxes; bitmaps stay as they are."""
+    boxes = None
+    if objects is not None:
+        boxes = transform_boxes(objects.boxes, from_annotation(plan, *annotated)).astype(np.float32)
+        height, width = plan.size
+        boxes = boxes.clip(0, np.array([width, height, width, height], np.float32))
+    return Sample(apply_plan(resized, plan), to_annotation(plan, *annotated), annotated, boxes, objects)
+
+
+def collate(
+    samples: Sequence[Sample],
+    bucket: Size,
+    *,
+    min_slots: int = MIN_SLOTS,
+    min_mask_bytes: int = MIN_MASK_BYTES,
+) -> Batch:
+    """Pad samples into a bucket; targets where the samples have objects.
+
+    Args:
+        bucket: (H, W); every sample must fit.
+        min_slots, min_mask_bytes: lower limits of G and of the mask buffer, for equal shapes.
+    Returns:
+        pixels (N, 3, H, W) uint8 in channels_last memory format; G and the mask buffer are powers of
+        two.
+    """
+    count = len(samples)
+    pixels = np.zeros((count, *bucket, 3), np.uint8)
+    for row, sample in enumerate(samples):
+        height, width = sample.pixels.shape[:2]
+        assert height <= bucket[0]
+        assert width <= bucket[1]
+        pixels[row, :height, :width] = sample.pixels
+    sizes = torch.tensor([sample.pixels.shape[:2] for sample in samples], dtype=torch.int64)
+    targets = None
+    if all(sample.objects is not None for sample in samples):
+        targets = _collate_targets(samples, min_slots, min_mask_bytes)
+    return Batch(torch.from_numpy(pixels).permute(0, 3, 1, 2), sizes, targets)
+
+
+def _collate_targets(samples: Sequence[Sample], min_slots: int, min_mask_bytes: int) -> Targets:
+    objects = [sample.objects for sample in samples if sample.objects is not None]
+    count = len(objects)
+    slots = power_of_two(max(min_slots, *(len(o.classes) for o in objects)))
+    size = power_of_two(max(min_mask_bytes, sum(o.crops.size for o in objects)))
+    boxes = np.zeros((count, slots, 4), np.float32)
+    classes = np.zeros((count, slots), np.int64)
+    valid = np.zeros((count, slots), np.bool_)
+    crowd = np.zeros((count, slots), np.bool_)
+    window = np.zeros((count, slots, 4), np.int32)
+    offset = np.zeros((count, slots), np.int64)
+    buffer = np.zeros(size, np.uint8)
+    start = 0
+    for row, (sample, own) in enumerate(zip(samples, objects, strict=True)):
+        n = len(own.classes)
+        boxes[row, :n] = sample.boxes
+        classes[row, :n] = own.classes
+        crowd[row, :n] = own.crowd
+        valid[row, :n] = ~own.crowd
+        window[row, :n] = own.windows
+        sizes = own.windows[:, 2].astype(np.int64) * own.windows[:, 3]
+        # a slot without a bitmap has offset 0, so that the tables of equal batches are equal
+        offset[row, :n] = np.where(sizes > 0, start + np.cumsum(sizes) - sizes, 0)
+        buffer[start : start + own.crops.size] = own.crops
+        start += own.crops.size
+    return Targets(
+        boxes=torch.from_numpy(boxes),
+        classes=torch.from_numpy(classes),
+        valid=torch.from_numpy(valid),
+        crowd=torch.from_numpy(crowd),
+        masks=PackedMasks(
+            buffer=torch.from_numpy(buffer),
+            offset=torch.from_numpy(offset),
+            window=torch.from_numpy(window),
+            to_annotation=torch.from_numpy(affines(samples)),
+            size=torch.tensor([sample.annotated for sample in samples], dtype=torch.int32),
+        ),
+    )
+
+
+def affines(samples: Sequence[Sample]) -> NDArray[np.float32]:
+    """(N, 2, 3) from input pixels to annotation pixels."""
+    return np.stack([sample.to_annotation for sample in samples]).astype(np.float32)
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is not below `number`."""
+    return 1 << max(0, number - 1).bit_length()
