@@ -1,0 +1,254 @@
+"""Checkpoints: a run at one step, in one file that needs nothing else to be used.
+
+A checkpoint is a plain dict of tensors and containers, read with `weights_only=True`, so that one
+from a stranger runs no code. `checkpoints/last_checkpoint` holds the name of the newest whole one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastmrcnn.config import Config, parse_config
+from fastmrcnn.errors import UserError
+from fastmrcnn.model.build import build_model
+from fastmrcnn.model.mask_rcnn import MaskRCNN
+from fastmrcnn.optim import Ema
+from fastmrcnn.output import TEMPORARY_SUFFIX, replacing, write_text
+from fastmrcnn.prepare import choose_device
+from fastmrcnn.weights import as_state, copy_state, read_tensors
+
+FORMAT = "fastmrcnn checkpoint"
+FORMAT_VERSION = 1
+LAST = "last_checkpoint"
+_KEYS = ("step", "model", "optimizer", "scaler", "ema", "config", "class_names", "category_ids", "extra")
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a model was trained with, and what its class numbers mean."""
+
+    config: Config
+    class_names: list[str]  # of classes 0..K-1
+    category_ids: list[int]  # of the data set, by class
+
+
+class HasState(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def save_checkpoint(
+    folder: str | Path,
+    *,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: HasState | None = None,
+    ema: nn.Module | None = None,
+    card: ModelCard,
+    extra: dict[str, Any] | None = None,
+    keep: int,
+) -> Path:
+    """Write `folder/step_0000100.pt`, point `folder/last_checkpoint` at it, remove old ones.
+
+    Each file is written under a temporary name, flushed and renamed: whenever the process is
+    killed, `last_checkpoint` names a whole file.
+
+    Args:
+        folder: the checkpoints of one run; made if it is not there.
+        step: number of steps done.
+        scaler: of the gradients, or whatever else gates the update.
+        ema: the model with averaged weights.
+        extra: anything else to carry: tensors, numbers, text, and containers of these.
+        keep: how many to keep, this one included. Those of later steps are never touched.
+
+    Raises:
+        UserError: the file cannot be written. What was there before is still there.
+        TypeError: `extra` or a state holds what could not be read back.
+    """
+    folder = Path(folder)
+    payload = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "fastmrcnn_version": _version(),
+        "torch_version": str(torch.__version__),
+        "step": step,
+        "model": dict(model.state_dict()),
+        "optimizer": optimizer.state_dict(),
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "ema": None if ema is None else dict(ema.state_dict()),
+        "config": card.config.model_dump(mode="json"),
+        "class_names": list(card.class_names),
+        "category_ids": list(card.category_ids),
+        "extra": extra or {},
+    }
+    _require_plain(payload, "checkpoint")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror})") from error
+    for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):  # of a run that was killed here
+        leftover.unlink(missing_ok=True)
+
+    path = folder / f"step_{step:07d}.pt"
+    with replacing(path) as stream:
+        try:
+            torch.save(payload, stream)
+        except RuntimeError as error:
+            # On a full disk torch reports its own bookkeeping, and the reason as the context.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+    write_text(folder / LAST, path.name + "\n")
+
+    steps = _steps(folder)
+    for old in sorted(s for s in steps if s <= step)[:-keep]:
+        steps[old].unlink(missing_ok=True)
+    return path
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint file that `path` means: itself, or the last one of a run or checkpoints folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(path).expanduser()
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"{path}: no such checkpoint file or run folder")
+    for folder in (path, path / "checkpoints"):
+        if (folder / LAST).is_file():
+            name = (folder / LAST).read_text(encoding="utf-8", errors="replace").strip()
+            if name and Path(name).name == name and (folder / name).is_file():
+                return folder / name
+            there = ", ".join(sorted(file.name for file in _steps(folder).values())) or "none"
+            raise UserError(
+                f"{folder / LAST}: names '{name}', which is not there; checkpoints there: {there}"
+            )
+    raise UserError(f"{path}: holds no {LAST}, nor does its folder checkpoints; name a checkpoint file")
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The contents of a checkpoint, tensors on the CPU. `path` is as in `find_checkpoint`.
+
+    Returns:
+        step, model, optimizer, scaler, ema, config (a dict), class_names, category_ids, extra, and
+        format, format_version, fastmrcnn_version, torch_version.
+
+    Raises:
+        UserError: missing, incomplete, not a checkpoint of this program, of a newer format, or with
+            objects that only running code could restore.
+    """
+    file = find_checkpoint(path)
+    tree = read_tensors(file)
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+        raise UserError(
+            f"{file}: is not a fastmrcnn checkpoint; those are written by training, to "
+            "RUN/checkpoints/step_*.pt"
+        )
+    version = tree.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise UserError(
+            f"{file}: has format {version}, written by fastmrcnn {tree.get('fastmrcnn_version')}; this "
+            f"version ({_version()}) reads up to {FORMAT_VERSION}: upgrade fastmrcnn"
+        )
+    if absent := [key for key in _KEYS if key not in tree]:
+        raise UserError(f"{file}: lacks {', '.join(absent)}; it is not whole")
+    return tree
+
+
+def read_card(checkpoint: Mapping[str, Any], source: str | Path) -> ModelCard:
+    """The card that a checkpoint carries; UserError if its configuration is not valid here."""
+    config = parse_config(checkpoint["config"], source=str(source))
+    return ModelCard(config, list(checkpoint["class_names"]), list(checkpoint["category_ids"]))
+
+
+def restore(
+    checkpoint: Mapping[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: HasState | None = None,
+    ema: Ema | None = None,
+) -> int:
+    """Put a run back where `read_checkpoint` found it; returns the number of steps done.
+
+    The optimizer's state comes from the checkpoint, its options (such as the decay) do not. An average that the checkpoint does not have starts from its weights.
+
+    Raises:
+        UserError: the weights or the optimizer's state belong to another model.
+    """
+    source = f"checkpoint of step {checkpoint['step']}"
+    copy_state(model, checkpoint["model"], source)
+    if ema is not None:
+        average = checkpoint["model"] if checkpoint["ema"] is None else checkpoint["ema"]
+        copy_state(ema.model, average, f"{source}, ema")
+    saved = checkpoint["optimizer"]
+    options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    if [group.keys() for group in saved["param_groups"]] != [g.keys() for g in optimizer.param_groups]:
+        raise UserError(f"{source}: its optimizer state does not fit optim.name and model.backbone.norm")
+    try:
+        optimizer.load_state_dict(saved)
+    except ValueError as error:
+        raise UserError(f"{source}: its optimizer state does not fit the model ({error})") from None
+    for group, own in zip(optimizer.param_groups, options, strict=True):
+        group.update(own)  # decay and such come from the configuration, and lr is a tensor on the device
+    if scaler is not None and checkpoint["scaler"] is not None:
+        scaler.load_state_dict(checkpoint["scaler"])
+    return int(checkpoint["step"])
+
+
+def load_checkpoint(path: str | Path, device: str | torch.device = "auto") -> MaskRCNN:
+    """A trained model, ready for detection: in eval mode, on `device`, with its `card` set.
+
+    The averaged weights (EMA) are taken if the run kept them. `path` is as in `find_checkpoint`.
+
+    Raises:
+        UserError: as `read_checkpoint`; or the weights do not fit; or there is no such device.
+    """
+    place = choose_device(str(device))
+    file = find_checkpoint(path)
+    checkpoint = read_checkpoint(file)
+    card = read_card(checkpoint, file)
+    model = build_model(card.config.model, len(card.class_names), load_backbone_weights=False)
+    weights = checkpoint["model"] if checkpoint["ema"] is None else checkpoint["ema"]
+    copy_state(model, as_state(weights, file), file)
+    model.card = card
+    model.eval()
+    return model.to(place)
+
+
+def _steps(folder: Path) -> dict[int, Path]:
+    found = ((re.fullmatch(r"step_(\d+)\.pt", file.name), file) for file in folder.iterdir())
+    return {int(match[1]): file for match, file in found if match}
+
+
+def _require_plain(value: Any, place: str) -> None:
+    """TypeError unless `weights_only=True` can read `value` back."""
+    if type(value) in (dict, OrderedDict):
+        for key, inner in value.items():
+            _require_plain(key, f"a key of {place}")
+            _require_plain(inner, f"{place}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for index, inner in enumerate(value):
+            _require_plain(inner, f"{place}[{index}]")
+    elif not isinstance(value, Tensor) and type(value) not in (int, float, bool, str, type(None)):
+        raise TypeError(f"{place} is a {type(value).__name__}, which a checkpoint cannot carry")
+
+
+def _version() -> str:
+    try:
+        return metadata.version("fastmrcnn")
+    except metadata.PackageNotFoundError:  # run from a folder that was never installed
+        return "unknown"
