@@ -184,7 +184,8 @@ def restore(
 ) -> int:
     """Put a run back where `read_checkpoint` found it; returns the number of steps done.
 
-    The optimizer's state comes from the checkpoint, its options (such as the decay) do not. An average that the checkpoint does not have starts from its weights.
+    The optimizer's state comes from the checkpoint, its options (such as the decay) do not. An
+    average that the checkpoint does not have starts from its weights.
 
     Raises:
         UserError: the weights or the optimizer's state belong to another model.

@@ -1,0 +1,176 @@
+"""Every recipe loads, says what it is, and holds the published numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from fastmrcnn.config import load_config
+from fastmrcnn.optim import learning_rate
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+RECIPES = sorted(CONFIGS.glob("*.yaml"))
+COCO_RECIPES = [path for path in RECIPES if path.name.startswith(("mask_rcnn_", "paper_"))]
+
+WEIGHTS = {
+    "resnet50": "resnet50-0676ba61.pth",
+    "resnet101": "resnet101-63fe2227.pth",
+    "resnext50_32x4d": "resnext50_32x4d-7cdf4587.pth",
+    "resnext101_32x8d": "resnext101_32x8d-8ba56ff5.pth",
+}
+SCALES = [640, 672, 704, 736, 768, 800]
+
+
+class Recipe(NamedTuple):
+    backbone: str
+    steps: int
+    drops: list[int]  # steps at which the rate is divided by ten
+    batch: int
+    lr: float
+    short_side: list[int]
+    published: list[str]  # what the header says of AP
+
+
+# detectron2's MODEL_ZOO.md, the README of mmdetection's configs/mask_rcnn, maskrcnn-benchmark's
+# MODEL_ZOO.md (which has the only R101 at 1x), and tables 1 to 3 of arXiv 1703.06870v3.
+ONE, THREE = (90_000, [60_000, 80_000], 16, 0.02, SCALES), (270_000, [210_000, 250_000], 16, 0.02, SCALES)
+PAPER, PAPER_X = (160_000, [120_000], 16, 0.02, [800]), (160_000, [120_000], 8, 0.01, [800])
+TABLE = {
+    "mask_rcnn_r50_fpn_1x": Recipe("resnet50", *ONE, ["box 38.6, mask 35.2 (detectron2"]),
+    "mask_rcnn_r50_fpn_3x": Recipe("resnet50", *THREE, ["box 41.0, mask 37.2 (detectron2"]),
+    "mask_rcnn_r101_fpn_1x": Recipe("resnet101", *ONE, ["box 40.1, mask 36.1 (maskrcnn-benchmark"]),
+    "mask_rcnn_r101_fpn_3x": Recipe("resnet101", *THREE, ["box 42.9, mask 38.6 (detectron2"]),
+    "mask_rcnn_x50_fpn_1x": Recipe("resnext50_32x4d", *ONE, []),
+    "mask_rcnn_x50_fpn_3x": Recipe("resnext50_32x4d", *THREE, []),
+    "mask_rcnn_x101_fpn_1x": Recipe(
+        "resnext101_32x8d",
+        *ONE,
+        ["box 42.8, mask 38.3 (mmdetection", "box 42.2, mask 37.8 (maskrcnn-benchmark"],
+    ),
+    "mask_rcnn_x101_fpn_3x": Recipe("resnext101_32x8d", *THREE, ["box 44.3, mask 39.5 (detectron2"]),
+    "paper_r50_fpn": Recipe("resnet50", *PAPER, ["AP 33.6, AP50 55.2, AP75 35.3 on minival"]),
+    "paper_r101_fpn": Recipe(
+        "resnet101",
+        *PAPER,
+        [
+            "mask AP 35.4, AP50 57.3, AP75 37.5 on minival",
+            "mask AP 35.7, AP50 58.0, AP75 37.8 on test-dev",
+            "box AP 38.2, AP50 60.3, AP75 41.7 on test-dev",
+        ],
+    ),
+    "paper_x50_fpn": Recipe("resnext50_32x4d", *PAPER_X, []),
+    "paper_x101_fpn": Recipe(
+        "resnext101_32x8d",
+        *PAPER_X,
+        [
+            "mask AP 36.7, AP50 59.5, AP75 38.9 on minival",
+            "mask AP 37.1, AP50 60.0, AP75 39.4 on test-dev",
+            "box AP 39.8, AP50 62.3, AP75 43.4 on test-dev",
+        ],
+    ),
+}
+
+
+def header(path: Path) -> list[str]:
+    """The comment at the top, without its hashes."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").strip())
+    return lines
+
+
+def command(path: Path) -> list[str]:
+    """The words of the command that the header gives."""
+    lines = header(path)
+    start = next(i for i, line in enumerate(lines) if line.startswith("python -m fastmrcnn.train"))
+    words: list[str] = []
+    for line in lines[start:]:
+        words += line.removesuffix("\\").split()
+        if not line.endswith("\\"):
+            break
+    return words
+
+
+def test_no_recipe_is_missing_or_extra() -> None:
+    assert {path.stem for path in COCO_RECIPES} == set(TABLE)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_loads_and_its_header_tells_how_to_use_it(path: Path) -> None:
+    load_config(path)
+    text = "\n".join(header(path))
+    for needed in ("python -m fastmrcnn.train", "Time:", "AP:"):
+        assert needed in text, f"{path.name}: the header lacks '{needed}'"
+    if "--config" in command(path):
+        named = command(path)[command(path).index("--config") + 1]
+        assert CONFIGS.parent / named == path
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_recipe_holds_the_published_numbers(name: str) -> None:
+    want, path = TABLE[name], CONFIGS / f"{name}.yaml"
+    config = load_config(path)
+    model, optim = config.model, config.optim
+    assert model.backbone.name == want.backbone
+    assert model.backbone.weights == f"https://download.pytorch.org/models/{WEIGHTS[want.backbone]}"
+    assert (model.backbone.norm, model.backbone.frozen_stages) == ("frozen_bn", 2)
+    assert (model.backbone.stride_in_1x1, model.channel_order) == (False, "rgb")  # of those weights
+
+    assert config.train.steps == want.steps
+    assert config.train.batch == want.batch
+    assert (optim.name, optim.momentum, optim.weight_decay) == ("sgd", 0.9, 1e-4)
+
+    def rate(step: int) -> float:
+        return learning_rate(optim, step, want.steps, want.batch)
+
+    assert rate(0) == pytest.approx(0.001 * want.lr)
+    assert rate(1000) == pytest.approx(want.lr)
+    expected = want.lr
+    for drop in want.drops:
+        assert rate(drop - 1) == pytest.approx(expected)
+        expected /= 10
+        assert rate(drop) == pytest.approx(expected)
+    assert rate(want.steps - 1) == pytest.approx(expected)
+
+    assert config.data.short_side == want.short_side
+    assert (config.data.short_side_test, config.data.long_side_max) == (800, 1333)
+    assert (model.roi.batch_per_image, model.roi.foreground_share) == (512, 0.25)
+    assert (model.box_head.resolution, model.mask_head.resolution) == (7, 14)
+    assert model.rpn.post_nms_top_n_test == 1000
+    assert model.box_head.detections == 100
+    if name.startswith("paper"):
+        assert (model.roi.aligned, model.roi.sampling_ratio) == (False, 2)
+        assert model.rpn.box_loss_beta == pytest.approx(1 / 9)
+        assert model.box_head.box_loss_beta == 1
+    else:
+        assert (model.roi.aligned, model.roi.sampling_ratio) == (True, 0)
+        assert model.rpn.box_loss_beta == model.box_head.box_loss_beta == 0
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_header_gives_the_published_ap_and_invents_none(name: str) -> None:
+    lines = header(CONFIGS / f"{name}.yaml")
+    start = next(i for i, line in enumerate(lines) if line.startswith("AP:"))
+    first, *rows = lines[start:]
+    published = TABLE[name].published
+    if not published:
+        assert (first, rows) == ("AP: not measured, not published.", [])
+        return
+    assert first.startswith("AP: not measured. Published")
+    assert len(rows) == len(published)
+    for row, text in zip(rows, published, strict=True):
+        assert text in row
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_command_can_be_copied(name: str) -> None:
+    words = command(CONFIGS / f"{name}.yaml")
+    assert words[:4] == ["python", "-m", "fastmrcnn.train", "--config"]
+    config = load_config(CONFIGS.parent / words[4], words[5:])
+    for split in (config.data.train, config.data.val):
+        assert split.images is not None
+        assert split.annotations is not None
