@@ -110,7 +110,7 @@ def read_tensors(path: Path) -> Any:
         raise UserError(f"{path}: may not be read (no permission)") from None
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError, ValueError) as error:
         # torch's own text advises to load it all the same; nobody should.
-        foreign = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
+        foreign = re.search(r"\bGLOBAL ([\w.]+)", str(error))
         # Only of an archive is it known that it is whole, and the name not one that was cut off.
         if foreign and zipfile.is_zipfile(path):
             raise UserError(
