@@ -1,0 +1,18 @@
+"""What the entry points share on the command line."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+from fastmrcnn.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are one line, like all others, instead of the usage and then a line."""
+
+    def __init__(self, module: str, description: str) -> None:
+        super().__init__(prog=f"python -m fastmrcnn.{module}", description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")

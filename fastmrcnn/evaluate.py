@@ -1,0 +1,225 @@
+"""python -m fastmrcnn.evaluate: COCO's numbers, and pictures, of a checkpoint on a data set."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+from fastmrcnn.checkpoint import find_checkpoint, load_checkpoint
+from fastmrcnn.coco_eval import evaluate_coco
+from fastmrcnn.command import Parser
+from fastmrcnn.config import Config, load_config
+from fastmrcnn.data.coco import CocoDataset, ImageRecord, align_classes, object_bitmap, read_coco
+from fastmrcnn.data.images import read_image
+from fastmrcnn.data.loader import EvalLoader
+from fastmrcnn.errors import UserError, run_main
+from fastmrcnn.inference import ImageDetections, card_of, coco_results, run_model, split_detections
+from fastmrcnn.model.build import build_model
+from fastmrcnn.model.mask_rcnn import MaskRCNN
+from fastmrcnn.output import new_run_folder, replacing, write_json
+from fastmrcnn.paste import paste_masks
+from fastmrcnn.visualize import Instances, draw_comparison
+from fastmrcnn.weights import copy_state
+
+RESULTS = "coco_instances_results.json"
+PICTURE_SCORE = 0.5  # detections below it are not drawn
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser("evaluate", "COCO's average precision of a checkpoint, for boxes and masks.")
+    parser.add_argument(
+        "--checkpoint", required=True, help="checkpoint file, or folder of a run (its last one)"
+    )
+    parser.add_argument("--output", help="new folder (default: evaluation_001, ... beside the checkpoints)")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:0")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="of the checkpoint's configuration, such as data.val.images=DIR data.val.annotations=FILE",
+    )
+    arguments = parser.parse_intermixed_args(argv)
+    model, config = load_overridden(arguments.checkpoint, arguments.device, arguments.overrides)
+    dataset = read_validation_set(config, model, arguments.checkpoint)
+    print(*dataset.summary(), sep="\n")
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    folder = evaluation_folder(arguments.checkpoint, arguments.output)
+    try:
+        values = run_evaluation(model, dataset, config, output=folder)
+        write_json(folder / "metrics.json", {k: v if math.isfinite(v) else None for k, v in values.items()})
+    except BaseException:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # only if nothing has been written
+        raise
+    print(f"\nResults, metrics and pictures are in {folder}")
+
+
+def run_evaluation(
+    model: nn.Module,
+    dataset: CocoDataset,
+    config: Config,
+    *,
+    output: Path,
+    pictures: int | None = None,
+    device: torch.device | None = None,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Detect in all images of a set, write the results as COCO JSON, judge them, draw some.
+
+    Args:
+        model: in eval mode, its classes those of `dataset`.
+        config: its sections data, evaluate, model.mask_head and train.precision are used.
+        output: folder for coco_instances_results.json, and pictures/ with ground truth beside
+            predictions; made if it is not there. What an earlier evaluation wrote is replaced.
+        pictures: how many to draw; none: `evaluate.pictures`.
+        device: of the model; none: that of its first parameter.
+        progress: show a progress bar and COCO's tables.
+    Returns:
+        As `evaluate_coco`; and "candidates_cut" if class scores were cut before NMS.
+    Raises:
+        UserError: an image cannot be read; a file cannot be written.
+    """
+    chosen = choose_pictures(dataset, config.evaluate.pictures if pictures is None else pictures)
+    data, threshold = config.data, config.model.mask_head.threshold
+    loader = EvalLoader(
+        dataset,
+        batch=config.evaluate.batch,
+        short_side=data.short_side_test,
+        long_side_max=data.long_side_max,
+        buckets=data.buckets,
+        workers=data.workers,
+    )
+    results = []
+    kept: dict[int, ImageDetections] = {}
+    cut = 0
+    with tqdm(
+        total=len(dataset), unit="img", desc="evaluate", dynamic_ncols=True, disable=not progress
+    ) as bar:
+        for loaded in loader:
+            detections = run_model(model, loaded.batch, config.train.precision, device)
+            cut += int(detections.cut[: loaded.real].sum())
+            found = split_detections(detections, loaded.to_original, loaded.original_sizes)
+            for image_id, one in zip(loaded.image_ids, found, strict=True):
+                results += coco_results(one, image_id, dataset.category_ids, threshold)
+                if image_id in chosen:
+                    kept[image_id] = one
+            bar.update(loaded.real)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be made ({error.strerror}); choose another --output") from None
+    write_json(output / RESULTS, results)
+    values = evaluate_coco(
+        dataset.annotations,
+        results,
+        ("bbox", "segm") if config.model.mask_head.enabled else ("bbox",),
+        image_ids=[record.image_id for record in dataset.records],
+        show=progress,
+    )
+    if cut:
+        values["candidates_cut"] = cut
+        tqdm.write(
+            f"{cut} class scores above model.box_head.score_threshold did not go into NMS; "
+            f"raise model.box_head.candidates (now {config.model.box_head.candidates}) to keep them"
+        )
+    for image_id, one in kept.items():
+        draw_picture(chosen[image_id], one, dataset.class_names, threshold, output / "pictures")
+    return values
+
+
+def load_overridden(checkpoint: str, device: str, overrides: Sequence[str]) -> tuple[MaskRCNN, Config]:
+    """The model of a checkpoint, and its configuration with `key=value` changes, in effect in the model."""
+    model = load_checkpoint(checkpoint, device)
+    card = card_of(model)
+    config = load_config(overrides=overrides, base=card.config.model_dump(mode="json"))
+    if config.model != card.config.model:
+        changed = build_model(config.model, len(card.class_names), load_backbone_weights=False)
+        copy_state(changed, model.state_dict(), checkpoint)
+        changed.card = card
+        model = changed.to(next(model.parameters()).device).eval()
+    return model, config
+
+
+def read_validation_set(config: Config, model: nn.Module, checkpoint: str) -> CocoDataset:
+    """The set that data.val names, its class indices those of the model."""
+    split, card = config.data.val, card_of(model)
+    if split.images is None or split.annotations is None:
+        raise UserError(
+            "no validation set: give data.val.images=DIR and data.val.annotations=FILE on the command line"
+        )
+    dataset = read_coco(
+        split.images,
+        split.annotations,
+        max_objects=config.data.max_objects,
+        min_box_side=config.data.min_box_side,
+        require_masks=config.model.mask_head.enabled,
+        key="data.val",
+    )
+    return align_classes(dataset, card.class_names, card.category_ids, checkpoint)
+
+
+def evaluation_folder(checkpoint: str, output: str | None) -> Path:
+    """The folder that was asked for, or a new one beside the checkpoints; never one with results."""
+    if output is None:
+        parent = find_checkpoint(checkpoint).parent
+        return new_run_folder(parent.parent if parent.name == "checkpoints" else parent, "evaluation")
+    folder = Path(output)
+    if (folder / RESULTS).exists():
+        raise UserError(f"{folder}: holds the results of an earlier evaluation; choose another --output")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another --output") from None
+    return folder
+
+
+def choose_pictures(dataset: CocoDataset, count: int) -> dict[int, ImageRecord]:
+    """Images spread evenly over the set, by id."""
+    count = min(count, len(dataset))
+    records = [dataset.records[index * len(dataset) // count] for index in range(count)]
+    return {record.image_id: record for record in records}
+
+
+def draw_picture(
+    record: ImageRecord, found: ImageDetections, class_names: Sequence[str], threshold: float, folder: Path
+) -> None:
+    """Write ground truth beside the better predictions as `folder/<image id>_<stem>.png`."""
+    keep = found.scores >= PICTURE_SCORE
+    boxes, classes = found.boxes[keep], found.classes[keep].tolist()
+    masks = None
+    if found.masks is not None:
+        masks = paste_masks(found.masks[keep], boxes, found.height, found.width, threshold).numpy()
+    predicted = Instances(
+        boxes.numpy(), masks, [class_names[k] for k in classes], found.scores[keep], classes
+    )
+    truth = ground_truth(record, class_names)
+    if len(class_names) == 1:  # then colours are better spent on telling the objects apart
+        truth, predicted = truth._replace(classes=None), predicted._replace(classes=None)
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / f"{record.image_id}_{record.path.stem}.png") as stream:
+        sheet = draw_comparison(read_image(record), truth, predicted)
+        Image.fromarray(sheet).save(stream, format="PNG")
+
+
+def ground_truth(record: ImageRecord, class_names: Sequence[str]) -> Instances:
+    """The objects of an image, crowd regions included, as they are drawn."""
+    masks = np.zeros((len(record.objects), record.height, record.width), dtype=bool)
+    for mask, item in zip(masks, record.objects, strict=True):
+        bitmap, (x, y, w, h) = object_bitmap(item, record.height, record.width)
+        mask[y : y + h, x : x + w] = bitmap
+    classes = [item.class_index for item in record.objects]
+    names = [class_names[item.class_index] + (" (crowd)" if item.crowd else "") for item in record.objects]
+    return Instances([item.box for item in record.objects], masks, names, None, classes)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,172 @@
+"""From M x M mask probabilities within a box to bitmaps of the whole image.
+
+A mask is sampled bilinearly at the centres of the image's pixels, with zeros around it. Bilinear
+sampling is separable, so two taps per row and two per column say it all: no (D, H, W, 2) grid is
+built. On the host an object costs its own window instead of the image, and the windows are sampled
+in NumPy, whose calls cost a tenth of torch's at that size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pycocotools import mask as coco_mask
+from torch import Tensor
+
+CHUNK_BYTES = 256 * 2**20  # of each whole-image intermediate on an accelerator
+
+
+def paste_masks(
+    masks: Tensor,
+    boxes: Tensor,
+    height: int,
+    width: int,
+    threshold: float = 0.5,
+    *,
+    method: Literal["sample", "resize"] = "sample",
+) -> Tensor:
+    """Bitmaps of the objects in an image.
+
+    Args:
+        masks: (D, M, M) float, probabilities within the box.
+        boxes: (D, 4) xyxy in output pixels; parts outside the image are cut off. A box without area
+            gives an empty bitmap with `sample`, and at least one pixel with `resize`.
+        height, width: of the output, in pixels.
+        threshold: a pixel belongs to the object from this probability on, in 0..1, not 0.
+        method: `sample` takes the probability at each pixel's centre (detectron2's
+            `paste_masks_in_image`); `resize` rounds the box to whole pixels and resizes the mask to
+            it (torchvision's).
+    Returns:
+        (D, height, width) bool on the device of `masks`.
+    Raises:
+        ValueError: for other shapes, or a threshold out of range.
+    """
+    _check(masks, boxes, threshold)
+    if masks.device.type != "cpu" and method == "sample":
+        return _paste_whole(masks, boxes, height, width, threshold)
+    windows = _sampled_windows if method == "sample" else _resized_windows
+    result = torch.zeros((len(masks), height, width), dtype=torch.bool)
+    bitmaps = result.numpy()  # the same memory
+    for index, (x, y, part) in enumerate(windows(masks.cpu(), boxes.cpu(), height, width, threshold)):
+        bitmaps[index, y : y + part.shape[0], x : x + part.shape[1]] = part
+    return result.to(masks.device)
+
+
+def encode_masks(
+    masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float = 0.5
+) -> list[dict[str, Any]]:
+    """The bitmaps of `paste_masks` as COCO's compressed RLE, without the bitmaps.
+
+    Each object is pasted and encoded in the columns that its box covers; the columns on both sides
+    only lengthen the first and the last run.
+
+    Returns:
+        D dictionaries {"size": [height, width], "counts": str}, ready for JSON.
+    """
+    _check(masks, boxes, threshold)
+    windows = _sampled_windows(masks.cpu(), boxes.cpu(), height, width, threshold)
+    runs = [_runs(x, y, part, height, width) for x, y, part in windows]
+    uncompressed = [{"size": [height, width], "counts": counts} for counts in runs]
+    # pycocotools takes a list of these, but not an empty one.
+    encoded = coco_mask.frPyObjects(uncompressed, height, width) if uncompressed else []
+    return [{"size": [height, width], "counts": rle["counts"].decode("ascii")} for rle in encoded]
+
+
+def _check(masks: Tensor, boxes: Tensor, threshold: float) -> None:
+    if masks.ndim != 3 or masks.shape[1] != masks.shape[2]:
+        raise ValueError(f"masks must be (D, M, M), got {tuple(masks.shape)}")
+    if boxes.shape != (len(masks), 4):
+        raise ValueError(f"boxes must be ({len(masks)}, 4), got {tuple(boxes.shape)}")
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold must be above 0 and at most 1, got {threshold}")
+
+
+def _taps(masks: Tensor, boxes: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The masks with a rim of zeros, and the position of each output row and column in them.
+
+    Returns:
+        (D, M + 2, M + 2) float32, (2, D, height) and (2, D, width): lower tap and weight of the upper.
+    """
+    side = masks.shape[-1]
+    boxes = boxes.float()
+
+    def axis(low: Tensor, high: Tensor, size: int) -> Tensor:
+        centres = torch.arange(size, device=boxes.device) + 0.5
+        extent = (high - low)[:, None]
+        position = (centres - low[:, None]) / extent * side + 0.5
+        # Below 0 and above M + 1 there is nothing but the rim; so is a box without extent.
+        position = torch.where(extent > 0, position, 0.0).clamp(0, side + 1)
+        lower = position.floor().clamp(max=side)
+        return torch.stack((lower, position - lower))
+
+    rows = axis(boxes[:, 1], boxes[:, 3], height)
+    columns = axis(boxes[:, 0], boxes[:, 2], width)
+    return F.pad(masks.float(), (1, 1, 1, 1)), rows, columns
+
+
+def _paste_whole(masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float) -> Tensor:
+    """All objects at once, in chunks that bound the memory; nothing is read on the host."""
+    padded, rows, columns = _taps(masks, boxes, height, width)
+    result = torch.empty((len(masks), height, width), dtype=torch.bool, device=masks.device)
+    step = max(1, CHUNK_BYTES // max(1, 4 * height * width))
+    for start in range(0, len(masks), step):
+        part = slice(start, start + step)
+        y = rows[0, part].long()[:, :, None].expand(-1, -1, padded.shape[2])
+        across = torch.lerp(padded[part].gather(1, y), padded[part].gather(1, y + 1), rows[1, part, :, None])
+        x = columns[0, part].long()[:, None, :].expand(-1, height, -1)
+        values = torch.lerp(across.gather(2, x), across.gather(2, x + 1), columns[1, part, None, :])
+        result[part] = values >= threshold
+    return result
+
+
+def _sampled_windows(
+    masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """For each object left, top and bitmap of a window that holds all its pixels."""
+    padded, rows, columns = (tensor.numpy() for tensor in _taps(masks, boxes, height, width))
+    boxes = boxes.float()
+    # The zeros around a mask reach half a cell beyond the box before the interpolation ends.
+    rim = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0) / (2 * masks.shape[-1])
+    limit = torch.tensor([width, height], dtype=torch.float32)
+    low = torch.minimum((boxes[:, :2] - rim).floor().clamp(min=0), limit).long()
+    high = torch.minimum((boxes[:, 2:] + rim).ceil().clamp(min=0), limit).long().maximum(low)
+    lower_row, lower_column = rows[0].astype(np.int64), columns[0].astype(np.int64)
+    for index, (x0, y0, x1, y1) in enumerate(torch.cat((low, high), dim=1).tolist()):
+        mask, y, x = padded[index], lower_row[index, y0:y1], lower_column[index, x0:x1]
+        upper = mask[y]
+        across = upper + rows[1, index, y0:y1, None] * (mask[y + 1] - upper)
+        left = across[:, x]
+        yield x0, y0, left + columns[1, index, x0:x1] * (across[:, x + 1] - left) >= threshold
+
+
+def _resized_windows(
+    masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    side = masks.shape[-1]
+    scale = (side + 2) / side
+    centre = (boxes[:, :2] + boxes[:, 2:]) / 2
+    half = (boxes[:, 2:] - boxes[:, :2]) / 2 * scale
+    padded = F.pad(masks.float(), (1, 1, 1, 1))
+    corners = torch.cat((centre - half, centre + half), dim=1).long().tolist()
+    for mask, (x0, y0, x1, y1) in zip(padded, corners, strict=True):
+        size = (max(y1 - y0 + 1, 1), max(x1 - x0 + 1, 1))
+        resized = F.interpolate(mask[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
+        left, top = min(max(x0, 0), width), min(max(y0, 0), height)
+        right, bottom = min(max(x1 + 1, left), width), min(max(y1 + 1, top), height)
+        part = resized[top - y0 : bottom - y0, left - x0 : right - x0] >= threshold
+        yield left, top, part.numpy()
+
+
+def _runs(x: int, y: int, part: np.ndarray, height: int, width: int) -> list[int]:
+    """Lengths of the runs of zeros and ones in turn, column by column through the whole image."""
+    rows, columns = part.shape
+    strip = np.zeros((columns, height), dtype=bool)
+    strip[:, y : y + rows] = part.T
+    flat = np.concatenate(([False], strip.ravel(), [False]))
+    # Where a run of ones begins, and where it ends; the runs of zeros lie between.
+    edges = np.flatnonzero(flat[1:] != flat[:-1]) + x * height
+    return np.diff(edges, prepend=0, append=height * width).tolist()

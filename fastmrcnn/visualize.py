@@ -1,0 +1,255 @@
+"""Pictures for people: objects drawn into an image, ground truth beside predictions, loss curves."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from fastmrcnn.errors import UserError
+
+MIN_LONG_SIDE = 480  # smaller images are enlarged, or their labels would hide them
+FILL, OUTLINE = 0.38, 0.95  # opacity
+COLOURS = (
+    (255, 87, 51),
+    (38, 145, 255),
+    (46, 204, 87),
+    (255, 200, 31),
+    (186, 85, 255),
+    (0, 212, 212),
+    (255, 105, 180),
+    (154, 224, 40),
+    (255, 140, 0),
+    (112, 128, 255),
+    (0, 190, 140),
+    (232, 60, 110),
+    (210, 170, 110),
+    (120, 200, 255),
+    (200, 120, 160),
+    (170, 190, 60),
+)
+
+
+class Instances(NamedTuple):
+    """Objects to draw in an image of h x w pixels."""
+
+    boxes: Any  # (n, 4) xyxy
+    masks: Any  # (n, h, w) bool, or None
+    names: Sequence[str]
+    scores: Any = None  # (n,) in 0..1; none: no scores in the labels
+    classes: Sequence[int] | None = None  # objects of a class share its colour; none: each has its own
+
+
+def draw_instances(
+    image: NDArray[np.uint8],
+    boxes: Any,
+    masks: Any,
+    names: Sequence[str],
+    scores: Any = None,
+    classes: Sequence[int] | None = None,
+) -> NDArray[np.uint8]:
+    """The image with translucent masks, their outlines, boxes and labels.
+
+    Args:
+        image: (h, w, 3) uint8 RGB. An image with a long side under 480 is enlarged by a whole factor.
+        boxes, masks, names, scores, classes: as in `Instances`; arrays or tensors on the host.
+    Returns:
+        (factor * h, factor * w, 3) uint8 RGB; the input is left as it is.
+    Raises:
+        ValueError: for other shapes.
+    """
+    boxes = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
+    masks = None if masks is None else np.asarray(masks)
+    _check(image, boxes, masks, names)
+    height, width = image.shape[:2]
+    factor = math.ceil(MIN_LONG_SIDE / max(height, width))
+    size = (width * factor, height * factor)
+    canvas = np.array(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+    line = max(1, round(max(size) / 500))
+    colours = [COLOURS[k % len(COLOURS)] for k in (range(len(boxes)) if classes is None else classes)]
+
+    # Large objects first, so that what lies on them stays visible.
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    order = np.argsort(-area, kind="stable").tolist()
+    if masks is not None:
+        for index in order:
+            _blend_mask(canvas, masks[index], colours[index], factor, line)
+    drawn = Image.fromarray(canvas)
+    pen = ImageDraw.Draw(drawn)
+    for index in order:
+        x0, y0, x1, y1 = (boxes[index] * factor).tolist()
+        pen.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colours[index], width=line)
+    _draw_labels(pen, boxes * factor, _labels(names, scores), colours, size)
+    return np.array(drawn)
+
+
+def draw_comparison(image: NDArray[np.uint8], truth: Instances, found: Instances) -> NDArray[np.uint8]:
+    """Ground truth on the left, predictions on the right, a caption over each. Returns (h', w', 3) uint8."""
+    panels = [draw_instances(image, *truth), draw_instances(image, *found)]
+    height, width = panels[0].shape[:2]
+    font = _font(max(13, round(max(height, width) / 34)))
+    bar, gap = round(font.size * 1.8), max(4, round(width / 100))
+    sheet = Image.new("RGB", (2 * width + gap, bar + height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for place, (title, instances, panel) in enumerate(
+        zip(("ground truth", "predictions"), (truth, found), panels, strict=True)
+    ):
+        left = place * (width + gap)
+        caption = f"{title} ({len(instances.names)})"
+        pen.text((left + width / 2, bar / 2), caption, font=font, fill="black", anchor="mm")
+        sheet.paste(Image.fromarray(panel), (left, bar))
+    return np.array(sheet)
+
+
+def plot_losses(metrics: str | Path, picture: str | Path) -> None:
+    """Curves of the losses, the learning rate and, if there were evaluations, AP, as an image file.
+
+    Args:
+        metrics: JSON lines with detectron2's keys: iteration, total_loss, loss_*, lr, bbox/AP, segm/AP.
+    Raises:
+        UserError: the file is missing, is not JSON lines or holds no loss.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = _read_rows(Path(metrics))
+    losses = sorted({key for row in rows for key in row if key.startswith("loss_")})
+    precision = [key for key in ("bbox/AP", "segm/AP") if any(row.get(key) is not None for row in rows)]
+    panels = 3 if precision else 2
+    figure = Figure(figsize=(9, 3 + 1.9 * panels), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(panels, 1, sharex=True, height_ratios=[3, 1, 1.4][:panels])
+    for key in ("total_loss", *losses):
+        total = key == "total_loss"
+        axes[0].plot(
+            *_series(rows, key), label=key, color="black" if total else None, lw=1.8 if total else 1.2
+        )
+    axes[0].set_ylabel("loss")
+    axes[0].set_ylim(bottom=0)
+    axes[0].legend(ncols=2, frameon=False)
+    axes[1].plot(*_series(rows, "lr"), color="tab:gray")
+    axes[1].set_ylabel("learning rate")
+    axes[1].set_ylim(bottom=0)
+    for key in precision:
+        steps, values = _series(rows, key)
+        name = {"bbox/AP": "box", "segm/AP": "mask"}[key]
+        axes[2].plot(steps, values, marker="o", label=f"{name}, {values[-1]:.1f} at the end")
+    if precision:
+        axes[2].set_ylabel("AP")
+        axes[2].set_ylim(0, 100)
+        axes[2].legend(frameon=False, loc="upper left")
+    axes[-1].set_xlabel("step")
+    for panel in axes:
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(picture, dpi=120)
+
+
+def _check(image: NDArray[np.uint8], boxes: NDArray[np.float32], masks: Any, names: Sequence[str]) -> None:
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"image must be (h, w, 3) uint8, got {image.shape} {image.dtype}")
+    if masks is not None and masks.shape != (len(boxes), *image.shape[:2]):
+        raise ValueError(f"masks must be {(len(boxes), *image.shape[:2])}, got {masks.shape}")
+    if len(names) != len(boxes):
+        raise ValueError(f"{len(boxes)} boxes need as many names, got {len(names)}")
+
+
+def _blend_mask(
+    canvas: NDArray[np.uint8], mask: NDArray[np.bool_], colour: tuple[int, int, int], factor: int, line: int
+) -> None:
+    """Tint the mask's pixels and trace its outline, both with soft edges, within its own window."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return
+    margin = line + 2
+    y0, x0 = max(rows[0] - margin, 0), max(columns[0] - margin, 0)
+    y1, x1 = rows[-1] + 1 + margin, columns[-1] + 1 + margin
+    # Beyond the border of the image the mask goes on as it was, so that no outline runs along it.
+    part = np.pad(mask[y0:y1, x0:x1], margin, mode="edge").astype(np.uint8) * 255
+    size = (part.shape[1] * factor, part.shape[0] * factor)
+    enlarged = Image.fromarray(part).resize(size, Image.Resampling.BILINEAR)
+    soft = (
+        np.asarray(enlarged.filter(ImageFilter.GaussianBlur(max(0.8 * line, 0.5 * factor))), dtype=np.float32)
+        / 255
+    )
+    cut = margin * factor
+    soft = soft[cut:-cut, cut:-cut, None]
+    inside = np.clip((soft - 0.5) * 4 + 0.5, 0, 1)
+    outline = np.clip(1.6 - np.abs(soft - 0.5) * 5, 0, 1)
+    opacity = np.maximum(FILL * inside, OUTLINE * outline)
+    top, left = y0 * factor, x0 * factor
+    window = canvas[top : top + soft.shape[0], left : left + soft.shape[1]]
+    window[:] = np.round(window + opacity * (np.array(colour, dtype=np.float32) - window))
+
+
+def _labels(names: Sequence[str], scores: Any) -> list[str]:
+    if scores is None:
+        return list(names)
+    return [f"{name} {float(score):.2f}" for name, score in zip(names, scores, strict=True)]
+
+
+def _draw_labels(
+    pen: ImageDraw.ImageDraw,
+    boxes: NDArray[np.float32],
+    labels: Sequence[str],
+    colours: Sequence[tuple[int, int, int]],
+    size: tuple[int, int],
+) -> None:
+    """Each label at its box, above, below or within, where it hides least of other labels and the box."""
+    crowded = len(labels) > 25
+    font = _font(max(11, round(max(size) / (62 if crowded else 46))))
+    pad = max(1, round(font.size / 6))
+    placed: list[tuple[float, float, float, float]] = []
+    texts = []
+    for (x0, y0, x1, y1), label in zip(boxes.tolist(), labels, strict=True):
+        left, _, right, _ = font.getbbox(label, anchor="ls")
+        w, h = right - left + 2 * pad, font.size + 2 * pad
+        spots = [(x0, y0 - h), (x0, y1), (x1 - w, y0 - h), (x1 - w, y1), (x0, y0), (x0, y1 - h)]
+        fitted = [(min(max(x, 0), size[0] - w), min(max(y, 0), size[1] - h)) for x, y in spots]
+        areas = [(x, y, x + w, y + h) for x, y in fitted]
+        taken = [*placed, (x0, y0, x1, y1)]
+        best = min(areas, key=lambda area: sum(_overlap(area, other) for other in taken))
+        placed.append(best)
+        texts.append((best[0] + pad - left, best[1] + pad + font.size * 0.82))
+    # The first are the best: they end up on top.
+    for area, text, label, colour in reversed(list(zip(placed, texts, labels, colours, strict=True))):
+        pen.rectangle(area, fill=colour)
+        bright = 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2] > 120
+        pen.text(text, label, font=font, fill="black" if bright else "white", anchor="ls")
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+@functools.cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with Matplotlib and knows more scripts than Pillow's own font."""
+    import matplotlib
+
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON lines ({error})") from None
+    if not any("total_loss" in row for row in rows):
+        raise UserError(f"{path}: holds no losses to plot")
+    return rows
+
+
+def _series(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of the rows that have the key; a value that was not finite is a gap."""
+    known = [row for row in rows if key in row]
+    values = [float("nan") if row[key] is None else row[key] for row in known]
+    return [row["iteration"] for row in known], values
