@@ -1,0 +1,23 @@
+"""Triton kernels for detectors, each beside a plain PyTorch reference.
+
+CUDA tensors run Triton, CPU tensors run the reference, and with TRITON_INTERPRET=1 CPU tensors run
+Triton too. Needs torch and, where Triton runs, triton; importing needs torch alone.
+"""
+
+from .level_assign.op import assign_levels
+from .mask_loss.op import mask_loss
+from .mask_targets import mask_targets
+from .nms.op import batched_nms, nms, padded_nms
+from .roi_align.op import MultiScaleRoIAlign, multilevel_roi_align, roi_align
+
+__all__ = [
+    "MultiScaleRoIAlign",
+    "assign_levels",
+    "batched_nms",
+    "mask_loss",
+    "mask_targets",
+    "multilevel_roi_align",
+    "nms",
+    "padded_nms",
+    "roi_align",
+]

@@ -1,0 +1,1 @@
+"""Which pyramid level each box is pooled from."""

@@ -1,0 +1,426 @@
+"""RoIAlign: public functions and their registration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._library import NAMESPACE
+from . import reference
+from .reference import Pooling
+
+
+def roi_align(
+    input: Tensor,
+    boxes: Tensor | Sequence[Tensor],
+    output_size: int | Sequence[int],
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = -1,
+    aligned: bool = False,
+) -> Tensor:
+    """RoIAlign of one feature map, with torchvision.ops.roi_align's signature and numbers.
+
+    Backward is deterministic, and can itself be differentiated with respect to the features. Boxes get
+    no gradient. Under autocast the features keep their dtype.
+
+    Args:
+        input: (N, C, H, W) fp64, fp32, fp16 or bf16, in any memory format.
+        boxes: (R, 5) as (image, x1, y1, x2, y2), or of each image a (Ri, 4) of xyxy; in pixels of the
+            input image, floating point. Boxes that are not finite give zeros and no gradient.
+        output_size: height and width of the output, or one number for both.
+        spatial_scale: pixels of the map per pixel of the image.
+        sampling_ratio: samples per bin and axis; 0 or less: ceil(side of the bin).
+        aligned: shift by half a pixel, so that pixel (0, 0) is sampled at its centre (detectron2's
+            RoIAlignV2). Without it boxes are at least one pixel of the map wide.
+
+    Returns:
+        (R, C, oh, ow) in the dtype of the input; channels_last if the input is.
+
+    Raises:
+        ValueError: a shape, dtype, device or number is not as above; for CPU tensors outside of
+            torch.compile, also an image index out of range, which elsewhere gives zeros.
+    """
+    _check_features([input], "input")
+    if isinstance(boxes, Tensor):
+        if boxes.ndim != 2 or boxes.shape[1] != 5:
+            raise ValueError(f"boxes must be (R, 5) or a list of (Ri, 4), got {tuple(boxes.shape)}")
+        batch_index, xyxy = boxes[:, 0], boxes[:, 1:]
+    else:
+        xyxy, batch_index = _pack(boxes, input.shape[0])
+    _check_boxes(xyxy, input)
+    _check_images(batch_index, None, input.shape[0])
+    how = _pooling(output_size, [spatial_scale], sampling_ratio, aligned, 224.0, 4, 0)
+    return _call([input], xyxy, batch_index, None, how)
+
+
+def multilevel_roi_align(
+    features: Sequence[Tensor],
+    boxes: Tensor,
+    output_size: int | Sequence[int],
+    *,
+    spatial_scales: Sequence[float],
+    valid: Tensor | None = None,
+    batch_index: Tensor | None = None,
+    sampling_ratio: int = -1,
+    aligned: bool = False,
+    canonical_size: float = 224.0,
+    canonical_level: int = 4,
+    k_min: int | None = None,
+) -> Tensor:
+    """RoIAlign over a feature pyramid, each box from the level that `assign_levels` gives it.
+
+    Backward is deterministic, and can itself be differentiated with respect to the features. Boxes get
+    no gradient. Under autocast the features keep their dtype.
+
+    Args:
+        features: of each level, finest first, (N, C, Hl, Wl); one dtype, fp64, fp32, fp16 or bf16.
+        boxes: (N, S, 4) floating point xyxy in input pixels, or (R, 4) with `batch_index`. Boxes that
+            are not finite give zeros and no gradient.
+        output_size: height and width of the output, or one number for both.
+        spatial_scales: of each level, its pixels per input pixel.
+        valid: (N, S) or (R,) bool; slots that are not valid give zeros and no gradient, and take no time.
+        batch_index: (R,) image of each box, if boxes are (R, 4).
+        sampling_ratio: as in `roi_align`.
+        aligned: as in `roi_align`.
+        canonical_size: side of a square box, in input pixels, that belongs to `canonical_level`.
+        canonical_level: see canonical_size.
+        k_min: level of the first map; None: -log2 of its scale.
+
+    Returns:
+        (N, S, C, oh, ow), or (R, C, oh, ow), in the dtype of the features; the last three axes are
+        channels_last if the maps are.
+
+    Raises:
+        ValueError: as `roi_align`.
+    """
+    features = list(features)
+    _check_features(features, "features")
+    if len(spatial_scales) != len(features):
+        raise ValueError(
+            f"spatial_scales must have one number per level, got {len(spatial_scales)} for {len(features)}"
+        )
+    num_images = features[0].shape[0]
+    packed = batch_index is not None
+    if boxes.ndim != (2 if packed else 3) or boxes.shape[-1] != 4:
+        wanted = "(R, 4), with batch_index," if packed else "(N, S, 4)"
+        raise ValueError(f"boxes must be {wanted} got {tuple(boxes.shape)}")
+    slots = tuple(boxes.shape[:-1])
+    if not packed and slots[0] != num_images:
+        raise ValueError(f"boxes are of {slots[0]} images, features of {num_images}")
+    _check_boxes(boxes, features[0])
+    for name, tensor in (("valid", valid), ("batch_index", batch_index)):
+        if tensor is not None and tuple(tensor.shape) != slots:
+            raise ValueError(
+                f"{name} must be {slots} for boxes {tuple(boxes.shape)}, got {tuple(tensor.shape)}"
+            )
+        if tensor is not None and tensor.device != boxes.device:
+            raise ValueError(f"{name} must be on {boxes.device} as boxes are, got {tensor.device}")
+    if valid is not None:
+        if valid.dtype != torch.bool:
+            raise ValueError(f"valid must be bool, got {valid.dtype}")
+        valid = valid.reshape(-1)
+    if batch_index is not None:
+        _check_images(batch_index, valid, num_images)
+    if k_min is None:
+        k_min = round(-math.log2(spatial_scales[0])) if spatial_scales[0] > 0 else 0
+    how = _pooling(
+        output_size, spatial_scales, sampling_ratio, aligned, canonical_size, canonical_level, k_min
+    )
+    pooled = _call(features, boxes.reshape(-1, 4), batch_index, valid, how)
+    return pooled if packed else pooled.unflatten(0, slots)
+
+
+class MultiScaleRoIAlign(nn.Module):
+    """RoIAlign over a pyramid, in the form of torchvision.ops.MultiScaleRoIAlign.
+
+    Args:
+        featmap_names: keys of the maps to pool from, finest first.
+        output_size: height and width of the output, or one number for both.
+        sampling_ratio: samples per bin and axis; 0 or less: adaptive.
+        canonical_scale: side of a square box, in input pixels, that belongs to canonical_level.
+        canonical_level: see canonical_scale.
+    """
+
+    def __init__(
+        self,
+        featmap_names: Sequence[str],
+        output_size: int | Sequence[int],
+        sampling_ratio: int,
+        *,
+        canonical_scale: float = 224,
+        canonical_level: int = 4,
+    ) -> None:
+        super().__init__()
+        self.featmap_names = list(featmap_names)
+        self.output_size = _pair(output_size)
+        self.sampling_ratio = sampling_ratio
+        self.canonical_scale = canonical_scale
+        self.canonical_level = canonical_level
+
+    def forward(
+        self, x: dict[str, Tensor], boxes: Sequence[Tensor], image_shapes: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        """Pool every box.
+
+        Args:
+            x: maps by name, each (N, C, Hl, Wl).
+            boxes: of each image, (Ri, 4) xyxy in input pixels.
+            image_shapes: height and width of each image before padding; with the maps' sizes they give
+                the scale of each level, rounded to a power of two.
+
+        Returns:
+            (R, C, oh, ow), the boxes of the first image first.
+        """
+        maps = [value for name, value in x.items() if name in self.featmap_names]
+        _check_features(maps, "x")
+        if not image_shapes:
+            raise ValueError("image_shapes must not be empty")
+        packed, batch_index = _pack(boxes, maps[0].shape[0])
+        height = max(shape[0] for shape in image_shapes)
+        return multilevel_roi_align(
+            maps,
+            packed,
+            self.output_size,
+            spatial_scales=[2.0 ** round(math.log2(m.shape[2] / height)) for m in maps],
+            batch_index=batch_index,
+            sampling_ratio=self.sampling_ratio,
+            canonical_size=self.canonical_scale,
+            canonical_level=self.canonical_level,
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(featmap_names={self.featmap_names}, "
+            f"output_size={self.output_size}, sampling_ratio={self.sampling_ratio})"
+        )
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+        raise ValueError(f"output_size must be a positive integer or two of them, got {size}")
+    return pair[0], pair[1]
+
+
+def _pooling(
+    output_size: int | Sequence[int],
+    spatial_scales: Sequence[float],
+    sampling_ratio: int,
+    aligned: bool,
+    canonical_size: float,
+    canonical_level: int,
+    k_min: int,
+) -> Pooling:
+    scales = [float(scale) for scale in spatial_scales]
+    if not all(scale > 0 and math.isfinite(scale) for scale in scales):
+        raise ValueError(f"spatial scales must be positive, got {spatial_scales}")
+    if not canonical_size > 0:
+        raise ValueError(f"canonical_size must be positive, got {canonical_size}")
+    return Pooling(
+        _pair(output_size),
+        scales,
+        max(int(sampling_ratio), 0),
+        bool(aligned),
+        float(canonical_size),
+        int(canonical_level),
+        int(k_min),
+    )
+
+
+def _pack(boxes: Sequence[Tensor], num_images: int) -> tuple[Tensor, Tensor]:
+    """Boxes by image -> ((R, 4), (R,) image of each)."""
+    if len(boxes) != num_images or num_images == 0:
+        raise ValueError(f"boxes must be a list of one (Ri, 4) per image, got {len(boxes)} of {num_images}")
+    for part in boxes:
+        if part.ndim != 2 or part.shape[1] != 4:
+            raise ValueError(f"boxes must be (R, 5) or a list of (Ri, 4), got {tuple(part.shape)} in it")
+    index = [part.new_full(part.shape[:1], i, dtype=torch.int32) for i, part in enumerate(boxes)]
+    return torch.cat(list(boxes)), torch.cat(index)
+
+
+def _check_features(features: Sequence[Tensor], name: str) -> None:
+    if not features:
+        raise ValueError(f"{name} must not be empty")
+    first = features[0]
+    for feature in features:
+        if feature.ndim != 4 or feature.shape[:2] != first.shape[:2]:
+            raise ValueError(f"{name} must be (N, C, H, W), got {[tuple(f.shape) for f in features]}")
+        if feature.dtype != first.dtype or feature.device != first.device:
+            kinds = [f"{f.dtype} on {f.device}" for f in features]
+            raise ValueError(f"{name} must be of one dtype and device, got {', '.join(kinds)}")
+    if first.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"{name} must be float64, float32, float16 or bfloat16, got {first.dtype}")
+
+
+def _check_boxes(boxes: Tensor, feature: Tensor) -> None:
+    if not boxes.is_floating_point():
+        raise ValueError(f"boxes must be floating point, got {boxes.dtype}")
+    if boxes.device != feature.device:
+        raise ValueError(f"boxes must be on {feature.device} as the features are, got {boxes.device}")
+
+
+def _check_images(batch_index: Tensor, valid: Tensor | None, num_images: int) -> None:
+    """On the CPU, where it costs no wait, an index out of range is an error."""
+    if batch_index.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    fine = (batch_index >= 0) & (batch_index < num_images)
+    if valid is not None:
+        fine = fine | ~valid
+    try:
+        torch._assert_async(fine.all(), "out of range")
+    except RuntimeError:
+        raise ValueError(
+            f"image indices of boxes must be in 0..{num_images - 1}, got some that are not"
+        ) from None
+
+
+def _call(
+    features: list[Tensor], boxes: Tensor, batch_index: Tensor | None, valid: Tensor | None, how: Pooling
+) -> Tensor:
+    batch_index = None if batch_index is None else batch_index.detach()
+    return _roi_align(features, boxes.detach(), batch_index, valid, list(how.output_size), *how[1:])
+
+
+def _is_channels_last(feature: Tensor) -> bool:
+    return not feature.is_contiguous() and feature.is_contiguous(memory_format=torch.channels_last)
+
+
+def _format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+@torch.library.custom_op(f"{NAMESPACE}::roi_align", mutates_args=())
+def _roi_align(
+    features: Sequence[Tensor],
+    boxes: Tensor,
+    batch_index: Tensor | None,
+    valid: Tensor | None,
+    output_size: Sequence[int],
+    spatial_scales: Sequence[float],
+    sampling_ratio: int,
+    aligned: bool,
+    canonical_size: float,
+    canonical_level: int,
+    k_min: int,
+) -> Tensor:
+    how = Pooling(
+        _pair(output_size),
+        list(spatial_scales),
+        sampling_ratio,
+        aligned,
+        canonical_size,
+        canonical_level,
+        k_min,
+    )
+    out = reference.multilevel_roi_align(list(features), boxes, batch_index, valid, how)
+    return out.contiguous(memory_format=_format(_is_channels_last(features[0])))
+
+
+@_roi_align.register_fake
+def _(
+    features: Sequence[Tensor],
+    boxes: Tensor,
+    batch_index: Tensor | None,
+    valid: Tensor | None,
+    output_size: Sequence[int],
+    *how: Any,
+) -> Tensor:
+    shape = (boxes.shape[0], features[0].shape[1], *output_size)
+    return torch.empty(
+        shape,
+        dtype=features[0].dtype,
+        device=features[0].device,
+        memory_format=_format(_is_channels_last(features[0])),
+    )
+
+
+@torch.library.custom_op(f"{NAMESPACE}::roi_align_backward", mutates_args=())
+def _roi_align_backward(
+    grad: Tensor,
+    boxes: Tensor,
+    batch_index: Tensor | None,
+    valid: Tensor | None,
+    num_images: int,
+    heights: Sequence[int],
+    widths: Sequence[int],
+    channels_last: bool,
+    output_size: Sequence[int],
+    spatial_scales: Sequence[float],
+    sampling_ratio: int,
+    aligned: bool,
+    canonical_size: float,
+    canonical_level: int,
+    k_min: int,
+) -> list[Tensor]:
+    how = Pooling(
+        _pair(output_size),
+        list(spatial_scales),
+        sampling_ratio,
+        aligned,
+        canonical_size,
+        canonical_level,
+        k_min,
+    )
+    sizes = list(zip(heights, widths, strict=True))
+    grads = reference.multilevel_roi_align_backward(grad, boxes, batch_index, valid, num_images, sizes, how)
+    return [part.clone(memory_format=_format(channels_last)) for part in grads]
+
+
+@_roi_align_backward.register_fake
+def _(
+    grad: Tensor,
+    boxes: Tensor,
+    batch_index: Tensor | None,
+    valid: Tensor | None,
+    num_images: int,
+    heights: Sequence[int],
+    widths: Sequence[int],
+    channels_last: bool,
+    *how: Any,
+) -> list[Tensor]:
+    return [
+        torch.empty(
+            (num_images, grad.shape[1], height, width),
+            dtype=grad.dtype,
+            device=grad.device,
+            memory_format=_format(channels_last),
+        )
+        for height, width in zip(heights, widths, strict=True)
+    ]
+
+
+def _forward_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    features, boxes, batch_index, valid, *how = inputs
+    ctx.save_for_backward(boxes, batch_index, valid)
+    ctx.maps = (
+        features[0].shape[0],
+        [f.shape[2] for f in features],
+        [f.shape[3] for f in features],
+        _is_channels_last(features[0]),
+    )
+    ctx.how = how
+
+
+def _forward_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    grads = _roi_align_backward(grad, *ctx.saved_tensors, *ctx.maps, *ctx.how)
+    return grads, None, None, None, *(None for _ in ctx.how)
+
+
+def _backward_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    _, boxes, batch_index, valid, _, _, _, _, *how = inputs
+    ctx.save_for_backward(boxes, batch_index, valid)
+    ctx.how = how
+
+
+def _backward_gradient(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    """RoIAlign is linear in the features, so the gradient of its backward is its forward."""
+    grad = _roi_align(grads, *ctx.saved_tensors, *ctx.how)
+    return grad, *(None for _ in range(7)), *(None for _ in ctx.how)
+
+
+_roi_align.register_autograd(_forward_gradient, setup_context=_forward_context)
+_roi_align_backward.register_autograd(_backward_gradient, setup_context=_backward_context)
