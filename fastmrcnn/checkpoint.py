@@ -120,6 +120,8 @@ def save_checkpoint(
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint file that `path` means: itself, or the last one of a run or checkpoints folder.
 
+    Of a folder of runs it is the run that saved last.
+
     Raises:
         UserError: there is none.
     """
@@ -137,6 +139,9 @@ def find_checkpoint(path: str | Path) -> Path:
             raise UserError(
                 f"{folder / LAST}: names '{name}', which is not there; checkpoints there: {there}"
             )
+    runs = sorted(path.glob(f"*/checkpoints/{LAST}"), key=lambda file: file.stat().st_mtime_ns)
+    if runs:
+        return find_checkpoint(runs[-1].parent)
     raise UserError(f"{path}: holds no {LAST}, nor does its folder checkpoints; name a checkpoint file")
 
 

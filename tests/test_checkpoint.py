@@ -124,6 +124,15 @@ def test_path_may_be_a_run_a_folder_or_a_file(run: Run, tmp_path: Path, place: s
     assert read_checkpoint(str(asked))["step"] == 5
 
 
+def test_a_folder_of_runs_means_the_run_that_saved_last(run: Run, tmp_path: Path) -> None:
+    small = {"model": nn.Linear(1, 1), "ema": None}
+    paths = [run.save(tmp_path / f"run_00{n}" / "checkpoints", step=n, **small) for n in (1, 2, 3)]
+    (tmp_path / "run_004").mkdir()
+    for age, path in zip((3, 1, 2), paths, strict=True):
+        os.utime(path.parent / "last_checkpoint", (1000 - age, 1000 - age))
+    assert find_checkpoint(tmp_path) == paths[1]
+
+
 def test_old_ones_are_removed_and_later_ones_are_not(run: Run, tmp_path: Path) -> None:
     small = {"model": nn.Linear(1, 1), "ema": None}
     for step in (10, 20, 9_999_999, 30, 40):
