@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastmrcnn.config import Config, load_config
+from fastmrcnn.config import Config, SplitConfig, load_config
 from fastmrcnn.data.coco import CocoDataset, check_same_classes, read_coco
 from fastmrcnn.data.shapes import write_shapes
 from fastmrcnn.errors import UserError
@@ -27,7 +27,7 @@ def starting_config(path: str | None, overrides: list[str]) -> Config:
     if path is None:
         if any(item.startswith("data.train.") for item in overrides):
             raise UserError(
-                "data.train needs a recipe: --config configs/small.yaml for a small model from random weights, "
+                "data.train needs a recipe: --config configs/small.yaml (a small model from random weights) "
                 "or one of configs/mask_rcnn_*.yaml"
             )
         return load_config(RECIPES / "demo.yaml", overrides)
@@ -117,12 +117,20 @@ def prepare_data(config: Config, folder: Path) -> tuple[Config, CocoDataset, Coc
 
 def read_sets(config: Config) -> tuple[CocoDataset, CocoDataset | None]:
     data = config.data
-    assert data.train.images is not None, "check_trainable() comes first"
-    assert data.train.annotations is not None, "check_trainable() comes first"
-    limits = {"max_objects": data.max_objects, "min_box_side": data.min_box_side}
-    train_set = read_coco(data.train.images, data.train.annotations, key="data.train", **limits)
+
+    def read(split: SplitConfig, key: str) -> CocoDataset:
+        assert split.images is not None and split.annotations is not None, "check_trainable() comes first"
+        return read_coco(
+            split.images,
+            split.annotations,
+            max_objects=data.max_objects,
+            min_box_side=data.min_box_side,
+            key=key,
+        )
+
+    train_set = read(data.train, "data.train")
     if data.val.images is None or data.val.annotations is None:
         return train_set, None
-    val_set = read_coco(data.val.images, data.val.annotations, key="data.val", **limits)
+    val_set = read(data.val, "data.val")
     check_same_classes(train_set, val_set)
     return train_set, val_set

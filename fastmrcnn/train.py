@@ -13,9 +13,11 @@ import torch
 from tqdm import tqdm
 
 from fastmrcnn.checkpoint import ModelCard, find_checkpoint, read_checkpoint, restore, save_checkpoint
+from fastmrcnn.command import Parser
 from fastmrcnn.config import Config, dump_config, load_config
 from fastmrcnn.data.coco import CocoDataset
-from fastmrcnn.data.loader import TrainLoader
+from fastmrcnn.data.loader import TrainLoader, largest_targets
+from fastmrcnn.data.transforms import Augment
 from fastmrcnn.errors import UserError, run_main
 from fastmrcnn.evaluate import run_evaluation
 from fastmrcnn.metrics import Metrics
@@ -64,10 +66,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m fastmrcnn.train",
-        description="Train Mask R-CNN. Without arguments: a small model on an embedded set of shapes.",
-    )
+    parser = Parser("train", "Train Mask R-CNN. Without arguments: a small model on an embedded set of shapes.")
     parser.add_argument("--config", help="YAML recipe; see configs/")
     parser.add_argument(
         "--resume",
@@ -106,7 +105,7 @@ def train(
     forward = step_function(model, device, precision, choose_compile(config, device))
 
     steps, batch_size, log_every = config.train.steps, config.train.batch, config.train.log_every
-    loader = TrainLoader.from_config(train_set, config, start_step=start, pin_memory=device.type == "cuda")
+    loader = train_loader(train_set, config, start, pin_memory=device.type == "cuda")
     generator = torch.Generator(device)
     metrics = Metrics(folder, start)
     recent: deque[tuple[int, list[int]]] = deque(maxlen=log_every)
@@ -179,6 +178,28 @@ def train(
     plot_losses(folder / "metrics.json", folder / "losses.png")
     print_next(folder, last_checkpoint, config, val_set)
     return result
+
+
+def train_loader(dataset: CocoDataset, config: Config, start: int, pin_memory: bool) -> TrainLoader:
+    # With the set's largest targets as lower limits, the batches of a bucket share one shape.
+    slots, mask_bytes = largest_targets(dataset, config.train.batch)
+    data = config.data
+    return TrainLoader(
+        dataset,
+        batch=config.train.batch,
+        short_sides=data.short_side,
+        long_side_max=data.long_side_max,
+        buckets=data.buckets,
+        augment=Augment(**data.augment.model_dump()),
+        seed=config.train.seed,
+        start_step=start,
+        steps=config.train.steps,
+        workers=data.workers,
+        max_objects=data.max_objects,
+        pin_memory=pin_memory,
+        min_slots=slots,
+        min_mask_bytes=mask_bytes,
+    )
 
 
 def step_function(

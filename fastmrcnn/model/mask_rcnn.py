@@ -85,7 +85,8 @@ class MaskRCNN(nn.Module):
         proposals = self.rpn.propose(objectness, deltas, anchors, batch.sizes)
         rois = self.sampler(proposals, targets, keys.rois)
         x = self.align(features, rois.boxes, rois.valid, self.box_resolution)
-        loss_cls, loss_box_reg = self.box_head.losses(*self.box_head(x), rois, targets)
+        logits, deltas_of_class = self.box_head(x)
+        loss_cls, loss_box_reg = self.box_head.losses(logits, deltas_of_class, rois, targets)
 
         loss_mask = None
         if self.mask_head is not None:
@@ -107,7 +108,8 @@ class MaskRCNN(nn.Module):
         anchors = self.rpn.anchors(features, batch.pixels.shape[-2:])
         proposals = self.rpn.propose(objectness, deltas, anchors, batch.sizes)
         x = self.align(features, proposals.boxes, proposals.valid, self.box_resolution)
-        found = self.box_head.detect(*self.box_head(x), proposals, batch.sizes)
+        logits, deltas_of_class = self.box_head(x)
+        found = self.box_head.detect(logits, deltas_of_class, proposals, batch.sizes)
         if self.mask_head is None:
             return found
         x = self.align(features, found.boxes, found.valid, self.mask_resolution)

@@ -62,6 +62,6 @@ class RoiSampler:
             asked=self.batch_per_image,
             foreground_share=self.foreground_share,
         )
-        matched = take(matches.matched, chosen.index)
+        matched = take(matches.matched, chosen.picked)
         classes = torch.where(chosen.is_foreground, take(targets.classes, matched), self.num_classes)
-        return SampledRois(take(boxes, chosen.index), classes, matched, chosen.is_foreground, chosen.valid)
+        return SampledRois(take(boxes, chosen.picked), classes, matched, chosen.is_foreground, chosen.valid)

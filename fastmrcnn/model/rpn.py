@@ -128,15 +128,15 @@ class RegionProposalNetwork(nn.Module):
                 asked=self.batch_per_image,
                 foreground_share=self.foreground_share,
             )
-            reference = anchor[chosen.index]
-            goal = box_ops.encode(take(targets.boxes, take(matches.matched, chosen.index)), reference)
+            reference = anchor[chosen.picked]
+            goal = box_ops.encode(take(targets.boxes, take(matches.matched, chosen.picked)), reference)
             if self.loss_normalizer == "asked":
                 normalizer = torch.tensor(float(self.batch_per_image * len(keys)), device=keys.device)
             else:
                 normalizer = chosen.valid.sum().clamp(min=1).float()
-        logits = take(torch.cat(list(objectness), 1), chosen.index).float()
+        logits = take(torch.cat(list(objectness), 1), chosen.picked).float()
         cls = F.binary_cross_entropy_with_logits(logits, chosen.is_foreground.float(), reduction="none")
-        delta = take(torch.cat(list(deltas), 1), chosen.index).float()
+        delta = take(torch.cat(list(deltas), 1), chosen.picked).float()
         loc = smooth_l1(delta - goal, self.box_loss_beta)
         scale = self.loss_weight / normalizer
         return torch.where(chosen.valid, cls, 0.0).sum() * scale, masked_sum(

@@ -17,7 +17,7 @@ class SamplingKeys(NamedTuple):
 
 
 class Sample(NamedTuple):
-    index: Tensor  # (N, S) int64 into the candidates: foreground first, then background
+    picked: Tensor  # (N, S) int64 into the candidates: foreground first, then background
     is_foreground: Tensor  # (N, S) bool
     valid: Tensor  # (N, S) bool
 

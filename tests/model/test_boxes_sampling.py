@@ -102,9 +102,9 @@ def test_sample_counts(fg: int, bg: int, asked: int, share: float, seed: int) ->
     assert int(chosen.is_foreground.sum()) == want_fg
     assert int(chosen.valid.sum()) == want_fg + want_bg
     assert chosen.is_foreground[0, :want_fg].all()
-    index = chosen.index[chosen.valid]
+    index = chosen.picked[chosen.valid]
     assert len(set(index.tolist())) == len(index)
-    picked = kinds.gather(1, chosen.index)
+    picked = kinds.gather(1, chosen.picked)
     assert (picked[chosen.is_foreground] == 1).all()
     assert (picked[chosen.valid & ~chosen.is_foreground] == 2).all()
 
@@ -116,7 +116,7 @@ def test_every_candidate_is_as_likely() -> None:
     for _ in range(400):
         keys = torch.rand(1, 20, generator=generator)
         chosen = sample(~is_bg, is_bg, keys, asked=5, foreground_share=0.5)
-        counts[chosen.index[0]] += 1
+        counts[chosen.picked[0]] += 1
     assert counts.min() > 60
     assert counts.max() < 140
 

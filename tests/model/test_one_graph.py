@@ -22,7 +22,6 @@ FORBIDDEN = {
     "aten::_unique2",
     "aten::unique_dim",
     "aten::unique_consecutive",
-    "aten::repeat_interleave.Tensor",
     "aten::item",
 }
 
@@ -41,6 +40,8 @@ class NoSync(TorchDispatchMode):
         name = func.name()
         if not self.exempt:
             assert name not in FORBIDDEN, f"{name} makes the host wait or a shape depend on data"
+            if name == "aten::repeat_interleave.Tensor":
+                assert "output_size" in (kwargs or {}), f"{name} without an output_size reads the counts"
             if name.startswith("aten::index") and isinstance(args[1], (list, tuple)):
                 kinds = [i.dtype for i in args[1] if isinstance(i, torch.Tensor)]
                 assert torch.bool not in kinds, f"{name} with a boolean mask"

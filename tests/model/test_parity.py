@@ -13,9 +13,12 @@ from torch import Tensor
 from fastmrcnn.config import parse_config
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
+from fastmrcnn.model.sampling import SamplingKeys
 from fastmrcnn.structures import Batch
 
 ALL = 10**6  # sample everything, so that nothing is random
+ROIS = 4000  # more than there are proposals
+SHARE = 0.02  # 80 slots for the foreground, of which fewer are used: the test checks it
 
 TORCHVISION: dict[str, Any] = {
     "backbone": {"name": "resnet50", "frozen_stages": 0},
@@ -27,7 +30,7 @@ TORCHVISION: dict[str, Any] = {
         "post_nms_top_n": 2000,
         "min_box_side": 1e-3,
     },
-    "roi": {"batch_per_image": ALL, "foreground_share": 0.5, "aligned": False, "sampling_ratio": 2},
+    "roi": {"batch_per_image": ROIS, "foreground_share": SHARE, "aligned": False, "sampling_ratio": 2},
     "box_head": {"box_loss_beta": 1 / 9},
     "mask_head": {"target": "soft", "target_sampling_ratio": 0},
 }
@@ -36,7 +39,7 @@ DETECTRON2: dict[str, Any] = {
     "pixel_mean": [103.53, 116.28, 123.675],
     "pixel_std": [57.375, 57.12, 58.395],
     "rpn": {"batch_per_image": 30000},
-    "roi": {"batch_per_image": 4000, "foreground_share": 0.5},
+    "roi": {"batch_per_image": ROIS, "foreground_share": SHARE},
     "mask_head": {"target": "bitmap", "target_sampling_ratio": 0},
 }
 
@@ -61,6 +64,19 @@ def close(ours: Tensor, theirs: np.ndarray, tolerance: float = 1e-4) -> bool:
     return bool((ours.double() - expected).norm() <= tolerance * expected.norm())
 
 
+def foreground_fits(model: MaskRCNN, batch: Batch, keys: SamplingKeys) -> bool:
+    """Whether no foreground RoI was left out for want of slots."""
+    assert batch.targets is not None
+    with torch.no_grad():
+        features = model.features(batch)
+        objectness, deltas = model.rpn.head(features)
+        anchors = model.rpn.anchors(features, batch.pixels.shape[-2:])
+        rois = model.sampler(
+            model.rpn.propose(objectness, deltas, anchors, batch.sizes), batch.targets, keys.rois
+        )
+    return int(rois.is_foreground.sum(1).max()) < model.sampler.foreground_slots
+
+
 LOSSES = {
     "torchvision": {
         "loss_rpn_cls": "loss_objectness",
@@ -82,6 +98,7 @@ def test_losses_and_gradients(peer: str, norm: str, prefix: str) -> None:
     model.train()
     keys = model.draw_keys(batch, torch.Generator().manual_seed(0))
     losses = model(batch, keys)
+    assert foreground_fits(model, batch, keys)
     for ours, theirs in LOSSES[peer].items():
         expected = float(data[f"{prefix}loss.{theirs}"])
         assert getattr(losses, ours).item() == pytest.approx(expected, rel=1e-4), ours
