@@ -169,4 +169,7 @@ def _runs(x: int, y: int, part: np.ndarray, height: int, width: int) -> list[int
     flat = np.concatenate(([False], strip.ravel(), [False]))
     # Where a run of ones begins, and where it ends; the runs of zeros lie between.
     edges = np.flatnonzero(flat[1:] != flat[:-1]) + x * height
-    return np.diff(edges, prepend=0, append=height * width).tolist()
+    ends = [0, *edges.tolist()]
+    if ends[-1] != height * width:
+        ends.append(height * width)
+    return np.diff(ends).tolist()
