@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._library import NAMESPACE
+from .._library import NAMESPACE, runs_triton
 from . import reference
 
 
@@ -74,6 +74,10 @@ def _check(logits: Tensor, classes: Tensor, targets: Tensor, weight: Tensor) -> 
 
 @torch.library.custom_op(f"{NAMESPACE}::mask_loss", mutates_args=())
 def _mask_loss(logits: Tensor, classes: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    if runs_triton(logits):
+        from . import kernel
+
+        return kernel.mask_loss(logits, classes, targets, weight)
     return reference.mask_loss(logits, classes, targets, weight)
 
 
@@ -87,6 +91,10 @@ def _(logits: Tensor, classes: Tensor, targets: Tensor, weight: Tensor) -> tuple
 def _mask_loss_backward(
     grad: Tensor, divisor: Tensor, logits: Tensor, classes: Tensor, targets: Tensor, weight: Tensor
 ) -> Tensor:
+    if runs_triton(logits):
+        from . import kernel
+
+        return kernel.mask_loss_backward(grad, divisor, logits, classes, targets, weight)
     return reference.mask_loss_backward(grad, divisor, logits, classes, targets, weight)
 
 

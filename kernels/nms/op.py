@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._library import NAMESPACE
+from .._library import NAMESPACE, runs_triton
 from . import reference
 
 
@@ -123,6 +123,10 @@ def _padded_nms(
     iou_threshold: float,
     max_out: int,
 ) -> tuple[Tensor, Tensor]:
+    if runs_triton(boxes):
+        from . import kernel
+
+        return kernel.padded_nms(boxes, scores, groups, valid, iou_threshold, max_out)
     return reference.padded_nms(boxes, scores, groups, valid, iou_threshold, max_out)
 
 
@@ -141,6 +145,10 @@ def _(
 
 @torch.library.custom_op(f"{NAMESPACE}::nms", mutates_args=())
 def _nms(boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_threshold: float) -> Tensor:
+    if runs_triton(boxes):
+        from . import kernel
+
+        return kernel.nms(boxes, scores, groups, iou_threshold)
     return reference.nms(boxes, scores, groups, iou_threshold)
 
 

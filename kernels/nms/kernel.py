@@ -1,0 +1,322 @@
+"""Greedy non-maximum suppression in Triton: every image and group in one fixed sequence of launches.
+
+The boxes are sorted by (image, group, falling score) into *tiles* of 64. One program a tile waits for
+each earlier tile of the same image and group to say which of its boxes survived, drops what those
+overlap, settles the order within its own tile, and says so in turn. No matrix of all pairs is stored,
+no length is read by the host, and the tiles of all images and groups run at the same time.
+"""
+
+# mypy: allow-untyped-defs
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._library import interpreting
+from .reference import round_down_to_float32
+
+TILE = 64  # as many as an int64 has bits
+ROWS = 8  # of a tile, compared at once; more would spill registers
+COMPACT_BLOCK = 2048
+KEY_BLOCK = 1024
+
+
+def padded_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    groups: Tensor | None,
+    valid: Tensor | None,
+    iou_threshold: float,
+    max_out: int,
+) -> tuple[Tensor, Tensor]:
+    """See `op.padded_nms`."""
+    index = boxes.new_zeros((boxes.shape[0], max_out), dtype=torch.int64)
+    kept_valid = boxes.new_zeros((boxes.shape[0], max_out), dtype=torch.bool)
+    if index.numel() and scores.numel():
+        _select(boxes, scores, groups, valid, iou_threshold, index, kept_valid, only_finite=True)
+    return index, kept_valid
+
+
+def nms(boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_threshold: float) -> Tensor:
+    """See `op.nms` and `op.batched_nms`. Reads the number of survivors once, at the end."""
+    index = boxes.new_zeros((1, boxes.shape[0]), dtype=torch.int64)
+    kept_valid = boxes.new_zeros((1, boxes.shape[0]), dtype=torch.bool)
+    if index.numel():
+        groups = None if groups is None else groups[None]
+        _select(boxes[None], scores[None], groups, None, iou_threshold, index, kept_valid, only_finite=False)
+    return index[0, : int(kept_valid.sum())].clone()
+
+
+def _select(
+    boxes: Tensor,
+    scores: Tensor,
+    groups: Tensor | None,
+    valid: Tensor | None,
+    iou_threshold: float,
+    index: Tensor,
+    kept_valid: Tensor,
+    only_finite: bool,
+) -> None:
+    """Write the survivors into index and kept_valid (N, max_out), which are zero."""
+    images, slots_per_image = scores.shape
+    slots = images * slots_per_image
+    boxes = boxes.reshape(slots, 4)
+    ranked = scores.dtype == torch.float64
+    if ranked:
+        if only_finite:
+            valid = ~scores.isnan() if valid is None else valid & ~scores.isnan()
+        scores = _ranks(scores.reshape(slots))
+    scores = scores.contiguous()
+
+    key = boxes.new_empty((slots,), dtype=torch.int64)
+    _score_key_kernel[(triton.cdiv(slots, KEY_BLOCK),)](
+        boxes,
+        scores,
+        scores if valid is None else valid.contiguous().view(torch.uint8),
+        key,
+        boxes.stride(0),
+        boxes.stride(1),
+        slots,
+        slots_per_image,
+        RANKED=ranked,
+        ONLY_FINITE=only_finite,
+        HAS_VALID=valid is not None,
+        BLOCK=KEY_BLOCK,
+    )
+    key, by_score = key.sort(stable=True)
+
+    # `run` tells apart image, validity and the group's low 32 bits. Groups that agree in those share a
+    # run; the kernel compares their whole values.
+    run = key >> 32 << 32
+    rank = order = by_score
+    if groups is not None:
+        group_by_score = groups.reshape(slots).index_select(0, by_score)
+        run, rank = (run | (group_by_score & 0xFFFFFFFF)).sort(stable=True)
+        order = by_score.index_select(0, rank)
+        groups = group_by_score.index_select(0, rank)
+    tiles = triton.cdiv(slots, TILE)
+    first_tile = torch.searchsorted(run, run[::TILE].contiguous()) // TILE
+
+    keep = boxes.new_empty((slots,), dtype=torch.uint8)
+    begun, done = boxes.new_zeros((tiles + 1,), dtype=torch.int32).split([1, tiles])
+    _greedy_kernel[(tiles,)](
+        boxes.float().t().index_select(1, order),
+        run,
+        run if groups is None else groups,
+        rank,
+        first_tile,
+        keep,
+        boxes.new_empty((tiles,), dtype=torch.int64),
+        begun,
+        done,
+        tiles,
+        slots,
+        round_down_to_float32(iou_threshold),
+        HAS_GROUPS=groups is not None,
+        TILE=TILE,
+        ROWS=TILE if interpreting() else ROWS,
+        num_warps=4,
+        enable_fp_fusion=False,  # the rounding of every step is torchvision's
+    )
+    _compact_kernel[(images,)](
+        keep,
+        by_score,
+        index,
+        kept_valid.view(torch.uint8),
+        slots_per_image,
+        index.shape[1],
+        BLOCK=COMPACT_BLOCK,
+        num_warps=8,
+    )
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """(P,) int32, the place of each score when they fall; for scores that 32 bits cannot order."""
+    order = scores.argsort(stable=True, descending=True)
+    places = torch.arange(scores.shape[0], dtype=torch.int32, device=scores.device)
+    return torch.empty_like(places).scatter_(0, order, places)
+
+
+@triton.jit
+def _score_key_kernel(
+    boxes_ptr,  # (slots, 4) floating point
+    scores_ptr,  # (slots,) floating point up to 32 bits, or int32 if RANKED
+    valid_ptr,  # (slots,) uint8, read if HAS_VALID
+    key_ptr,  # (slots,) int64
+    stride_slot,
+    stride_coordinate,
+    slots,
+    slots_per_image,
+    RANKED: tl.constexpr,
+    ONLY_FINITE: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Keys that rise by image, then valid before not valid, then falling score."""
+    slot = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = slot < slots
+    usable = inside
+    if RANKED:
+        falling = tl.load(scores_ptr + slot, mask=inside, other=0).to(tl.int64)
+    else:
+        score = tl.load(scores_ptr + slot, mask=inside, other=0).to(tl.float32)
+        score = tl.where(score == 0, 0.0, score)  # -0 ties with +0
+        bits = score.to(tl.int32, bitcast=True).to(tl.int64)
+        # Positive floats rise with their bits; negative ones fall. NaN comes first, as in torch.sort.
+        falling = tl.where(bits >= 0, 0x7FFFFFFF - bits, 0x80000000 + (bits & 0x7FFFFFFF))
+        falling = tl.where(score == score, falling, 0)
+        if ONLY_FINITE:
+            usable = usable & (score == score)
+    if ONLY_FINITE:
+        for i in tl.static_range(4):
+            side = tl.load(boxes_ptr + slot * stride_slot + i * stride_coordinate, mask=inside, other=0)
+            usable = usable & (tl.abs(side.to(tl.float32)) < float("inf"))
+    if HAS_VALID:
+        usable = usable & (tl.load(valid_ptr + slot, mask=inside, other=0) != 0)
+    image = slot // slots_per_image
+    key = (image << 33) | (tl.where(usable, 0, 1).to(tl.int64) << 32) | falling
+    tl.store(key_ptr + slot, key, mask=inside)
+
+
+@triton.jit
+def _greedy_kernel(
+    boxes_ptr,  # (4, slots) fp32, sorted by run, then falling score, as all that follows
+    run_ptr,  # (slots,) int64, rising; bit 32 is set in slots that are not valid
+    group_ptr,  # (slots,) int, read if HAS_GROUPS
+    rank_ptr,  # (slots,) int64, place by image and falling score, read if HAS_GROUPS
+    first_tile_ptr,  # (tiles,) int64, where the run of a tile's first slot begins
+    keep_ptr,  # (slots,) uint8, written, by image and falling score
+    survivors_ptr,  # (tiles,) int64, written, bit by bit the survivors of a tile
+    begun_ptr,  # (1,) int32, zero; how many tiles have begun
+    done_ptr,  # (tiles,) int32, zero; 1 when a tile's survivors are written
+    tiles,
+    slots,
+    threshold,
+    HAS_GROUPS: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    # Programs take tiles in the order in which they start, so whoever is waited for is running.
+    tile = tl.atomic_add(begun_ptr, 1).to(tl.int64)
+    lane = tl.arange(0, TILE)
+    bit = tl.full((TILE,), 1, tl.int64) << lane
+    slot = tile * TILE + lane
+    inside = slot < slots
+    run = tl.load(run_ptr + slot, mask=inside, other=-1)
+    valid = ((run >> 32) & 1) == 0
+    candidates = tl.sum(tl.where(valid, bit, 0), axis=0)
+    survivors = candidates
+    if candidates != 0:
+        within = _overlapping(
+            boxes_ptr, run_ptr, group_ptr, tile, tile, slots, threshold, HAS_GROUPS, TILE, ROWS
+        )
+        within = within & (bit - 1)  # only better boxes drop a box
+
+        start = tl.load(first_tile_ptr + tile)
+        if (candidates & 1) == 0:
+            start = tile  # not valid slots end an image: behind them a new run begins within this tile
+        dropped = tl.zeros((TILE,), tl.int64)
+        for other in range(start, tile):
+            overlapping = _overlapping(
+                boxes_ptr, run_ptr, group_ptr, other, tile, slots, threshold, HAS_GROUPS, TILE, ROWS
+            )
+            while tl.atomic_add(done_ptr + other, 0, sem="acquire") == 0:
+                pass
+            # Not from the L1 cache, which may hold what stood there before.
+            dropped = dropped | (overlapping & tl.load(survivors_ptr + other, cache_modifier=".cg"))
+
+        # A box survives if no survivor before it overlaps it. Repeating that from any guess settles the
+        # first box, then the second, and so on; chains are short, so it takes a few rounds.
+        candidates = tl.sum(tl.where(valid & (dropped == 0), bit, 0), axis=0)
+        survivors = candidates
+        changed = candidates
+        while changed != 0:
+            settled = candidates & tl.sum(tl.where((within & survivors) == 0, bit, 0), axis=0)
+            changed = settled ^ survivors
+            survivors = settled
+
+    tl.store(survivors_ptr + tile, survivors)
+    tl.debug_barrier()
+    tl.atomic_xchg(done_ptr + tile, 1, sem="release")
+    place = slot
+    if HAS_GROUPS:
+        place = tl.load(rank_ptr + slot, mask=inside, other=0)
+    tl.store(keep_ptr + place, ((survivors >> lane) & 1).to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _overlapping(
+    boxes_ptr,
+    run_ptr,
+    group_ptr,
+    row_tile,
+    tile,
+    slots,
+    threshold,
+    HAS_GROUPS: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """(TILE,) int64, bit by bit the boxes of `row_tile` that overlap each box of `tile`."""
+    column = tile * TILE + tl.arange(0, TILE)
+    x1, y1, x2, y2, run = _load(boxes_ptr, run_ptr, column, slots)
+    area = (x2 - x1) * (y2 - y1)
+    group = run
+    if HAS_GROUPS:
+        group = tl.load(group_ptr + column, mask=column < slots, other=0)
+    bits = tl.zeros((ROWS, TILE), tl.int64)
+    for first in range(0, TILE, ROWS):
+        lane = first + tl.arange(0, ROWS)
+        row = row_tile * TILE + lane
+        a1, b1, a2, b2, row_run = _load(boxes_ptr, run_ptr, row, slots)
+        width = tl.minimum(a2[:, None], x2[None, :]) - tl.maximum(a1[:, None], x1[None, :])
+        height = tl.minimum(b2[:, None], y2[None, :]) - tl.maximum(b1[:, None], y1[None, :])
+        inter = tl.maximum(width, 0.0) * tl.maximum(height, 0.0)
+        row_area = (a2 - a1) * (b2 - b1)
+        union = row_area[:, None] + area[None, :] - inter
+        over = (tl.div_rn(inter, union) > threshold) & (row_run[:, None] == run[None, :])
+        if HAS_GROUPS:
+            row_group = tl.load(group_ptr + row, mask=row < slots, other=0)
+            over = over & (row_group[:, None] == group[None, :])
+        bits = bits | tl.where(over, (tl.full((ROWS,), 1, tl.int64) << lane)[:, None], 0)
+    return tl.sum(bits, axis=0)
+
+
+@triton.jit
+def _load(boxes_ptr, run_ptr, slot, slots):
+    inside = slot < slots
+    x1 = tl.load(boxes_ptr + slot, mask=inside, other=0.0)
+    y1 = tl.load(boxes_ptr + slots.to(tl.int64) + slot, mask=inside, other=0.0)
+    x2 = tl.load(boxes_ptr + slots.to(tl.int64) * 2 + slot, mask=inside, other=0.0)
+    y2 = tl.load(boxes_ptr + slots.to(tl.int64) * 3 + slot, mask=inside, other=0.0)
+    return x1, y1, x2, y2, tl.load(run_ptr + slot, mask=inside, other=-1)
+
+
+@triton.jit
+def _compact_kernel(
+    keep_ptr,  # (images, slots_per_image) uint8, by falling score
+    by_score_ptr,  # (images, slots_per_image) int64 into images * slots_per_image
+    index_ptr,  # (images, max_out) int64, zero
+    valid_ptr,  # (images, max_out) uint8, zero
+    slots_per_image,
+    max_out,
+    BLOCK: tl.constexpr,
+):
+    """Move an image's survivors to the front."""
+    image = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    start = 0
+    count = 0
+    while (start < slots_per_image) & (count < max_out):
+        slot = image * slots_per_image + start + lane
+        inside = start + lane < slots_per_image
+        keep = tl.load(keep_ptr + slot, mask=inside, other=0).to(tl.int32)
+        place = count + tl.cumsum(keep, axis=0) - 1
+        write = (keep != 0) & (place < max_out)
+        index = tl.load(by_score_ptr + slot, mask=write, other=0) - image * slots_per_image
+        tl.store(index_ptr + image * max_out + place, index, mask=write)
+        tl.store(valid_ptr + image * max_out + place, tl.full((BLOCK,), 1, tl.uint8), mask=write)
+        start += BLOCK
+        count += tl.sum(keep, axis=0)
