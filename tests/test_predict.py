@@ -1,0 +1,237 @@
+"""Prediction from files, arrays and Pillow images, and the command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from batches import small_config
+from PIL import Image
+from planted import CATEGORIES, SIZES, PlantedModel, write_set
+from pycocotools import mask as coco_mask
+
+import fastmrcnn.predict as command
+from fastmrcnn.checkpoint import ModelCard, load_checkpoint, save_checkpoint
+from fastmrcnn.config import Config
+from fastmrcnn.data.coco import CocoDataset, object_bitmap
+from fastmrcnn.errors import UserError, run_main
+from fastmrcnn.inference import Prediction, predict
+from fastmrcnn.model.build import build_model
+
+ROOT = Path(__file__).parents[1]
+
+
+def config() -> Config:
+    return small_config(data={"short_side_test": 75, "long_side_max": 130})
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> CocoDataset:
+    return write_set(tmp_path / "data")
+
+
+@pytest.fixture
+def planted(dataset: CocoDataset, monkeypatch: pytest.MonkeyPatch) -> PlantedModel:
+    """What the command gets in place of a checkpoint's model."""
+    model = PlantedModel(dataset, config())
+    monkeypatch.setattr(command, "load_checkpoint", lambda path, device: model)
+    return model
+
+
+def iou(a: np.ndarray, b: np.ndarray) -> float:
+    return float((a & b).sum() / (a | b).sum())
+
+
+def test_objects_in_the_pixels_of_the_image(dataset: CocoDataset) -> None:
+    model = PlantedModel(dataset, config())
+    record = dataset.records[0]
+    found = predict(model, record.path, score=0.0)
+    objects = [item for item in record.objects if not item.crowd]
+    assert found.image.shape == (60, 92, 3)
+    assert found.masks is not None
+    assert found.masks.shape == (3, 60, 92)
+    assert found.masks.dtype == bool
+    assert len(found) == 3
+    assert found.names == ["disc", "disc", "box"]
+    assert found.scores.tolist() == pytest.approx([0.95, 0.75, 0.55])
+    for box, mask, item in zip(found.boxes, found.masks, objects, strict=True):
+        assert box.tolist() == pytest.approx(item.box, abs=1e-3)
+        bitmap, (x, y, w, h) = object_bitmap(item, 60, 92)
+        whole = np.zeros((60, 92), dtype=bool)
+        whole[y : y + h, x : x + w] = bitmap
+        assert iou(mask, whole) > 0.94
+    # Resized to 75 x 115, padded to a multiple of 32.
+    assert model.seen == [(1, 3, 96, 128)]
+
+
+def test_whatever_holds_an_image(dataset: CocoDataset) -> None:
+    model, path = PlantedModel(dataset, config()), dataset.records[1].path
+    pixels = np.asarray(Image.open(path))
+    for image in (path, str(path), pixels, pixels[:, :, 0], Image.open(path), Image.open(path).convert("L")):
+        found = predict(model, image)
+        assert found.boxes.tolist() == predict(model, path).boxes.tolist()
+        np.testing.assert_array_equal(found.image, pixels)
+    assert predict(model, path, score=0.7).scores.tolist() == pytest.approx([0.95, 0.75])
+    assert len(predict(model, path, score=0.99)) == 0
+    with pytest.raises(ValueError, match=r"pixels must be .* got \(4, 5, 4\) uint8"):
+        predict(model, np.zeros((4, 5, 4), np.uint8))
+    with pytest.raises(ValueError, match="float64"):
+        predict(model, np.zeros((4, 5, 3)))
+    with pytest.raises(UserError, match=r"nowhere\.png"):
+        predict(model, "nowhere.png")
+    model.card = None  # type: ignore[assignment]
+    with pytest.raises(UserError, match="load_checkpoint"):
+        predict(model, path)
+
+
+def test_draw_and_save(dataset: CocoDataset, tmp_path: Path) -> None:
+    found = predict(PlantedModel(dataset, config()), dataset.records[0].path)
+    drawn = found.draw()
+    assert drawn.shape == (360, 552, 3)
+    found.save(tmp_path / "a.png")
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")), drawn)
+    with pytest.raises(UserError, match="no_folder"):
+        found.save(tmp_path / "no_folder" / "a.png")
+
+
+def test_command(
+    dataset: CocoDataset, planted: PlantedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, output = dataset.records[0].path.parent, tmp_path / "new" / "out"
+    (images / "notes.txt").write_text("not an image, and not taken for one")
+    command.main([str(images), "--checkpoint", "x", "--output", str(output), "--score", "0.6"])
+    assert "4 images, 6 objects" in capsys.readouterr().out
+    overlays = {f"{image}.png" for image in SIZES}
+    assert {path.name for path in output.iterdir()} == overlays | {"predictions.json"}
+    entries = json.loads((output / "predictions.json").read_text())
+    assert len(entries) == 6
+    assert all(entry["score"] >= 0.6 for entry in entries)
+    ids = {category["name"]: category["id"] for category in CATEGORIES}
+    # In the order of the file names.
+    numbers = {str(images / f"{image}.png"): k for k, image in enumerate((11, 2, 5, 8), start=1)}
+    for entry in entries:
+        assert entry["category_id"] == ids[entry["category_name"]]
+        assert entry["image_id"] == numbers[entry["file_name"]]
+        assert entry["overlay"] == Path(entry["file_name"]).name
+        size = SIZES[int(Path(entry["file_name"]).stem)]
+        assert tuple(entry["segmentation"]["size"]) == size
+        x, y, w, h = entry["bbox"]
+        assert coco_mask.toBbox(entry["segmentation"]).tolist() == pytest.approx([x, y, w, h], abs=2)
+
+
+def test_equal_names_do_not_collide(dataset: CocoDataset, planted: PlantedModel, tmp_path: Path) -> None:
+    first = dataset.records[0].path
+    others = []
+    for k, name in enumerate(("a/11.png", "b/11.png", "b/11.bmp", "b/11_2.png")):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        Image.open(dataset.records[k % 3].path).save(path)
+        others.append(str(path))
+    # The first comes twice, which counts once.
+    command.main([str(first), *others, str(first), "--checkpoint", "x", "--output", str(tmp_path / "out")])
+    written = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
+    assert written == ["11.png", "11_2.png", "11_2_2.png", "11_3.png", "11_4.png"]
+    entries = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    overlays = {entry["file_name"]: entry["overlay"] for entry in entries}
+    assert list(overlays) == [str(first), *others]
+    assert len(set(overlays.values())) == 5
+
+
+def test_nothing_found(
+    dataset: CocoDataset, planted: PlantedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = dataset.records[3].path
+    command.main([str(path), "--checkpoint", "x", "--output", str(tmp_path / "out")])
+    assert json.loads((tmp_path / "out" / "predictions.json").read_text()) == []
+    assert (tmp_path / "out" / "2.png").exists()
+    assert "lower --score" in capsys.readouterr().out
+
+
+def test_mistakes(dataset: CocoDataset, planted: PlantedModel, tmp_path: Path) -> None:
+    images = dataset.records[0].path.parent
+    image, output = str(images / "8.png"), tmp_path / "out"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.png").write_text("no image")
+    cut = tmp_path / "cut.png"
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(cut)
+    cut.write_bytes(cut.read_bytes()[:900])
+
+    def message(*arguments: str, to: Path = output) -> str:
+        with pytest.raises(UserError) as caught:
+            command.main([*arguments, "--checkpoint", "x", "--output", str(to)])
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "no such image file or folder" in message("nowhere")
+    assert "no image in this folder" in message(str(tmp_path / "empty"))
+    assert "text.png" in message(image, str(tmp_path / "text.png"))
+    assert "cut.png" in message(image, str(cut))
+    assert "0..1" in message(image, "--score", "5")
+    assert "--score" in message(image, "--score", "high")
+    assert "must name a folder" in message(image, to=Path(image))
+    assert not output.exists()
+    # Nothing is written over: not an image by its own overlay, not an earlier run's file.
+    assert "is already there" in message(image, to=images)
+    assert sorted(path.name for path in images.iterdir()) == ["11.png", "2.png", "5.png", "8.png"]
+    command.main([image, "--checkpoint", "x", "--output", str(output)])
+    assert "predictions.json: is already there" in message(str(images / "5.png"))
+    assert "--output" in message_without_output(image)
+
+
+def message_without_output(image: str) -> str:
+    with pytest.raises(UserError) as caught:
+        command.main([image, "--checkpoint", "x"])
+    return str(caught.value)
+
+
+def test_module_and_function_share_a_name(dataset: CocoDataset) -> None:
+    """`import fastmrcnn.predict` puts the module where `from fastmrcnn import predict` looks."""
+    found = command(PlantedModel(dataset, config()), dataset.records[0].path)  # type: ignore[operator]
+    assert isinstance(found, Prediction)
+    assert found.names == predict(PlantedModel(dataset, config()), dataset.records[0].path).names
+
+
+def test_command_in_a_process_of_its_own(dataset: CocoDataset, tmp_path: Path) -> None:
+    """A real checkpoint; and the package, whose attribute `predict` may be the function."""
+    torch.manual_seed(0)
+    model = build_model(config().model, 3)
+    path = save_checkpoint(
+        tmp_path / "run" / "checkpoints",
+        step=1,
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        card=ModelCard(config(), dataset.class_names, dataset.category_ids),
+        keep=1,
+    )
+    image, output = dataset.records[0].path, tmp_path / "out"
+    module = [sys.executable, "-W", "error::RuntimeWarning", "-m", "fastmrcnn.predict"]
+    arguments = [str(image), "--checkpoint", str(path), "--output", str(output), "--score", "0.06"]
+    done = subprocess.run([*module, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    entries = json.loads((output / "predictions.json").read_text())
+    same = predict(load_checkpoint(path, "cpu"), image, score=0.06)
+    assert len(same) > 0
+    assert [entry["score"] for entry in entries] == pytest.approx(same.scores.tolist(), abs=1e-5)
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(
+    dataset: CocoDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--checkpoint", str(tmp_path / "none.pt"), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["predict", str(dataset.records[0].path), *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        run_main(command.main)
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    assert "none.pt" in printed.err
+    assert not (tmp_path / "out").exists()
