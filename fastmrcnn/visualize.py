@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from fastmrcnn.errors import UserError
 
 MIN_LONG_SIDE = 480  # smaller images are enlarged, or their labels would hide them
-FILL, OUTLINE = 0.38, 0.95  # opacity
+FILL, OUTLINE = 0.45, 0.95  # opacity
 COLOURS = (
     (255, 87, 51),
     (38, 145, 255),
@@ -72,7 +72,7 @@ def draw_instances(
     factor = math.ceil(MIN_LONG_SIDE / max(height, width))
     size = (width * factor, height * factor)
     canvas = np.array(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
-    line = max(1, round(max(size) / 500))
+    line = max(2, round(max(size) / 450))
     colours = [COLOURS[k % len(COLOURS)] for k in (range(len(boxes)) if classes is None else classes)]
 
     # Large objects first, so that what lies on them stays visible.
@@ -85,7 +85,11 @@ def draw_instances(
     pen = ImageDraw.Draw(drawn)
     for index in order:
         x0, y0, x1, y1 = (boxes[index] * factor).tolist()
-        pen.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colours[index], width=line)
+        pen.rectangle(
+            (x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)),
+            outline=colours[index],
+            width=max(1, round(max(size) / 700)),
+        )
     _draw_labels(pen, boxes * factor, _labels(names, scores), colours, size)
     return np.array(drawn)
 
@@ -94,7 +98,7 @@ def draw_comparison(image: NDArray[np.uint8], truth: Instances, found: Instances
     """Ground truth on the left, predictions on the right, a caption over each. Returns (h', w', 3) uint8."""
     panels = [draw_instances(image, *truth), draw_instances(image, *found)]
     height, width = panels[0].shape[:2]
-    font = _font(max(13, round(max(height, width) / 34)))
+    font = _font(round(9 + max(height, width) / 90))
     bar, gap = round(font.size * 1.8), max(4, round(width / 100))
     sheet = Image.new("RGB", (2 * width + gap, bar + height), "white")
     pen = ImageDraw.Draw(sheet)
@@ -204,7 +208,7 @@ def _draw_labels(
 ) -> None:
     """Each label at its box, above, below or within, where it hides least of other labels and the box."""
     crowded = len(labels) > 25
-    font = _font(max(11, round(max(size) / (62 if crowded else 46))))
+    font = _font(max(11, round((7 + max(size) / 120) * (0.8 if crowded else 1))))
     pad = max(1, round(font.size / 6))
     placed: list[tuple[float, float, float, float]] = []
     texts = []
