@@ -14,7 +14,7 @@ import pytest
 import torch
 from batches import small_config, small_model
 from PIL import Image
-from planted import PlantedModel, write_set
+from planted import CATEGORIES, PlantedModel, write_set
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -246,6 +246,27 @@ def test_command(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert len(list((folder / "pictures").iterdir())) == 1
     one, two = ((run_folder / f"evaluation_00{k}" / RESULTS).read_bytes() for k in (1, 2))
     assert one == two
+
+
+def test_a_set_that_lacks_a_class(run_folder: Path, tmp_path: Path) -> None:
+    """Class indices are the checkpoint's, whatever the file's own would be."""
+    fewer = write_set(tmp_path / "fewer", categories=[CATEGORIES[0]])
+    output = tmp_path / "asked"
+    overrides = [
+        f"data.val.images={fewer.records[0].path.parent}",
+        f"data.val.annotations={fewer.annotations}",
+        "model.box_head.score_threshold=0.0",
+        "evaluate.pictures=1",
+    ]
+    evaluate.main(["--checkpoint", str(run_folder), "--output", str(output), *overrides])
+    results = json.loads((output / RESULTS).read_text())
+    with_its_own = evaluate.load_overridden(str(run_folder), "cpu", overrides[2:3])[0]
+    whole = write_set(tmp_path / "whole")
+    run_evaluation(with_its_own, whole, config_for(whole), output=tmp_path, pictures=0)
+    assert results == json.loads((tmp_path / RESULTS).read_text())
+    assert len(results) > 20
+    stats = official(fewer.annotations, output / RESULTS, "segm").stats
+    assert json.loads((output / "metrics.json").read_text())["segm/AP"] == stats[0] * 100
 
 
 def test_overrides_reach_the_model(run_folder: Path) -> None:
