@@ -14,35 +14,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastmrcnn.data.images import check_headers
 from fastmrcnn.data.masks import Window, bitmap, mask_area, segmentation_problem
+from fastmrcnn.data.records import Box, ImageRecord, ObjectRecord, Problems
 from fastmrcnn.errors import UserError
 
-Box = tuple[float, float, float, float]
+__all__ = [
+    "CocoDataset",
+    "ImageRecord",
+    "ObjectRecord",
+    "align_classes",
+    "check_same_classes",
+    "object_bitmap",
+    "read_coco",
+]
 
-
-@dataclass(frozen=True, slots=True)
-class ObjectRecord:
-    annotation_id: int
-    class_index: int
-    """0..K-1."""
-    box: Box
-    """xyxy in annotation pixels, clipped to the image."""
-    crowd: bool
-    segmentation: Any
-    """List of polygons, or RLE, as in the file; None where the file has none."""
-    area: float
-
-
-@dataclass(frozen=True, slots=True)
-class ImageRecord:
-    image_id: int
-    path: Path
-    file_name: str
-    width: int
-    height: int
-    objects: list[ObjectRecord]
-    annotations: Path
-    """The file that lists this image, for messages."""
+HEADERS_CHECKED = 10_000  # image files opened to compare sizes before training; others are when read
 
 
 @dataclass(frozen=True)
@@ -114,7 +101,7 @@ def read_coco(
         found = "is a file, not a folder" if folder.exists() else "no such folder"
         raise UserError(f"{folder}: {found}; set {key}.images to the folder of images")
     tree = _read_json(file, key)
-    problems = _Problems()
+    problems = Problems()
     class_names, category_ids = _read_categories(tree["categories"], problems)
     records = _read_images(tree["images"], folder, file, problems)
     skipped: Counter[str] = Counter()
@@ -163,10 +150,14 @@ def read_coco(
             )
     problems.check(file)
     _check_files(list(records.values()), folder, file, key)
+    check_headers(list(records.values())[:HEADERS_CHECKED], problems)
+    problems.check(file)
     dataset = CocoDataset(list(records.values()), class_names, category_ids, file, skipped, clipped)
     if require_objects and not any(not o.crowd for record in dataset.records for o in record.objects):
         why = f" ({dataset.summary()[0].split('; ', 1)[-1]})" if skipped else ""
-        raise UserError(f"{file}: no image has an object to learn{why}; give {key}.annotations with objects")
+        raise UserError(
+            f"{file}: no image has an object to learn{why}; give {key}.annotations a file with objects"
+        )
     return dataset
 
 
@@ -225,31 +216,6 @@ def align_classes(
     return replace(dataset, records=records, class_names=list(class_names), category_ids=list(category_ids))
 
 
-class _Problems:
-    """Mistakes of one kind are told once, with the ids of the others."""
-
-    def __init__(self) -> None:
-        self.found: dict[tuple[str, str], tuple[str, list[Any]]] = {}
-
-    def add(self, thing: str, identifier: Any, fault: str) -> None:
-        kind = (thing, "".join("#" if letter.isdigit() else letter for letter in fault))
-        self.found.setdefault(kind, (fault, []))[1].append(identifier)
-
-    def check(self, file: Path) -> None:
-        if not self.found:
-            return
-        parts = []
-        for (thing, _), (fault, ids) in self.found.items():
-            others = ", ".join(str(i) for i in ids[1:4]) + (
-                f" and {len(ids) - 4} more" if len(ids) > 4 else ""
-            )
-            also = f" (the same in {others})" if len(ids) > 1 else ""
-            parts.append(f"{thing} {ids[0]}: {fault}{also}")
-        shown, rest = parts[:5], len(parts) - 5
-        tail = f"; and {rest} other kinds of mistakes" if rest > 0 else ""
-        raise UserError(f"{file}: {'; '.join(shown)}{tail}. Correct or remove these entries")
-
-
 def _read_json(file: Path, key: str) -> dict[str, list[Any]]:
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -277,7 +243,7 @@ def _read_json(file: Path, key: str) -> dict[str, list[Any]]:
     return tree
 
 
-def _read_categories(entries: list[Any], problems: _Problems) -> tuple[list[str], list[int]]:
+def _read_categories(entries: list[Any], problems: Problems) -> tuple[list[str], list[int]]:
     names: dict[int, str] = {}
     seen: set[int] = set()
     for position, entry in enumerate(entries):
@@ -291,7 +257,7 @@ def _read_categories(entries: list[Any], problems: _Problems) -> tuple[list[str]
     return [names[category] for category in ids], ids
 
 
-def _read_images(entries: list[Any], folder: Path, file: Path, problems: _Problems) -> dict[Any, ImageRecord]:
+def _read_images(entries: list[Any], folder: Path, file: Path, problems: Problems) -> dict[Any, ImageRecord]:
     records: dict[Any, ImageRecord] = {}
     seen: set[int] = set()
     for position, entry in enumerate(entries):
@@ -310,7 +276,7 @@ def _read_images(entries: list[Any], folder: Path, file: Path, problems: _Proble
     return records
 
 
-def _identifier(entry: Any, thing: str, position: int, seen: set[int], problems: _Problems) -> int | None:
+def _identifier(entry: Any, thing: str, position: int, seen: set[int], problems: Problems) -> int | None:
     if not isinstance(entry, dict):
         problems.add(thing, f"number {position + 1}", f"is a {type(entry).__name__}, not an object")
         return None

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastmrcnn.data.coco import ImageRecord, Window, object_bitmap
+from fastmrcnn.data.masks import Window, bitmap
+from fastmrcnn.data.records import ImageRecord
 from fastmrcnn.data.transforms import Plan, Size, apply_plan, from_annotation, to_annotation, transform_boxes
 from fastmrcnn.structures import Batch, PackedMasks, Targets
 
@@ -25,10 +26,6 @@ class Objects(NamedTuple):
     crowd: NDArray[np.bool_]  # (n,) to be neither learnt nor punished
     crops: NDArray[np.uint8]  # bitmaps end to end
     windows: NDArray[np.int32]  # (n, 4) x, y, w, h; 0 where there is no bitmap
-
-    @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes for array in self)
 
 
 class Sample(NamedTuple):
@@ -51,7 +48,7 @@ def read_objects(record: ImageRecord) -> Objects:
     for item in record.objects:
         crop, window = np.zeros((0, 0), np.uint8), (0, 0, 0, 0)
         if not item.crowd and item.segmentation:
-            crop, window = object_bitmap(item, record.height, record.width)
+            crop, window = bitmap(item.segmentation, record.height, record.width)
         crops.append(crop.ravel())
         windows.append(window)
         crowd.append(item.crowd or (bool(item.segmentation) and crop.size == 0))

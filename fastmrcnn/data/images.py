@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from fastmrcnn.data.coco import ImageRecord
+from fastmrcnn.data.records import ImageRecord, Problems
 from fastmrcnn.errors import UserError
 
 _ORIENTATION = 0x0112  # EXIF tag
+_DAMAGE = (  # what Pillow's decoders raise on damaged files
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 
 
 def read_image(record: ImageRecord) -> NDArray[np.uint8]:
@@ -24,19 +35,29 @@ def read_image(record: ImageRecord) -> NDArray[np.uint8]:
     """
     where = f"image {record.image_id} of {record.annotations}"
     pixels, turned = _decode(record.path, f"replace the file or remove {where}")
-    height, width = pixels.shape[:2]
-    if (height, width) == (record.height, record.width):
-        return pixels
-    if turned and (width, height) == (record.height, record.width):
-        raise UserError(
-            f"{record.path}: its EXIF orientation turns it to width {width}, height {height}, but {where} "
-            f"gives the size before turning, width {record.width}, height {record.height}; remove the "
-            "orientation from the file if it was annotated unturned, or else correct width and height"
-        )
-    raise UserError(
-        f"{record.path}: the file has width {width}, height {height}, but {where} says width "
-        f"{record.width}, height {record.height}; correct the annotations or replace the file"
-    )
+    fault = _size_fault(record, pixels.shape[1], pixels.shape[0], turned)
+    if fault:
+        raise UserError(f"{where}: {fault}")
+    return pixels
+
+
+def check_headers(records: Sequence[ImageRecord], problems: Problems) -> None:
+    """Compare the sizes in the files' headers with the annotations; no pixel is decoded."""
+    for record in records:
+        try:
+            with Image.open(record.path) as image:
+                turned, (width, height) = _turns_sides(image), image.size
+        except UnidentifiedImageError:
+            fault = f"{record.file_name} is not an image file that can be read"
+            problems.add("image", record.image_id, fault, "unreadable")
+        except _DAMAGE as error:
+            problems.add("image", record.image_id, f"{record.file_name}: {_reason(error)}", "damaged")
+        else:
+            if turned:
+                width, height = height, width
+            found = _size_fault(record, width, height, turned)
+            if found:
+                problems.add("image", record.image_id, found, f"size {turned}")
 
 
 def read_pixels(path: str | Path) -> NDArray[np.uint8]:
@@ -55,29 +76,44 @@ def _decode(path: Path, remedy: str) -> tuple[NDArray[np.uint8], bool]:
     """Pixels, and whether EXIF swapped width and height."""
     try:
         with Image.open(path) as image:
-            turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            turned = _turns_sides(image)
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image)), turned
+            return to_rgb(ImageOps.exif_transpose(image)), turned
     except FileNotFoundError:
         raise UserError(f"{path}: no such image file; {remedy}") from None
     except UnidentifiedImageError:
         raise UserError(f"{path}: not an image file that can be read; {remedy}") from None
-    except (
-        # what Pillow's decoders raise on damaged files
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        IndexError,
-        struct.error,
-        zlib.error,
-        Image.DecompressionBombError,
-    ) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: cannot be decoded ({reason}); {remedy}") from None
+    except _DAMAGE as error:
+        raise UserError(f"{path}: cannot be decoded ({_reason(error)}); {remedy}") from None
 
 
-def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+def _turns_sides(image: Image.Image) -> bool:
+    return image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+
+
+def _size_fault(record: ImageRecord, width: int, height: int, turned: bool) -> str | None:
+    """How the size of the upright image differs from the annotations, and what to do."""
+    if (width, height) == (record.width, record.height):
+        return None
+    given = f"the annotations say width {record.width}, height {record.height}"
+    if turned and (height, width) == (record.width, record.height):
+        return (
+            f"{record.file_name} is turned by its EXIF orientation to width {width}, height {height}, but "
+            f"{given}, as before turning; remove the orientation from the file if it was annotated so, or "
+            "else annotate it upright"
+        )
+    return (
+        f"{record.file_name} has width {width}, height {height}, but {given}; put the annotated file in its "
+        "place, or correct the annotations"
+    )
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+    """Pixels of an upright image of any mode, (H, W, 3) uint8. Raises ValueError for floating point."""
     if image.mode.startswith("I;16") or image.mode == "I":
         return _from_16_bit(np.asarray(image))
     if image.mode == "F":
@@ -95,3 +131,6 @@ def _from_16_bit(grey: NDArray[np.integer]) -> NDArray[np.uint8]:
         raise ValueError(f"its pixels range over {wide.min()}..{wide.max()}, more than 16 bits")
     byte = ((wide + 128) // 257).astype(np.uint8)
     return np.repeat(byte[:, :, None], 3, axis=2)
+
+
+_to_rgb = to_rgb

@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from fastmrcnn.data.buckets import bucket_or_new, choose_buckets, resolve_buckets
 from fastmrcnn.data.coco import CocoDataset
-from fastmrcnn.data.collate import (
-    MIN_MASK_BYTES,
-    MIN_SLOTS,
-    Objects,
-    Sample,
-    affines,
-    collate,
-    make_sample,
-    read_objects,
-)
-from fastmrcnn.data.images import read_image
+from fastmrcnn.data.collate import MIN_MASK_BYTES, MIN_SLOTS, collate, make_sample
 from fastmrcnn.data.sampler import BatchPlan, TrainSampler
-from fastmrcnn.data.transforms import (
-    Augment,
-    Plan,
-    Size,
-    draws,
-    plan_image,
-    resize,
-    resized_size,
-    to_annotation,
-)
+from fastmrcnn.data.samples import EvalSamples, Failure, LoadedBatch, TrainSamples
+from fastmrcnn.data.transforms import Augment, Plan, Size, resize, resized_size, to_annotation
 from fastmrcnn.errors import UserError
 from fastmrcnn.structures import Batch
 
@@ -47,16 +29,6 @@ __all__ = [
     "largest_targets",
     "prepare_image",
 ]
-
-CACHE_BYTES = 256 * 2**20  # sets whose resized images fit in here are decoded once per process
-
-
-class LoadedBatch(NamedTuple):
-    batch: Batch
-    image_ids: list[int]  # of the real images
-    real: int  # images that are not repetitions; all of them in training
-    original_sizes: list[Size]  # height and width of the real images as they are
-    to_original: Tensor  # (N, 2, 3) float32, input pixels -> pixels of the original
 
 
 class TrainLoader:
@@ -118,7 +90,7 @@ class TrainLoader:
             start_step=start_step,
             steps=steps,
         )
-        samples = _TrainSamples(dataset, short_sides, long_side_max, augment, seed, min_slots, min_mask_bytes)
+        samples = TrainSamples(dataset, short_sides, long_side_max, augment, seed, min_slots, min_mask_bytes)
         self.loader = _data_loader(samples, self.sampler, workers, pin_memory)
 
     def __len__(self) -> int:
@@ -144,13 +116,12 @@ class EvalLoader:
         long_side_max: int,
         buckets: Sequence[Size] | Literal["auto"] = "auto",
         workers: int = 0,
-        pin_memory: bool = False,
     ) -> None:
         sizes = {(record.height, record.width) for record in dataset.records}
         self.buckets = resolve_buckets(buckets, sizes, [short_side], long_side_max)
         self.plans = _plan_evaluation(dataset, batch, short_side, long_side_max, self.buckets)
-        samples = _EvalSamples(dataset, batch, short_side, long_side_max)
-        self.loader = _data_loader(samples, self.plans, workers, pin_memory)
+        samples = EvalSamples(dataset, batch, short_side, long_side_max)
+        self.loader = _data_loader(samples, self.plans, workers, pin_memory=False)
 
     def __len__(self) -> int:
         return len(self.plans)
@@ -181,120 +152,21 @@ def prepare_image(
 
 
 def largest_targets(dataset: CocoDataset, batch: int) -> tuple[int, int]:
-    """Limits for `min_slots` and `min_mask_bytes` that no batch of the set is likely to exceed.
+    """Limits for `min_slots` and `min_mask_bytes` that hardly any batch of the set exceeds.
 
-    Bitmaps are taken to be as large as their boxes, and a pixel more on either side.
+    Bitmaps are taken to be as large as their boxes and a pixel more on each side. The bytes of a batch
+    are taken to stay within 6 standard deviations of their mean, and within `batch` times the largest
+    image; the second alone would make COCO's batches several times larger than they need be.
     """
-    slots = max(len(record.objects) for record in dataset.records)
-    areas = [
-        sum((o.box[2] - o.box[0] + 2) * (o.box[3] - o.box[1] + 2) for o in record.objects if not o.crowd)
-        for record in dataset.records
-    ]
-    return max(slots, MIN_SLOTS), max(int(batch * max(areas)), MIN_MASK_BYTES)
-
-
-class _Failure(NamedTuple):
-    """A worker's UserError. Raised there, it would come out wrapped in a traceback."""
-
-    message: str
-
-
-class _Store:
-    """Resized images and rasterised objects of a set, kept if they are few."""
-
-    def __init__(self, dataset: CocoDataset, short_sides: Sequence[int], long_side_max: int) -> None:
-        self.records = dataset.records
-        sizes = [
-            resized_size(record.height, record.width, side, long_side_max)
+    areas = np.array(
+        [
+            sum((o.box[2] - o.box[0] + 2) * (o.box[3] - o.box[1] + 2) for o in record.objects if not o.crowd)
             for record in dataset.records
-            for side in short_sides
         ]
-        self.keep_pixels = 3 * sum(h * w for h, w in sizes) <= CACHE_BYTES
-        boxes = (o.box for record in dataset.records for o in record.objects)
-        self.keep_objects = sum((b[2] - b[0]) * (b[3] - b[1]) for b in boxes) <= CACHE_BYTES
-        self._pixels: dict[tuple[int, Size], NDArray[np.uint8]] = {}
-        self._objects: dict[int, Objects] = {}
-
-    def resized(self, index: int, size: Size) -> NDArray[np.uint8]:
-        found = self._pixels.get((index, size))
-        if found is None:
-            found = resize(read_image(self.records[index]), size)
-            if self.keep_pixels:
-                self._pixels[index, size] = found
-        return found
-
-    def objects(self, index: int) -> Objects:
-        found = self._objects.get(index)
-        if found is None:
-            found = read_objects(self.records[index])
-            if self.keep_objects:
-                self._objects[index] = found
-        return found
-
-
-class _TrainSamples(Dataset[LoadedBatch | _Failure]):
-    def __init__(
-        self,
-        dataset: CocoDataset,
-        short_sides: Sequence[int],
-        long_side_max: int,
-        augment: Augment,
-        seed: int,
-        min_slots: int,
-        min_mask_bytes: int,
-    ) -> None:
-        self.store = _Store(dataset, short_sides, long_side_max)
-        self.short_sides, self.long_side_max = list(short_sides), long_side_max
-        self.augment, self.seed = augment, seed
-        self.min_slots, self.min_mask_bytes = min_slots, min_mask_bytes
-
-    def __getitem__(self, plan: BatchPlan) -> LoadedBatch | _Failure:
-        try:
-            samples = [self._sample(index, number) for index, number in plan.samples]
-        except UserError as error:
-            return _Failure(str(error))
-        batch = collate(samples, plan.bucket, min_slots=self.min_slots, min_mask_bytes=self.min_mask_bytes)
-        return _loaded(batch, samples, [self.store.records[index].image_id for index, _ in plan.samples])
-
-    def _sample(self, index: int, number: int) -> Sample:
-        record = self.store.records[index]
-        plan = plan_image(
-            record.height,
-            record.width,
-            draws(self.seed, number)[0],
-            self.short_sides,
-            self.long_side_max,
-            self.augment,
-        )
-        resized = self.store.resized(index, plan.resized)
-        return make_sample(resized, plan, (record.height, record.width), self.store.objects(index))
-
-
-class _EvalSamples(Dataset[LoadedBatch | _Failure]):
-    def __init__(self, dataset: CocoDataset, batch: int, short_side: int, long_side_max: int) -> None:
-        self.store = _Store(dataset, [short_side], long_side_max)
-        self.batch, self.short_side, self.long_side_max = batch, short_side, long_side_max
-
-    def __getitem__(self, plan: BatchPlan) -> LoadedBatch | _Failure:
-        try:
-            samples = [self._sample(index) for index, _ in plan.samples]
-        except UserError as error:
-            return _Failure(str(error))
-        ids = [self.store.records[index].image_id for index, _ in plan.samples]
-        return _loaded(
-            collate([*samples, *[samples[-1]] * (self.batch - len(samples))], plan.bucket), samples, ids
-        )
-
-    def _sample(self, index: int) -> Sample:
-        record = self.store.records[index]
-        plan = Plan(resized_size(record.height, record.width, self.short_side, self.long_side_max))
-        return make_sample(self.store.resized(index, plan.resized), plan, (record.height, record.width))
-
-
-def _loaded(batch: Batch, samples: Sequence[Sample], image_ids: list[int]) -> LoadedBatch:
-    repeated = [*samples, *[samples[-1]] * (batch.pixels.shape[0] - len(samples))]
-    sizes = [sample.annotated for sample in samples]
-    return LoadedBatch(batch, image_ids, len(samples), sizes, torch.from_numpy(affines(repeated)))
+    )
+    usual = batch * areas.mean() + 6 * math.sqrt(batch) * areas.std()
+    slots = max(len(record.objects) for record in dataset.records)
+    return max(slots, MIN_SLOTS), max(int(min(usual, batch * areas.max())), MIN_MASK_BYTES)
 
 
 def _plan_evaluation(
@@ -311,11 +183,11 @@ def _plan_evaluation(
 
 
 def _data_loader(
-    samples: _TrainSamples | _EvalSamples,
+    samples: TrainSamples | EvalSamples,
     plans: TrainSampler | list[BatchPlan],
     workers: int,
     pin_memory: bool,
-) -> DataLoader[LoadedBatch | _Failure]:
+) -> DataLoader[LoadedBatch | Failure]:
     # A plan is a whole batch, so the loader's own batching is off.
     return DataLoader(
         samples,
@@ -325,16 +197,27 @@ def _data_loader(
         num_workers=workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
+        generator=torch.Generator(),  # or else each pass would advance the global one
     )
 
 
-def _as_it_is(loaded: LoadedBatch | _Failure) -> LoadedBatch | _Failure:
+def _as_it_is(loaded: Any) -> Any:
     """The default would turn the tuples within into lists."""
     return loaded
 
 
-def _unwrap(loader: DataLoader[LoadedBatch | _Failure]) -> Iterator[LoadedBatch]:
-    for loaded in loader:
-        if isinstance(loaded, _Failure):
-            raise UserError(loaded.message)
-        yield loaded
+def _unwrap(loader: DataLoader[LoadedBatch | Failure]) -> Iterator[LoadedBatch]:
+    try:
+        for loaded in loader:
+            if isinstance(loaded, Failure):
+                raise UserError(loaded.message)
+            # pinning turns tuples within a list into lists
+            yield loaded._replace(original_sizes=[(h, w) for h, w in loaded.original_sizes])
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error) or "Caught" in str(error):
+            raise
+        reason = str(error).split("\n")[0].rstrip(".")
+        raise UserError(
+            f"a loader process died ({reason}), most often for lack of memory or of shared memory; "
+            "lower data.workers, or set it to 0"
+        ) from None

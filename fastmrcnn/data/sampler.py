@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmrcnn.data.buckets import smallest_bucket
-from fastmrcnn.data.coco import ImageRecord
+from fastmrcnn.data.records import ImageRecord
 from fastmrcnn.data.transforms import Augment, Size, choose_side, choose_turns, draws, resized_size
 from fastmrcnn.errors import UserError
 
@@ -49,7 +49,6 @@ class TrainSampler:
         return max(0, self.steps - self.start_step)
 
     def __iter__(self) -> Iterator[BatchPlan]:
-        images = self.bucket_of.shape[0]
         waiting = [np.empty((0, 2), np.int64) for _ in self.buckets]
         step = epoch = 0
         while step < self.steps:
@@ -68,7 +67,6 @@ class TrainSampler:
                     yield BatchPlan(self.buckets[number], [(int(i), int(g)) for i, g in group])
                 step += 1
             epoch += 1
-        assert images
 
     def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Samples (n, 2) of an epoch, and the bucket (n,) of each."""

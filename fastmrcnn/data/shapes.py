@@ -24,6 +24,7 @@ _HOLE = 0.5  # of the ring's radius
 
 Points = NDArray[np.float64]
 Mask = NDArray[np.bool_]
+Coordinates = NDArray[np.float32]
 
 
 def write_shapes(
@@ -48,7 +49,8 @@ def write_shapes(
 
 
 def _write_split(folder: Path, seed: np.random.SeedSequence, count: int, size: int) -> dict[str, Any]:
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for image_id, child in enumerate(seed.spawn(count), start=1):
         pixels, objects = draw_image(np.random.default_rng(child), size)
         name = f"{image_id:05d}.png"
@@ -63,7 +65,8 @@ def _write_split(folder: Path, seed: np.random.SeedSequence, count: int, size: i
 def draw_image(rng: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], list[dict[str, Any]]]:
     """One image (size, size, 3) uint8, and its COCO annotations without ids."""
     background = rng.uniform(60, 195, 3)
-    canvas = _texture(rng, size, background, contrast=25)
+    y, x = np.indices((size, size), np.float32).reshape(2, -1)
+    canvas = _texture(rng, x, y, background, contrast=25).reshape(size, size, 3)
     negative = rng.random() < _NEGATIVE_SHARE
     shapes = [] if negative else [_place(rng, size) for _ in range(rng.integers(2, 6))]
     hidden = np.zeros((size, size), np.bool_)
@@ -78,11 +81,11 @@ def draw_image(rng: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], 
             continue
         whole = bool((visible == mask).all())
         hidden |= mask
-        texture = _texture(rng, size, _contrasting(rng, background), contrast=45)
-        canvas[visible] = texture[visible]
+        y, x = (axis.astype(np.float32) for axis in np.nonzero(visible))
+        canvas[visible] = _texture(rng, x, y, _contrasting(rng, background), contrast=45)
         kept.append(_annotation(rng, kind, outline, visible, whole))
-    noise = rng.normal(0, 6, canvas.shape)
-    return np.clip(canvas + noise, 0, 255).astype(np.uint8), kept
+    canvas += 6 * rng.standard_normal(canvas.shape, np.float32)
+    return np.clip(canvas, 0, 255).astype(np.uint8), kept
 
 
 def _annotation(
@@ -158,25 +161,25 @@ def _contrasting(rng: np.random.Generator, background: NDArray[np.float64]) -> N
 
 
 def _texture(
-    rng: np.random.Generator, size: int, colour: NDArray[np.float64], contrast: float
-) -> NDArray[np.float64]:
-    """(size, size, 3) of one colour whose brightness follows a pattern of +- contrast."""
+    rng: np.random.Generator, x: Coordinates, y: Coordinates, colour: NDArray[np.float64], contrast: float
+) -> NDArray[np.float32]:
+    """(n, 3) of one colour whose brightness follows a pattern of +- contrast, at n pixels."""
     kind = rng.integers(5)
-    y, x = np.mgrid[:size, :size].astype(np.float64)
     angle, phase = rng.uniform(0, 2 * np.pi, 2)
-    along = x * np.cos(angle) + y * np.sin(angle) + size
-    across = y * np.cos(angle) - x * np.sin(angle) + size
     period = rng.uniform(5, 14)
+    grain = rng.uniform(-1, 1, (32, 32))
+    along = x * np.float32(np.cos(angle)) + y * np.float32(np.sin(angle))
+    across = y * np.float32(np.cos(angle)) - x * np.float32(np.sin(angle))
+    wave = np.float32(2 * np.pi / period)
     if kind == 0:
-        pattern = np.zeros((size, size))
-    elif kind == 1:
-        pattern = np.sign(np.sin(2 * np.pi * along / period + phase))
-    elif kind == 2:
-        pattern = np.sign(np.sin(2 * np.pi * along / period) * np.sin(2 * np.pi * across / period))
-    elif kind == 3:
-        pattern = np.sin(np.pi * along / size + phase)
-    else:
-        coarse = rng.uniform(-1, 1, (size // 4 + 1, size // 4 + 1))
-        pattern = coarse.repeat(4, axis=0).repeat(4, axis=1)[:size, :size]
-    strength = contrast * rng.uniform(0.5, 1)
-    return colour + strength * pattern[:, :, None]
+        pattern = np.zeros_like(x)
+    elif kind == 1:  # stripes
+        pattern = np.sign(np.sin(along * wave + np.float32(phase)))
+    elif kind == 2:  # checks
+        pattern = np.sign(np.sin(along * wave) * np.sin(across * wave))
+    elif kind == 3:  # a slow gradient
+        pattern = np.sin(along * np.float32(np.pi / 128) + np.float32(phase))
+    else:  # grains of 4 x 4 pixels
+        pattern = grain[y.astype(np.int64) // 4 % 32, x.astype(np.int64) // 4 % 32].astype(np.float32)
+    strength = np.float32(contrast * rng.uniform(0.5, 1))
+    return colour.astype(np.float32) + strength * pattern[:, None]

@@ -167,4 +167,4 @@ def _forward(plan: Plan, height: int, width: int) -> NDArray[np.float64]:
 
 
 def _affine(matrix: NDArray[np.floating]) -> NDArray[np.float64]:
-    return matrix[:2] + 0.0  # adding 0 turns -0 into 0
+    return matrix[:2].astype(np.float64) + 0.0  # adding 0 turns -0 into 0

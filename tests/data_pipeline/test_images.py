@@ -1,0 +1,141 @@
+"""Image files of every kind come out as a person would see them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from fastmrcnn.data.images import check_headers, read_image, read_pixels
+from fastmrcnn.data.records import ImageRecord, Problems
+from fastmrcnn.errors import UserError
+
+ORIENTATION = 0x0112
+
+
+def record(path: Path, width: int = 6, height: int = 4) -> ImageRecord:
+    return ImageRecord(5, path, path.name, width, height, [], Path("set.json"))
+
+
+def picture() -> Image.Image:
+    """6 wide, 4 high, every pixel different."""
+    values = np.arange(72, dtype=np.uint8).reshape(4, 6, 3) * 3
+    return Image.fromarray(values)
+
+
+def test_rgb_is_read_as_it_is(tmp_path: Path) -> None:
+    picture().save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_image(record(tmp_path / "a.png")), np.asarray(picture()))
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "RGBA", "CMYK", "YCbCr", "LAB"])
+def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    source = (
+        picture().convert("RGB").convert(mode) if mode != "LAB" else Image.new("LAB", (6, 4), (90, 128, 128))
+    )
+    path = tmp_path / "a.tif"
+    source.save(path)
+    pixels = read_image(record(path))
+    assert pixels.shape == (4, 6, 3)
+    assert pixels.dtype == np.uint8
+    if mode != "LAB":
+        np.testing.assert_array_equal(pixels, np.asarray(Image.open(path).convert("RGB")))
+    if mode in ("L", "1", "LA"):
+        assert (pixels == pixels[:, :, :1]).all()
+
+
+def test_palette_colours(tmp_path: Path) -> None:
+    image = Image.new("P", (6, 4), 1)
+    image.putpalette([0, 0, 0, 10, 200, 30])
+    image.save(tmp_path / "a.png")
+    assert (read_pixels(tmp_path / "a.png") == [10, 200, 30]).all()
+    image.save(tmp_path / "b.png", transparency=1)
+    assert (read_pixels(tmp_path / "b.png") == 255).all()
+
+
+def test_transparent_pixels_lie_on_white(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (6, 4), (100, 0, 0, 255))
+    image.putpixel((1, 2), (100, 0, 0, 0))
+    image.putpixel((2, 2), (100, 0, 0, 51))
+    image.save(tmp_path / "a.png")
+    pixels = read_pixels(tmp_path / "a.png")
+    assert pixels[0, 0].tolist() == [100, 0, 0]
+    assert pixels[2, 1].tolist() == [255, 255, 255]
+    assert pixels[2, 2].tolist() == [224, 204, 204]  # a fifth of the colour
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_grey_is_scaled(tmp_path: Path, suffix: str) -> None:
+    values = np.array([[0, 128, 129, 257], [32768, 65000, 65535, 514]], np.uint16)
+    Image.fromarray(values).save(tmp_path / f"a.{suffix}")
+    pixels = read_pixels(tmp_path / f"a.{suffix}")
+    assert pixels.shape == (2, 4, 3)
+    assert pixels[:, :, 0].tolist() == [[0, 0, 1, 1], [128, 253, 255, 2]]
+
+
+def test_pixels_without_a_known_white_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 6), 0.5, np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(UserError, match=r"a\.tif: cannot be decoded \(its pixels are floating-point"):
+        read_pixels(tmp_path / "a.tif")
+    Image.fromarray(np.full((4, 6), 70000, np.int32)).save(tmp_path / "b.tif")
+    with pytest.raises(UserError, match="more than 16 bits"):
+        read_pixels(tmp_path / "b.tif")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    picture().save(tmp_path / "a.png", exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(tmp_path / "a.png"))
+    width, height = upright.size
+    assert (width, height) == ((6, 4) if orientation < 5 else (4, 6))
+    path = tmp_path / "a.png"
+    np.testing.assert_array_equal(read_image(record(path, width, height)), np.asarray(upright))
+    if orientation == 6:  # what a camera held upright writes: the file's left column is the top row
+        np.testing.assert_array_equal(np.asarray(upright)[0], np.asarray(picture())[::-1, 0])
+    if orientation >= 5:
+        with pytest.raises(UserError, match="turned by its EXIF orientation to width 4, height 6") as caught:
+            read_image(record(path, 6, 4))
+        assert "image 5 of set.json" in str(caught.value)
+        problems = Problems()
+        check_headers([record(path, 6, 4)], problems)
+        with pytest.raises(UserError, match="turned by its EXIF"):
+            problems.check(Path("set.json"))
+    problems = Problems()
+    check_headers([record(path, width, height)], problems)
+    problems.check(Path("set.json"))
+
+
+def test_another_size_than_the_annotations_say(tmp_path: Path) -> None:
+    picture().save(tmp_path / "a.png")
+    with pytest.raises(UserError) as caught:
+        read_image(record(tmp_path / "a.png", 12, 8))
+    assert (
+        "image 5 of set.json: a.png has width 6, height 4, but the annotations say width 12, height 8"
+        in str(caught.value)
+    )
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "bmp", "gif", "webp"])
+def test_damaged_files(tmp_path: Path, suffix: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(noise).save(path)
+    content = path.read_bytes()
+    for share in (0.0, 0.01, 0.1, 0.5, 0.9):
+        path.write_bytes(content[: int(len(content) * share)])
+        with pytest.raises(UserError, match=f"a.{suffix}: ") as caught:
+            read_image(record(path, 64, 64))
+        message = str(caught.value)
+        assert "\n" not in message
+        assert "replace the file or remove image 5 of set.json" in message
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a\.png: no such image file"):
+        read_pixels(tmp_path / "a.png")
+    with pytest.raises(UserError, match="cannot be decoded"):
+        read_pixels(tmp_path)
