@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import Counter
@@ -14,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastmrcnn.data.coco_json import identifier, read_categories, read_images, read_json
 from fastmrcnn.data.images import check_headers
-from fastmrcnn.data.masks import Window, bitmap, mask_area, segmentation_problem
+from fastmrcnn.data.masks import Window, bitmap, mask_area, pack_polygons, segmentation_problem
 from fastmrcnn.data.records import Box, ImageRecord, ObjectRecord, Problems
 from fastmrcnn.errors import UserError
 
@@ -100,16 +100,16 @@ def read_coco(
     if not folder.is_dir():
         found = "is a file, not a folder" if folder.exists() else "no such folder"
         raise UserError(f"{folder}: {found}; set {key}.images to the folder of images")
-    tree = _read_json(file, key)
+    tree = read_json(file, key)
     problems = Problems()
-    class_names, category_ids = _read_categories(tree["categories"], problems)
-    records = _read_images(tree["images"], folder, file, problems)
+    class_names, category_ids = read_categories(tree["categories"], problems)
+    records = read_images(tree["images"], folder, file, problems)
     skipped: Counter[str] = Counter()
     clipped = 0
     index_of = {category: index for index, category in enumerate(category_ids)}
     seen: set[int] = set()
     for position, entry in enumerate(tree["annotations"]):
-        annotation_id = _identifier(entry, "annotation", position, seen, problems)
+        annotation_id = identifier(entry, "annotation", position, seen, problems)
         if annotation_id is None:
             continue
         record = records.get(_hashable(entry.get("image_id")))
@@ -139,7 +139,9 @@ def read_coco(
             skipped[reason] += 1
             continue
         clipped += max(abs(a - b) for a, b in zip(box, inside, strict=True)) > 0.01
-        record.objects.append(ObjectRecord(annotation_id, class_index, inside, crowd, shape, area))
+        record.objects.append(
+            ObjectRecord(annotation_id, class_index, inside, crowd, pack_polygons(shape), area)
+        )
     for record in records.values():
         if len(record.objects) > max_objects:
             problems.add(
@@ -214,87 +216,6 @@ def align_classes(
         for r in dataset.records
     ]
     return replace(dataset, records=records, class_names=list(class_names), category_ids=list(category_ids))
-
-
-def _read_json(file: Path, key: str) -> dict[str, list[Any]]:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file; set {key}.annotations to a COCO-format JSON file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); {key}.annotations must be a JSON file") from None
-    try:
-        tree = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{file}: not valid JSON ({error}); {key}.annotations must be a JSON file") from None
-    parts = ("images", "annotations", "categories")
-    if isinstance(tree, dict):
-        missing = [part for part in parts if not isinstance(tree.get(part), list)]
-        wrong = f"has no list of {' and no list of '.join(missing)}" if missing else ""
-    else:
-        wrong = f"holds a {type(tree).__name__} where an object is expected"
-    if wrong:
-        raise UserError(
-            f"{file}: not COCO format: it {wrong}; {key}.annotations must hold {', '.join(parts)}"
-        )
-    for part in ("images", "categories"):
-        if not tree[part]:
-            raise UserError(f"{file}: its list of {part} is empty; give {key}.annotations with {part}")
-    return tree
-
-
-def _read_categories(entries: list[Any], problems: Problems) -> tuple[list[str], list[int]]:
-    names: dict[int, str] = {}
-    seen: set[int] = set()
-    for position, entry in enumerate(entries):
-        category = _identifier(entry, "category", position, seen, problems)
-        if category is None:
-            continue
-        if not isinstance(entry.get("name"), str) or not entry["name"]:
-            problems.add("category", category, "no name")
-        names[category] = str(entry.get("name"))
-    ids = sorted(names)
-    return [names[category] for category in ids], ids
-
-
-def _read_images(entries: list[Any], folder: Path, file: Path, problems: Problems) -> dict[Any, ImageRecord]:
-    records: dict[Any, ImageRecord] = {}
-    seen: set[int] = set()
-    for position, entry in enumerate(entries):
-        image_id = _identifier(entry, "image", position, seen, problems)
-        if image_id is None:
-            continue
-        width, height, name = _whole(entry.get("width")), _whole(entry.get("height")), entry.get("file_name")
-        if not isinstance(name, str) or not name:
-            problems.add("image", image_id, "no file_name")
-            name = "?"
-        if width is None or height is None or width <= 0 or height <= 0:
-            given = f"width {entry.get('width')!r}, height {entry.get('height')!r}"
-            problems.add("image", image_id, f"{given}: both must be whole numbers above 0")
-            width = height = 1
-        records[image_id] = ImageRecord(image_id, folder / name, name, width, height, [], file)
-    return records
-
-
-def _identifier(entry: Any, thing: str, position: int, seen: set[int], problems: Problems) -> int | None:
-    if not isinstance(entry, dict):
-        problems.add(thing, f"number {position + 1}", f"is a {type(entry).__name__}, not an object")
-        return None
-    found = _whole(entry.get("id"))
-    if found is None:
-        problems.add(thing, f"number {position + 1}", f"its id {entry.get('id')!r} is not a whole number")
-    elif found in seen:
-        problems.add(thing, found, "its id is there twice")
-        return None
-    else:
-        seen.add(found)
-    return found
-
-
-def _whole(value: Any) -> int | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
-        return None
-    return int(value)
 
 
 def _hashable(value: Any) -> Any:

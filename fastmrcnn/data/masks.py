@@ -34,6 +34,14 @@ def segmentation_problem(segmentation: Any, height: int, width: int) -> str | No
     return None
 
 
+def pack_polygons(segmentation: Any) -> Any:
+    """The segmentation, its polygons as arrays: a quarter of the memory, and nothing in them that
+    loader processes would have to copy because a reference count in it changed."""
+    if not isinstance(segmentation, list):
+        return segmentation
+    return [np.asarray(polygon, np.float64) for polygon in segmentation]
+
+
 def rasterise(segmentation: Any, height: int, width: int) -> dict[str, Any]:
     """Compressed RLE of the union of polygons, or of an RLE; pixels outside the image are cut off."""
     if isinstance(segmentation, list):

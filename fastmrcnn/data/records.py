@@ -20,7 +20,7 @@ class ObjectRecord:
     """xyxy in annotation pixels, clipped to the image."""
     crowd: bool
     segmentation: Any
-    """List of polygons, or RLE, as in the file; None where the file has none."""
+    """List of polygons, arrays (x1, y1, x2, y2, ...), or RLE as in the file; None if there is none."""
     area: float
 
 
