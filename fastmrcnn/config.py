@@ -166,6 +166,9 @@ class MaskHeadConfig(Section):
     convs: int = Field(4, ge=0)
     channels: int = Field(256, gt=0)
     class_agnostic: bool = False
+    slots_per_image: int | None = Field(None, gt=0)
+    """The mask head trains on this many foreground RoIs an image, pooled over the batch; those beyond are
+    dropped and counted (masks_dropped). None: as many as can be sampled."""
     target: Literal["bitmap", "soft"] = "bitmap"
     """bitmap: RoIAlign of the ground truth, then >= 0.5 (detectron2); soft: its average (torchvision)."""
     target_sampling_ratio: int = 2

@@ -68,7 +68,7 @@ class Metrics:
         per_step = seconds / self._count
         row: dict[str, Any] = {
             "iteration": step,
-            "total_loss": sum(means.values()),
+            "total_loss": sum(mean for name, mean in means.items() if name.startswith("loss_")),
             **means,
             "lr": lr,
             "time": per_step,

@@ -71,7 +71,11 @@ class SampledRois(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Scalars, named as in detectron2. A head that the model lacks gives None."""
+    """Scalars, named as in detectron2. A head that the model lacks gives None.
+
+    `num_fg` and `masks_dropped` are counts, not losses: foreground RoIs of the batch, and those of them
+    that found no slot in the mask head.
+    """
 
     loss_rpn_cls: Tensor
     loss_rpn_loc: Tensor
@@ -79,12 +83,16 @@ class Losses(NamedTuple):
     loss_box_reg: Tensor
     loss_mask: Tensor | None = None
     loss_keypoint: Tensor | None = None
+    num_fg: Tensor | None = None
+    masks_dropped: Tensor | None = None
 
     def present(self) -> dict[str, Tensor]:
+        """Losses and counts by name, without those that are None."""
         return {name: value for name, value in self._asdict().items() if value is not None}
 
     def total(self) -> Tensor:
-        first, *rest = self.present().values()
+        """Sum of the losses, to be differentiated."""
+        first, *rest = (value for name, value in self.present().items() if name.startswith("loss_"))
         return sum(rest, start=first)
 
 

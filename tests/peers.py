@@ -64,14 +64,18 @@ def detectron2_name(ours: str) -> str:
     name = re.sub(r"^backbone\.layer(\d)\.", lambda m: f"backbone.bottom_up.res{int(m[1]) + 1}.", name)
     name = name.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
     name = re.sub(r"\.bn(\d)\.", r".conv\1.norm.", name)
-    name = re.sub(r"^fpn\.(lateral|output)\.(\d)\.0\.", lambda m: f"backbone.fpn_{m[1]}{int(m[2]) + 2}.", name)
+    name = re.sub(
+        r"^fpn\.(lateral|output)\.(\d)\.0\.", lambda m: f"backbone.fpn_{m[1]}{int(m[2]) + 2}.", name
+    )
     name = re.sub(r"^rpn\.head\.convs\.0\.", "proposal_generator.rpn_head.conv.", name)
     name = re.sub(r"^rpn\.head\.objectness\.", "proposal_generator.rpn_head.objectness_logits.", name)
     name = re.sub(r"^rpn\.head\.deltas\.", "proposal_generator.rpn_head.anchor_deltas.", name)
     name = re.sub(r"^box_head\.(fc\d)\.", r"roi_heads.box_head.\1.", name)
     name = re.sub(r"^box_head\.classes\.", "roi_heads.box_predictor.cls_score.", name)
     name = re.sub(r"^box_head\.deltas\.", "roi_heads.box_predictor.bbox_pred.", name)
-    name = re.sub(r"^mask_head\.convs\.(\d)\.", lambda m: f"roi_heads.mask_head.mask_fcn{int(m[1]) + 1}.", name)
+    name = re.sub(
+        r"^mask_head\.convs\.(\d)\.", lambda m: f"roi_heads.mask_head.mask_fcn{int(m[1]) + 1}.", name
+    )
     return re.sub(r"^mask_head\.", "roi_heads.mask_head.", name)
 
 
@@ -111,7 +115,9 @@ def golden_images(scale: float) -> tuple[Tensor, Tensor]:
     return pixels, torch.tensor([[192, 288], [240, 192]])
 
 
-def golden_batch(data: dict[str, np.ndarray], classes: str, masks: str, background: int, scale: float) -> Batch:
+def golden_batch(
+    data: dict[str, np.ndarray], classes: str, masks: str, background: int, scale: float
+) -> Batch:
     """The golden images with their targets; `background` is subtracted from the class labels."""
     pixels, sizes = golden_images(scale)
     boxes = torch.zeros(2, 2, 4)

@@ -93,6 +93,7 @@ def build_model(config: ModelConfig, num_classes: int, load_backbone_weights: bo
         else None,
         box_resolution=box.resolution,
         mask_resolution=mask.resolution,
+        mask_slots_per_image=mask.slots_per_image,
         sampling_ratio=roi.sampling_ratio,
         aligned=roi.aligned,
         channel_order=config.channel_order,

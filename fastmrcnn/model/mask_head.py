@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmrcnn.kernels import mask_loss, mask_targets
+from fastmrcnn.model.roi_sampler import PackedRois
 from fastmrcnn.structures import Batch, PackedMasks
 
 
@@ -58,26 +59,17 @@ class MaskHead(nn.Module):
             x = F.relu(conv(x), inplace=True)
         return self.predictor(F.relu(self.deconv(x), inplace=True))
 
-    def loss(
-        self,
-        logits: Tensor,
-        boxes: Tensor,
-        matched: Tensor,
-        classes: Tensor,
-        is_foreground: Tensor,
-        batch: Batch,
-        masks: PackedMasks,
-    ) -> Tensor:
+    def loss(self, logits: Tensor, rois: PackedRois, batch: Batch, masks: PackedMasks) -> Tensor:
         """Mean sigmoid cross-entropy of the ground-truth class's mask over the foreground.
 
         Args:
-            logits: (N*F, K or 1, M, M).
-            boxes: (N, F, 4); matched, classes, is_foreground: (N, F).
+            logits: (T, K or 1, M, M) of the T slots of `rois`.
         """
         with torch.no_grad():
             goal = mask_targets(
-                boxes,
-                matched,
+                rois.boxes,
+                rois.image,
+                rois.matched,
                 *masks,
                 image_sizes=batch.sizes,
                 image_shape=(batch.pixels.shape[-2], batch.pixels.shape[-1]),
@@ -87,10 +79,7 @@ class MaskHead(nn.Module):
             )
             if self.target == "bitmap":
                 goal = (goal >= 0.5).float()
-            # Slots that are not foreground carry the background's class; any in range will do.
-            cls = torch.where(is_foreground, classes, 0).flatten()
-        loss = mask_loss(logits, cls, goal.flatten(0, 1), is_foreground.flatten().float())
-        return loss * self.loss_weight
+        return mask_loss(logits, rois.classes, goal, rois.valid.float()) * self.loss_weight
 
     def of_class(self, logits: Tensor, classes: Tensor) -> Tensor:
         """(D, K or 1, M, M) logits of the given classes (D,) -> (D, M, M) probabilities, float32."""

@@ -12,7 +12,7 @@ from fastmrcnn.model.backbone import ResNet
 from fastmrcnn.model.box_head import BoxHead
 from fastmrcnn.model.fpn import STRIDES, FeaturePyramid
 from fastmrcnn.model.mask_head import MaskHead
-from fastmrcnn.model.roi_sampler import RoiSampler
+from fastmrcnn.model.roi_sampler import RoiSampler, pack_foreground
 from fastmrcnn.model.rpn import RegionProposalNetwork
 from fastmrcnn.model.sampling import SamplingKeys
 from fastmrcnn.structures import Batch, Detections, Losses, Targets
@@ -28,6 +28,8 @@ class MaskRCNN(nn.Module):
     Args:
         mask_head: none: Faster R-CNN.
         box_resolution, mask_resolution: sides of the RoI features for the two heads.
+        mask_slots_per_image: slots of the mask head in training, shared by the images of a batch; none:
+            as many as the sampler may give.
         sampling_ratio, aligned: of RoIAlign.
         channel_order: rgb | bgr, of the network's input; a batch is always RGB.
         pixel_mean, pixel_std: in that order, for pixels in 0..255.
@@ -48,6 +50,7 @@ class MaskRCNN(nn.Module):
         mask_head: MaskHead | None,
         box_resolution: int = 7,
         mask_resolution: int = 14,
+        mask_slots_per_image: int | None = None,
         sampling_ratio: int = 0,
         aligned: bool = True,
         channel_order: str = "rgb",
@@ -63,6 +66,7 @@ class MaskRCNN(nn.Module):
         self.mask_head = mask_head
         self.box_resolution = box_resolution
         self.mask_resolution = mask_resolution
+        self.mask_slots_per_image = mask_slots_per_image
         self.sampling_ratio = sampling_ratio
         self.aligned = aligned
         self.channel_order = channel_order
@@ -88,18 +92,22 @@ class MaskRCNN(nn.Module):
         logits, deltas_of_class = self.box_head(x)
         loss_cls, loss_box_reg = self.box_head.losses(logits, deltas_of_class, rois, targets)
 
-        loss_mask = None
-        if self.mask_head is not None:
-            # Foreground comes first, so the first F slots are all that the mask head needs.
-            slots = min(self.sampler.foreground_slots, rois.boxes.shape[1])
-            boxes, is_foreground = rois.boxes[:, :slots], rois.is_foreground[:, :slots]
-            x = self.align(features, boxes, is_foreground, self.mask_resolution)
-            logits = self.mask_head(x.flatten(0, 1))
-            matched, classes = rois.matched[:, :slots], rois.classes[:, :slots]
-            loss_mask = self.mask_head.loss(
-                logits, boxes, matched, classes, is_foreground, batch, targets.masks
-            )
-        return Losses(loss_rpn_cls, loss_rpn_loc, loss_cls, loss_box_reg, loss_mask)
+        num_fg = rois.is_foreground.sum()
+        if self.mask_head is None:
+            return Losses(loss_rpn_cls, loss_rpn_loc, loss_cls, loss_box_reg, num_fg=num_fg)
+        chosen = pack_foreground(rois, self.sampler.foreground_slots, self.mask_slots_per_image)
+        x = self.align(features, chosen.boxes, chosen.valid, self.mask_resolution, chosen.image)
+        loss_mask = self.mask_head.loss(self.mask_head(x), chosen, batch, targets.masks)
+        dropped = num_fg - chosen.valid.sum()
+        return Losses(
+            loss_rpn_cls,
+            loss_rpn_loc,
+            loss_cls,
+            loss_box_reg,
+            loss_mask,
+            num_fg=num_fg,
+            masks_dropped=dropped,
+        )
 
     @torch.no_grad()
     def detect(self, batch: Batch) -> Detections:
@@ -130,15 +138,26 @@ class MaskRCNN(nn.Module):
         rows = torch.arange(height, device=pixels.device) < batch.sizes[:, 0, None]  # (N, H)
         columns = torch.arange(width, device=pixels.device) < batch.sizes[:, 1, None]
         inside = rows[:, None, :, None] & columns[:, None, None, :]
-        return torch.where(inside, pixels, 0.0).contiguous(memory_format=torch.channels_last)
+        return torch.where(inside, pixels, 0.0)
 
-    def align(self, features: list[Tensor], boxes: Tensor, valid: Tensor, resolution: int) -> Tensor:
-        """RoI features (N, S, C, resolution, resolution) from p2..p5, the level by FPN eq. 1."""
+    def align(
+        self,
+        features: list[Tensor],
+        boxes: Tensor,
+        valid: Tensor,
+        resolution: int,
+        image: Tensor | None = None,
+    ) -> Tensor:
+        """RoI features from p2..p5, the level by FPN eq. 1.
+
+        (N, S, C, resolution, resolution) of (N, S, 4) boxes; (T, C, ...) of (T, 4) boxes with their image.
+        """
         return multilevel_roi_align(
             features[:4],
             boxes,
             resolution,
             valid=valid,
+            batch_index=image,
             spatial_scales=[1 / stride for stride in STRIDES[:4]],
             sampling_ratio=self.sampling_ratio,
             aligned=self.aligned,

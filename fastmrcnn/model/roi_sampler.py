@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from fastmrcnn.model.matcher import match
 from fastmrcnn.model.sampling import sample, take
 from fastmrcnn.structures import Proposals, SampledRois, Targets
+
+
+class PackedRois(NamedTuple):
+    """Foreground RoIs of a whole batch, in T slots that its images share."""
+
+    boxes: Tensor  # (T, 4) float32
+    image: Tensor  # (T,) int64 in 0..N-1
+    classes: Tensor  # (T,) int64 in 0..K-1; 0 where not valid
+    matched: Tensor  # (T,) int64, ground-truth slot of that image
+    valid: Tensor  # (T,) bool
 
 
 class RoiSampler:
@@ -65,3 +77,30 @@ class RoiSampler:
         matched = take(matches.matched, chosen.picked)
         classes = torch.where(chosen.is_foreground, take(targets.classes, matched), self.num_classes)
         return SampledRois(take(boxes, chosen.picked), classes, matched, chosen.is_foreground, chosen.valid)
+
+
+def pack_foreground(rois: SampledRois, most: int, slots_per_image: int | None = None) -> PackedRois:
+    """Gather the foreground of all images into N * slots_per_image slots.
+
+    Args:
+        most: no image has foreground beyond this slot.
+        slots_per_image: if that is fewer than `most`, an image may use what others leave; what does not
+            fit is dropped, the last slots of every image first. The sampler's order is random, so a
+            random choice stays.
+    """
+    images, slots = rois.boxes.shape[0], min(most, rois.boxes.shape[1])
+    boxes, classes, matched, is_foreground = (
+        t[:, :slots] for t in (rois.boxes, rois.classes, rois.matched, rois.is_foreground)
+    )
+    image = torch.arange(images, device=boxes.device)[:, None].expand(-1, slots)
+    if slots_per_image is None or slots_per_image >= slots:
+        flat = (t.flatten(0, 1) for t in (boxes, image, classes, matched, is_foreground))
+        boxes, image, classes, matched, valid = flat
+        return PackedRois(boxes, image, torch.where(valid, classes, 0), matched, valid)
+    # Slot by slot over the images, foreground first: a stable sort keeps that order.
+    order = (~is_foreground).T.flatten().argsort(stable=True)[: images * slots_per_image]
+    boxes, image, classes, matched, valid = (
+        t.transpose(0, 1).flatten(0, 1).index_select(0, order)
+        for t in (boxes, image, classes, matched, is_foreground)
+    )
+    return PackedRois(boxes, image, torch.where(valid, classes, 0), matched, valid)

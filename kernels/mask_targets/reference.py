@@ -8,6 +8,7 @@ from torch import Tensor
 
 def mask_targets(
     boxes: Tensor,
+    image: Tensor,
     matched: Tensor,
     buffer: Tensor,
     offset: Tensor,
@@ -24,8 +25,9 @@ def mask_targets(
     """RoIAlign average of the matched object's bitmap within each box.
 
     Args:
-        boxes: (N, F, 4) float32 xyxy in input pixels, within the image.
-        matched: (N, F) int64, slot of the object in the tables below.
+        boxes: (F, 4) float32 xyxy in input pixels, within the image.
+        image: (F,) int64 in 0..N-1.
+        matched: (F,) int64 in 0..G-1, slot of the object in the tables below.
         buffer: (B,) uint8, the objects' bitmaps (0 or 1), each cropped to its window, end to end.
         offset: (N, G) int64, first byte of each crop.
         window: (N, G, 4) int32 x, y, width, height of each crop in annotation pixels.
@@ -39,41 +41,43 @@ def mask_targets(
             for an input that is not resized, the numbers of torchvision and detectron2.
         aligned: half-pixel correct sampling (detectron2); false: torchvision.
     Returns:
-        (N, F, M, M) float32 in 0..1. An object without a window gives zeros.
+        (F, M, M) float32 in 0..1. An object without a window gives zeros.
     """
-    table = (offset, window)
-    offset, window = (
-        t.gather(1, matched.reshape(*matched.shape, *(1,) * (t.dim() - 2)).expand(-1, -1, *t.shape[2:]))
-        for t in table
-    )
-    if sampling_ratio <= 0:
-        return _adaptive(
-            boxes, buffer, offset, window.long(), to_annotation, image_sizes, image_shape, resolution, aligned
-        )
+    row = image * offset.shape[1] + matched
+    offset = offset.flatten().index_select(0, row)  # (F,)
+    window = window.flatten(0, 1).index_select(0, row).long()  # (F, 4)
+    affine = to_annotation.index_select(0, image)[..., None, None]  # (F, 2, 3, 1, 1)
     start, pixel = _grid(boxes, resolution, aligned)
+    if sampling_ratio <= 0:
+        image_sizes = image_sizes.index_select(0, image)
+        return _adaptive(start, pixel, buffer, offset, window, affine, image_sizes, image_shape, resolution)
     steps = (torch.arange(resolution * sampling_ratio, device=boxes.device) + 0.5) / sampling_ratio
-    position = start[..., None] + steps * pixel[..., None] + 0.5  # (N, F, 2, M*s), continuous x and y
-    x, y = position[:, :, 0, None, :], position[:, :, 1, :, None]
-    a = to_annotation[:, None, :, :, None, None]
-    u = a[:, :, 0, 0] * x + a[:, :, 0, 1] * y + a[:, :, 0, 2] - 0.5  # (N, F, M*s, M*s) columns
-    v = a[:, :, 1, 0] * x + a[:, :, 1, 1] * y + a[:, :, 1, 2] - 0.5
-    height, width = size[:, 0, None, None, None], size[:, 1, None, None, None]
+    position = start[..., None] + steps * pixel[..., None] + 0.5  # (F, 2, M*s), continuous x and y
+    u, v = _annotation_position(affine, position[:, 0, None, :], position[:, 1, :, None])
+    u, v = u - 0.5, v - 0.5  # (F, M*s, M*s) column and row, as pixel indices
+    height, width = size.index_select(0, image).unsqueeze(-1).unsqueeze(-1).unbind(1)
     inside = (u >= -1) & (u <= width) & (v >= -1) & (v <= height)
     u0, u1, du = _neighbours(u, width)
     v0, v1, dv = _neighbours(v, height)
 
     def read(column: Tensor, row: Tensor) -> Tensor:
-        return _read(buffer, offset[..., None, None], window.long()[..., None, None, :], column, row).float()
+        return _read(buffer, offset, window, column, row).float()
 
     top = read(u0, v0) * (1 - du) + read(u1, v0) * du
     bottom = read(u0, v1) * (1 - du) + read(u1, v1) * du
     value = torch.where(inside, top * (1 - dv) + bottom * dv, 0.0)
     split = (resolution, sampling_ratio)
-    return value.unflatten(3, split).unflatten(2, split).mean((3, 5))
+    return value.unflatten(2, split).unflatten(1, split).mean((2, 4))
+
+
+def _annotation_position(affine: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Continuous annotation coordinates of input coordinates; affine is (F, 2, 3, 1, 1)."""
+    u, v = (affine[:, i, 0] * x + affine[:, i, 1] * y + affine[:, i, 2] for i in (0, 1))
+    return u, v
 
 
 def _grid(boxes: Tensor, resolution: int, aligned: bool) -> tuple[Tensor, Tensor]:
-    """First corner, in pixel-index coordinates, and side of a mask pixel: both (N, F, 2) as x, y."""
+    """First corner, in pixel-index coordinates, and side of a mask pixel: both (F, 2) as x, y."""
     extent = boxes[..., 2:] - boxes[..., :2]
     if aligned:
         return boxes[..., :2] - 0.5, extent / resolution
@@ -90,55 +94,52 @@ def _neighbours(position: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _read(buffer: Tensor, offset: Tensor, window: Tensor, column: Tensor, row: Tensor) -> Tensor:
-    """Bytes at annotation pixels; zero outside the crop, where the bitmap is zero too."""
-    left, top, width, height = window.unbind(-1)
+    """Bytes at annotation pixels (F, h, w); zero outside the crop, where the bitmap is zero too."""
+    left, top, width, height = window[..., None, None].unbind(1)
     column, row = column - left, row - top
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-    address = torch.where(inside, offset + row * width + column, 0)
+    address = torch.where(inside, offset[:, None, None] + row * width + column, 0)
     return torch.where(inside, buffer[address], 0)
 
 
 def _adaptive(
-    boxes: Tensor,
+    start: Tensor,
+    pixel: Tensor,
     buffer: Tensor,
     offset: Tensor,
     window: Tensor,
-    to_annotation: Tensor,
+    affine: Tensor,
     image_sizes: Tensor,
     image_shape: tuple[int, int],
     resolution: int,
-    aligned: bool,
 ) -> Tensor:
     """The average of bilinear samples is separable: weights over rows x bitmap x weights over columns."""
-    start, pixel = _grid(boxes, resolution, aligned)
     height, width = image_shape
-    rows = _axis_weights(start[..., 1], pixel[..., 1], image_sizes[:, 0, None], height, resolution)
-    columns = _axis_weights(start[..., 0], pixel[..., 0], image_sizes[:, 1, None], width, resolution)
-    y = torch.arange(height, device=boxes.device)[:, None] + 0.5
-    x = torch.arange(width, device=boxes.device)[None, :] + 0.5
-    a = to_annotation[..., None, None]
-    u = (a[:, 0, 0] * x + a[:, 0, 1] * y + a[:, 0, 2]).floor().long()[:, None]  # (N, 1, H, W) columns
-    v = (a[:, 1, 0] * x + a[:, 1, 1] * y + a[:, 1, 2]).floor().long()[:, None]
-    slots = []
-    for slot in range(boxes.shape[1]):  # one at a time: a whole bitmap in the input's resolution each
+    rows = _axis_weights(start[:, 1], pixel[:, 1], image_sizes[:, 0], height, resolution)
+    columns = _axis_weights(start[:, 0], pixel[:, 0], image_sizes[:, 1], width, resolution)
+    y = torch.arange(height, device=start.device)[:, None] + 0.5
+    x = torch.arange(width, device=start.device)[None, :] + 0.5
+    masks = []
+    for slot in range(len(start)):  # one at a time: a whole bitmap in the input's resolution each
         one = slice(slot, slot + 1)
-        bitmap = _read(buffer, offset[:, one, None, None], window[:, one, None, None], u, v).float()
-        slots.append(rows[:, one] @ bitmap @ columns[:, one].mT)
-    return torch.cat(slots, 1)
+        u, v = (t.floor().long() for t in _annotation_position(affine[one], x, y))
+        bitmap = _read(buffer, offset[one], window[one], u, v).float()
+        masks.append(rows[one] @ bitmap @ columns[one].mT)
+    return torch.cat(masks)
 
 
 def _axis_weights(start: Tensor, pixel: Tensor, size: Tensor, length: int, resolution: int) -> Tensor:
-    """(N, F, M, length): how much each input row (or column) counts in each mask row (or column)."""
+    """(F, M, length): how much each input row (or column) counts in each mask row (or column)."""
     count = pixel.ceil().clamp(min=1)
     most = -(-length // resolution) + 1
     k = torch.arange(most, device=start.device)
     i = torch.arange(resolution, device=start.device)[:, None]
     step = (pixel / count)[..., None, None]
-    position = start[..., None, None] + i * pixel[..., None, None] + (k + 0.5) * step  # (N, F, M, most)
+    position = start[..., None, None] + i * pixel[..., None, None] + (k + 0.5) * step  # (F, M, most)
     size = size[..., None, None]
     real = (k < count[..., None, None]) & (position >= -1) & (position <= size)
     low, high, weight = _neighbours(position, size)
     share = torch.where(real, 1 / count[..., None, None], 0.0)
-    weights = torch.zeros(*position.shape[:3], length, device=start.device)
-    weights.scatter_add_(3, low.clamp(max=length - 1), share * (1 - weight))
-    return weights.scatter_add_(3, high.clamp(max=length - 1), share * weight)
+    weights = torch.zeros(*position.shape[:2], length, device=start.device)
+    weights.scatter_add_(2, low.clamp(max=length - 1), share * (1 - weight))
+    return weights.scatter_add_(2, high.clamp(max=length - 1), share * weight)

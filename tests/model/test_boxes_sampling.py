@@ -22,7 +22,9 @@ def test_iou_of_known_boxes() -> None:
     torch.testing.assert_close(box_ops.covered(a, b)[0], torch.tensor([0.25, 1.0, 0.0]))
 
 
-@given(st.lists(st.floats(0, 500), min_size=4, max_size=4), st.lists(st.floats(1, 200), min_size=4, max_size=4))
+@given(
+    st.lists(st.floats(0, 500), min_size=4, max_size=4), st.lists(st.floats(1, 200), min_size=4, max_size=4)
+)
 @settings(max_examples=50, deadline=None)
 def test_decode_inverts_encode(corners: list[float], sides: list[float]) -> None:
     box = torch.tensor([corners[0], corners[1], corners[0] + sides[0], corners[1] + sides[1]])
@@ -125,7 +127,9 @@ def test_roi_sampler_appends_ground_truth_and_labels_background() -> None:
     batch = random_batch(0, (3, 0))
     assert batch.targets is not None
     proposals = Proposals(
-        torch.tensor([[[0.0, 0, 4, 4]]]).repeat(2, 6, 1), torch.zeros(2, 6), torch.ones(2, 6, dtype=torch.bool)
+        torch.tensor([[[0.0, 0, 4, 4]]]).repeat(2, 6, 1),
+        torch.zeros(2, 6),
+        torch.ones(2, 6, dtype=torch.bool),
     )
     sampler = RoiSampler(3, batch_per_image=8, foreground_share=0.25)
     rois = sampler(proposals, batch.targets, torch.rand(2, 14))

@@ -130,9 +130,7 @@ def test_features_proposals_and_detections(peer: str) -> None:
         proposals = model.rpn.propose(objectness, deltas, anchors, batch.sizes)
         found = model(batch)
     for level in range(5):
-        name = (
-            f"fpn.{level if level < 4 else 'pool'}" if peer == "torchvision" else f"features.p{level + 2}"
-        )
+        name = f"fpn.{level if level < 4 else 'pool'}" if peer == "torchvision" else f"features.p{level + 2}"
         assert close(features[level][:, ::16], data[name]), name
         height, width = features[level].shape[-2:]
         expected = data[f"rpn.objectness.{level}"]
