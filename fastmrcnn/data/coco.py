@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fastmrcnn.data.coco_json import identifier, read_categories, read_images, read_json
 from fastmrcnn.data.images import check_headers
-from fastmrcnn.data.masks import Window, bitmap, mask_area, pack_polygons, segmentation_problem
+from fastmrcnn.data.masks import Window, all_finite, bitmap, mask_area, pack_polygons, segmentation_problem
 from fastmrcnn.data.records import Box, ImageRecord, ObjectRecord, Problems
 from fastmrcnn.errors import UserError
 
@@ -108,30 +108,19 @@ def read_coco(
     clipped = 0
     index_of = {category: index for index, category in enumerate(category_ids)}
     seen: set[int] = set()
-    for position, entry in enumerate(tree["annotations"]):
+    entries = tree["annotations"]
+    for position, entry in enumerate(entries):
+        entries[position] = None  # lets go of millions of numbers as they are packed
         annotation_id = identifier(entry, "annotation", position, seen, problems)
         if annotation_id is None:
             continue
-        record = records.get(_hashable(entry.get("image_id")))
-        class_index = index_of.get(_hashable(entry.get("category_id")))
-        fault = _reference_problem(entry, record, class_index)
-        box, frame = _corners(entry.get("bbox")), record
-        if not fault and box is None:
-            fault = f"bbox {entry.get('bbox')!r} is not four finite numbers [x, y, width, height]"
-        if not fault and entry.get("iscrowd", 0) not in (0, 1):
-            fault = f"iscrowd is {entry['iscrowd']!r}, not 0 or 1"
-        crowd = entry.get("iscrowd", 0) == 1
-        shape = entry.get("segmentation") or None
-        if not fault and frame is not None and shape is not None:
-            fault = segmentation_problem(shape, frame.height, frame.width)
-        if not fault and shape is None and require_masks and not crowd:
-            fault = "no segmentation; add one, or train without masks (model.mask_head.enabled=false)"
+        fault = _fault(entry, records, index_of, require_masks)
         if fault:
             problems.add("annotation", annotation_id, fault)
             continue
-        assert record is not None
-        assert class_index is not None
-        assert box is not None
+        record, class_index = records[entry["image_id"]], index_of[entry["category_id"]]
+        box, crowd = _corners(entry["bbox"]), entry.get("iscrowd", 0) == 1
+        shape = entry.get("segmentation") or None
         inside = _clip(box, record.width, record.height)
         area = _area(entry.get("area"), shape, inside, record)
         reason = _reason_to_skip(box, inside, area, shape, record, min_box_side, crowd)
@@ -218,23 +207,29 @@ def align_classes(
     return replace(dataset, records=records, class_names=list(class_names), category_ids=list(category_ids))
 
 
-def _hashable(value: Any) -> Any:
-    return value if isinstance(value, int | float | str) else None
-
-
-def _reference_problem(entry: Any, record: ImageRecord | None, class_index: int | None) -> str | None:
-    if record is None:
-        return f"image_id {entry.get('image_id')!r} is not among the images"
-    if class_index is None:
-        return f"category_id {entry.get('category_id')!r} is not among the categories"
+def _fault(
+    entry: dict[str, Any], records: dict[Any, ImageRecord], index_of: dict[Any, int], require_masks: bool
+) -> str | None:
+    """Why an annotation cannot be used, or None."""
+    image_id, category_id = entry.get("image_id"), entry.get("category_id")
+    if not isinstance(image_id, int | float) or image_id not in records:
+        return f"image_id {image_id!r} is not among the images"
+    if not isinstance(category_id, int | float) or category_id not in index_of:
+        return f"category_id {category_id!r} is not among the categories"
+    bbox, crowd, shape = entry.get("bbox"), entry.get("iscrowd", 0), entry.get("segmentation")
+    if not isinstance(bbox, list) or len(bbox) != 4 or not all_finite(bbox):
+        return f"bbox {bbox!r} is not four finite numbers [x, y, width, height]"
+    if crowd not in (0, 1):
+        return f"iscrowd is {crowd!r}, not 0 or 1"
+    if shape:
+        record = records[image_id]
+        return segmentation_problem(shape, record.height, record.width)
+    if require_masks and not crowd:
+        return "no segmentation; add one, or train without masks (model.mask_head.enabled=false)"
     return None
 
 
-def _corners(bbox: Any) -> Box | None:
-    if not isinstance(bbox, list) or len(bbox) != 4:
-        return None
-    if not all(isinstance(side, int | float) and math.isfinite(side) for side in bbox):
-        return None
+def _corners(bbox: list[float]) -> Box:
     x, y, w, h = bbox
     return float(x), float(y), float(x + w), float(y + h)
 

@@ -25,7 +25,7 @@ def segmentation_problem(segmentation: Any, height: int, width: int) -> str | No
     if segmentation and not isinstance(segmentation[0], list):
         return "segmentation must be a list of polygons, [[x1, y1, x2, y2, ...]]"
     for polygon in segmentation:
-        if not isinstance(polygon, list) or not _all_finite(polygon):
+        if not isinstance(polygon, list) or not all_finite(polygon):
             return "polygon has coordinates that are not finite numbers"
         if len(polygon) % 2:
             return f"polygon has {len(polygon)} coordinates, an odd number"
@@ -73,7 +73,8 @@ def mask_area(segmentation: Any, height: int, width: int) -> int:
     return int(coco_mask.area(rasterise(segmentation, height, width))) if segmentation else 0
 
 
-def _all_finite(numbers: list[Any]) -> bool:
+def all_finite(numbers: list[Any]) -> bool:
+    """Whether these are numbers, and none of them infinite or NaN."""
     try:
         return math.isfinite(sum(numbers))
     except TypeError:
