@@ -1,0 +1,28 @@
+"""Mask R-CNN in PyTorch: train, evaluate, predict. The kernels are in fastmrcnn.kernels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastmrcnn.checkpoint import load_checkpoint
+    from fastmrcnn.inference import Prediction, predict
+    from fastmrcnn.model.mask_rcnn import MaskRCNN
+
+__all__ = ["MaskRCNN", "Prediction", "load_checkpoint", "predict"]
+
+_HOME = {
+    "MaskRCNN": "fastmrcnn.model.mask_rcnn",
+    "Prediction": "fastmrcnn.inference",
+    "load_checkpoint": "fastmrcnn.checkpoint",
+    "predict": "fastmrcnn.inference",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: the kernels alone need none of it, nor the packages that it needs.
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOME[name]), name)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -21,8 +22,23 @@ from fastmrcnn.errors import UserError
 
 class Section(BaseModel):
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, strict=False, protected_namespaces=()
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        strict=False,
+        protected_namespaces=(),
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_section(cls, value: Any) -> Any:
+        """A section whose lines are all commented out reads as null; it means the defaults."""
+        return {} if value is None else value
+
+
+Positive = Annotated[int, Field(gt=0)]
+Side = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class SplitConfig(Section):
@@ -53,12 +69,12 @@ class DataConfig(Section):
     train: SplitConfig = SplitConfig()
     val: SplitConfig = SplitConfig()
     """Validation set; without it there is no evaluation."""
-    short_side: list[int] = [800]
+    short_side: list[Positive] = Field([800], min_length=1)
     """Training images are resized to one of these, drawn per image."""
     short_side_test: int = Field(800, gt=0)
     long_side_max: int = Field(1333, gt=0)
     """No image is resized beyond this, whatever its short side."""
-    buckets: list[tuple[int, int]] | Literal["auto"] = "auto"
+    buckets: list[tuple[Positive, Positive]] | Literal["auto"] = "auto"
     """Padded (height, width) shapes. `auto`: the smallest multiples of 32 that hold a landscape and a
     portrait image under the resize rule, or one shape if all images come out alike."""
     max_objects: int = Field(512, gt=0)
@@ -95,9 +111,9 @@ class FpnConfig(Section):
 
 
 class AnchorConfig(Section):
-    sizes: list[list[float]] = [[32], [64], [128], [256], [512]]
+    sizes: list[Annotated[list[Side], Field(min_length=1)]] = [[32], [64], [128], [256], [512]]
     """Sides of the square anchors, a list per level p2..p6."""
-    aspect_ratios: list[float] = [0.5, 1.0, 2.0]
+    aspect_ratios: list[Side] = Field([0.5, 1.0, 2.0], min_length=1)
     """Height over width."""
     rounding: bool = False
     """Round the base anchors to whole pixels (torchvision)."""
@@ -196,7 +212,7 @@ class ModelConfig(Section):
 
 class OptimConfig(Section):
     name: Literal["sgd", "adamw"] = "sgd"
-    lr: float = Field(0.02, gt=0)
+    lr: float = Field(0.02, gt=0, allow_inf_nan=False)
     """At `reference_batch` images a step; scaled linearly with the batch."""
     reference_batch: int = Field(16, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
@@ -204,7 +220,7 @@ class OptimConfig(Section):
     weight_decay_norm: float | None = Field(None, ge=0)
     """Of normalisation layers; none: the same as of everything else."""
     schedule: Literal["multistep", "cosine"] = "multistep"
-    milestones: list[int] = [60_000, 80_000]
+    milestones: list[Positive] = [60_000, 80_000]
     """Steps at which multistep multiplies the rate by gamma."""
     gamma: float = Field(0.1, gt=0)
     warmup_steps: int = Field(1000, ge=0)
@@ -281,7 +297,7 @@ def load_config(
             continue
         try:
             value = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, RecursionError):
             problems.append(f"{key}: '{text}' is not a YAML value (quote it?)")
             continue
         if not _put(tree, key.strip().split("."), value):
@@ -326,13 +342,14 @@ class _Loader(yaml.SafeLoader):
         if len(mapping) != len(node.value):
             keys = [self.construct_object(key) for key, _ in node.value]
             twice = sorted({str(key) for key in keys if keys.count(key) > 1})
-            raise UserError(f"{node.start_mark.name}: duplicate key {', '.join(twice)}")
+            line = node.start_mark.line + 1
+            raise yaml.YAMLError(f"duplicate key {', '.join(twice)} in the section at line {line}")
         return mapping
 
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    __import__("re").compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
 )
 
@@ -345,7 +362,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such configuration file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if tree is None:
         return {}
@@ -385,8 +402,3 @@ def nearest_key(place: str) -> str | None:
         return same_leaf[0]
     close = difflib.get_close_matches(place, candidates, n=1, cutoff=0.6)
     return close[0] if close else None
-
-
-def choices(section: type[BaseModel], field: str) -> tuple[str, ...]:
-    """The values a Literal field admits."""
-    return get_args(section.model_fields[field].annotation)

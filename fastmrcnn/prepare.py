@@ -67,8 +67,11 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"train.device={name} is not a device; use auto, cpu, cuda or cuda:0") from None
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"train.device={name} is not supported; use auto, cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"train.device={name}, but torch {torch.__version__} finds no CUDA device; use cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"train.device={name}, but torch {torch.__version__} finds {torch.cuda.device_count()} CUDA "
+            "devices; use auto or cpu"
+        )
     return device
 
 
@@ -119,7 +122,8 @@ def read_sets(config: Config) -> tuple[CocoDataset, CocoDataset | None]:
     data = config.data
 
     def read(split: SplitConfig, key: str) -> CocoDataset:
-        assert split.images is not None and split.annotations is not None, "check_trainable() comes first"
+        assert split.images is not None, "check_trainable() comes first"
+        assert split.annotations is not None, "check_trainable() comes first"
         return read_coco(
             split.images,
             split.annotations,
@@ -132,5 +136,4 @@ def read_sets(config: Config) -> tuple[CocoDataset, CocoDataset | None]:
     if data.val.images is None or data.val.annotations is None:
         return train_set, None
     val_set = read(data.val, "data.val")
-    check_same_classes(train_set, val_set)
-    return train_set, val_set
+    return train_set, check_same_classes(train_set, val_set)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from fastmrcnn.config import Config, dump_config, load_config
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.loader import TrainLoader, largest_targets
 from fastmrcnn.data.transforms import Augment
+from fastmrcnn.dry_run import dry_run
 from fastmrcnn.errors import UserError, run_main
 from fastmrcnn.evaluate import run_evaluation
 from fastmrcnn.metrics import Metrics
@@ -52,9 +54,7 @@ def main(argv: list[str]) -> None:
         config = starting_config(arguments.config, arguments.overrides)
     check_trainable(config)
     if arguments.dry_run:
-        from fastmrcnn.dry_run import dry_run
-
-        dry_run(config)
+        check_only(config)
         return
     if folder is None:
         folder = prepare_run_folder(config)
@@ -63,6 +63,15 @@ def main(argv: list[str]) -> None:
     for line in train_set.summary() + (val_set.summary() if val_set else []):
         print(line)
     train(config, folder, train_set, val_set, state)
+
+
+def check_only(config: Config) -> None:
+    """--dry-run: nothing is kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        config, train_set, val_set = prepare_data(config, Path(folder))
+        for line in train_set.summary() + (val_set.summary() if val_set else []):
+            print(line)
+        dry_run(config, train_set)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

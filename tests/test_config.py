@@ -8,9 +8,7 @@ import pytest
 import yaml
 
 from fastmrcnn.config import (
-    BackboneConfig,
     Config,
-    choices,
     dump_config,
     known_keys,
     load_config,
@@ -224,5 +222,23 @@ def test_configuration_is_frozen() -> None:
         Config().train.steps = 3  # type: ignore[misc]
 
 
-def test_choices() -> None:
-    assert "resnet18" in choices(BackboneConfig, "name")
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.short_side=[]",
+        "data.short_side=[0]",
+        "data.buckets=[[-32, 64]]",
+        "model.anchors.aspect_ratios=[]",
+        "model.anchors.sizes=[[32], [], [128], [256], [512]]",
+        "optim.lr=.inf",
+        "optim.lr=.nan",
+        "train={steps: 1, steps: 2}",
+        "data.short_side=" + "[" * 3000,
+    ],
+)
+def test_values_that_cannot_be_meant(override: str) -> None:
+    assert override.split("=")[0] in mistakes(None, override)
+
+
+def test_section_without_a_line_is_the_defaults(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "train:\n  # steps: 3\nmodel:\n  backbone:\n")) == Config()
