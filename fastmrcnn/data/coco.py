@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -245,7 +244,7 @@ def _clip(box: Box, width: int, height: int) -> Box:
 
 
 def _area(given: Any, shape: Any, inside: Box, record: ImageRecord) -> float:
-    if isinstance(given, int | float) and math.isfinite(given):
+    if all_finite([given]):
         return float(given)
     if shape is not None:
         return float(mask_area(shape, record.height, record.width))

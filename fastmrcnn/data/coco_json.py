@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fastmrcnn.data.masks import FARTHEST
 from fastmrcnn.data.records import ImageRecord, Problems
 from fastmrcnn.errors import UserError
 
@@ -66,9 +67,9 @@ def read_images(entries: list[Any], folder: Path, file: Path, problems: Problems
         if not isinstance(name, str) or not name:
             problems.add("image", image_id, "no file_name")
             name = "?"
-        if width is None or height is None or width <= 0 or height <= 0:
+        if width is None or height is None or not (0 < width <= FARTHEST and 0 < height <= FARTHEST):
             given = f"width {entry.get('width')!r}, height {entry.get('height')!r}"
-            problems.add("image", image_id, f"{given}: both must be whole numbers above 0")
+            problems.add("image", image_id, f"{given}: both must be whole numbers from 1 to {FARTHEST:,}")
             width = height = 1
         records[image_id] = ImageRecord(image_id, folder / name, name, width, height, [], file)
     return records

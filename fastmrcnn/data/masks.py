@@ -11,6 +11,8 @@ from pycocotools import mask as coco_mask
 
 Window = tuple[int, int, int, int]
 
+FARTHEST = 1_000_000  # pixels; pycocotools walks along each edge, wherever it leads
+
 
 def segmentation_problem(segmentation: Any, height: int, width: int) -> str | None:
     """What is wrong with a segmentation, or None. Nothing is rasterised.
@@ -31,6 +33,8 @@ def segmentation_problem(segmentation: Any, height: int, width: int) -> str | No
             return f"polygon has {len(polygon)} coordinates, an odd number"
         if len(polygon) < 6:
             return f"polygon has {len(polygon) // 2} points, fewer than 3"
+        if max(polygon) > FARTHEST or min(polygon) < -FARTHEST:
+            return f"polygon has a coordinate of more than {FARTHEST:,} pixels"
     return None
 
 
@@ -77,7 +81,7 @@ def all_finite(numbers: list[Any]) -> bool:
     """Whether these are numbers, and none of them infinite or NaN."""
     try:
         return math.isfinite(sum(numbers))
-    except TypeError:
+    except (TypeError, OverflowError):
         return False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -321,3 +322,59 @@ def test_nuclei() -> None:
             assert crop.sum() == whole.sum() == coco_mask.area(coco.annToRLE(coco.anns[item.annotation_id]))
             count += 1
     assert count == 349
+
+
+JUNK = [
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    10**30,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    [],
+    [[]],
+    [None],
+    {},
+    {"size": 1},
+]
+
+
+def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Every key and index within a tree."""
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    return [place for key, child in children for place in ((*path, key), *places(child, (*path, key)))]
+
+
+def test_junk_anywhere_is_accepted_or_a_user_error(tmp_path: Path) -> None:
+    rle = annotation(2, segmentation={"size": [20, 30], "counts": [10, 10, 580]})
+    counts = coco_mask.encode(np.ones((20, 30), np.uint8, order="F"))["counts"].decode()
+    text = annotation(3, segmentation={"size": [20, 30], "counts": counts}, category_id=3)
+    content = tree()
+    content["annotations"] += [rle, text]
+    assert len(read(tmp_path, content).records[0].objects) == 3
+    source = json.dumps(content)
+    tried = accepted = 0
+    for place in places(content):
+        for junk in [*JUNK, "gone"]:
+            changed = json.loads(source)
+            node = changed
+            for key in place[:-1]:
+                node = node[key]
+            if junk == "gone":
+                del node[place[-1]]
+            else:
+                node[place[-1]] = junk
+            images, file = tmp_path / "images", tmp_path / "set.json"
+            file.write_text(json.dumps(changed))
+            with contextlib.suppress(UserError):
+                dataset = read_coco(images, file)
+                for record in dataset.records:
+                    for item in record.objects:
+                        object_bitmap(item, record.height, record.width)
+                accepted += 1
+            tried += 1
+    assert 100 < accepted < tried / 2
