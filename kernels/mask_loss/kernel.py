@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._spec import CompileSpec
 from .reference import sum_dtype
 
 PIXELS = 1024  # at once
@@ -88,6 +89,77 @@ def _plain(tensor: Tensor) -> Tensor:
     """Contiguous, and bytes in the place of bools."""
     tensor = tensor.contiguous()
     return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+
+
+def compile_specs() -> list[CompileSpec]:
+    """1024 slots, 80 classes, 28x28, targets of one byte a pixel."""
+    slots, K, side = 1024, 80, 28
+    pixels = side * side
+    layouts = {
+        "nchw": (K * pixels, pixels, side, 1),
+        "channels_last": (K * pixels, 1, side * K, K),
+    }
+    axes = ("stride_slot", "stride_channel", "stride_y", "stride_x")
+    specs = []
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        for layout, strides in layouts.items():
+            shared = {
+                "logits_ptr": dtype,
+                "classes_ptr": torch.int64,
+                "targets_ptr": torch.uint8,
+                "weight_ptr": torch.float32,
+                **dict(zip(axes, strides, strict=True)),
+                "K": K,
+                "width": side,
+                "pixels": pixels,
+                "PIXELS": PIXELS,
+            }
+            forward = {**shared, "slot_sum_ptr": torch.float32}
+            backward = {
+                **shared,
+                "grad_ptr": torch.float32,
+                "divisor_ptr": torch.float32,
+                "grad_logits_ptr": dtype,
+                **{f"grad_{axis}": stride for axis, stride in zip(axes, strides, strict=True)},
+                "FILL": True,
+                "STRETCH": STRETCH,
+                "ZEROS": ZEROS,
+            }
+            read = slots * (pixels * (dtype.itemsize + 1) + 12)
+            written = slots * K * pixels * dtype.itemsize
+            programs = slots * triton.cdiv(K * pixels, STRETCH)
+            specs += [
+                CompileSpec(
+                    "mask_loss forward",
+                    f"{name} {layout}",
+                    _slot_loss_kernel,
+                    forward,
+                    slots,
+                    read + slots * 4,
+                    9 * slots * pixels,  # max, abs, exp, log and the sums of one pixel's cross-entropy
+                ),
+                CompileSpec(
+                    "mask_loss backward",
+                    f"{name} {layout}",
+                    _grad_kernel,
+                    backward,
+                    programs,
+                    read + written,
+                    6 * slots * pixels,  # exp, division and the products of one pixel's gradient
+                    num_warps=8,
+                ),
+            ]
+    arguments = {
+        "slot_sum_ptr": torch.float32,
+        "weight_ptr": torch.float32,
+        "loss_ptr": torch.float32,
+        "divisor_ptr": torch.float32,
+        "slots": slots,
+        "pixels": pixels,
+        "SLOTS": SLOTS,
+    }
+    specs.append(CompileSpec("mask_loss mean", "fp32", _mean_kernel, arguments, 1, 8 * slots + 8, 2 * slots))
+    return specs
 
 
 @triton.jit

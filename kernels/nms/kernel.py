@@ -15,10 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .._library import interpreting
+from .._spec import CompileSpec
 from .reference import round_down_to_float32
 
 TILE = 64  # as many as an int64 has bits
-ROWS = 8  # of a tile, compared at once; more would spill registers
+ROWS = 4  # of a tile, compared at once; 8 spill registers on sm_100
 COMPACT_BLOCK = 2048
 KEY_BLOCK = 1024
 
@@ -137,6 +138,64 @@ def _ranks(scores: Tensor) -> Tensor:
     order = scores.argsort(stable=True, descending=True)
     places = torch.arange(scores.shape[0], dtype=torch.int32, device=scores.device)
     return torch.empty_like(places).scatter_(0, order, places)
+
+
+def compile_specs() -> list[CompileSpec]:
+    """8 images, 5 levels of 2000 boxes each, 1000 of an image kept."""
+    images, per_image, max_out, in_group = 8, 10_000, 1000, 2000
+    slots = images * per_image
+    tiles = triton.cdiv(slots, TILE)
+    specs = []
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        arguments = {
+            "boxes_ptr": dtype,
+            "scores_ptr": dtype,
+            "valid_ptr": torch.uint8,
+            "key_ptr": torch.int64,
+            "stride_slot": 4,
+            "stride_coordinate": 1,
+            "slots": slots,
+            "slots_per_image": per_image,
+            "RANKED": False,
+            "ONLY_FINITE": True,
+            "HAS_VALID": True,
+            "BLOCK": KEY_BLOCK,
+        }
+        programs, moved = triton.cdiv(slots, KEY_BLOCK), slots * (5 * dtype.itemsize + 1 + 8)
+        specs.append(CompileSpec("nms keys", name, _score_key_kernel, arguments, programs, moved, 0))
+    for name, group in (("one group", None), ("groups", torch.int64)):
+        arguments = {
+            "boxes_ptr": torch.float32,
+            "run_ptr": torch.int64,
+            "group_ptr": group or torch.int64,
+            "rank_ptr": torch.int64,
+            "first_tile_ptr": torch.int64,
+            "keep_ptr": torch.uint8,
+            "survivors_ptr": torch.int64,
+            "begun_ptr": torch.int32,
+            "done_ptr": torch.int32,
+            "tiles": tiles,
+            "slots": slots,
+            "threshold": 0.7,
+            "HAS_GROUPS": group is not None,
+            "TILE": TILE,
+            "ROWS": ROWS,
+        }
+        moved = slots * (16 + 8 + 1 + (16 if group else 0))
+        operations = 14 * slots * (in_group if group else per_image) // 2  # of one IoU, for all pairs
+        specs.append(CompileSpec("nms greedy", name, _greedy_kernel, arguments, tiles, moved, operations))
+    arguments = {
+        "keep_ptr": torch.uint8,
+        "by_score_ptr": torch.int64,
+        "index_ptr": torch.int64,
+        "valid_ptr": torch.uint8,
+        "slots_per_image": per_image,
+        "max_out": max_out,
+        "BLOCK": COMPACT_BLOCK,
+    }
+    moved = slots * 1 + images * max_out * (8 + 8 + 1)
+    specs.append(CompileSpec("nms compact", "", _compact_kernel, arguments, images, moved, 0, num_warps=8))
+    return specs
 
 
 @triton.jit
