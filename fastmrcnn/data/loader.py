@@ -69,6 +69,8 @@ class TrainLoader:
     ) -> None:
         if not dataset.records:
             raise UserError(f"{dataset.annotations}: no image to train on")
+        if not short_sides or min(short_sides) <= 0:
+            raise UserError(f"data.short_side: expected lengths above 0, got {list(short_sides)}")
         for record in dataset.records:
             if len(record.objects) > max_objects:
                 raise UserError(

@@ -254,6 +254,25 @@ def test_padded_sizes_are_powers_of_two(tmp_path: Path) -> None:
         loader(dataset, max_objects=8)
 
 
+def test_one_large_image_does_not_set_the_size_of_all_batches(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+
+    def record(number: int, side: float) -> ImageRecord:
+        objects = [ObjectRecord(number, 0, (0, 0, side - 2, side - 2), False, None, 1)]
+        return ImageRecord(number, path, "x", 1000, 1000, objects, path)
+
+    alike = CocoDataset([record(i, 100) for i in range(1000)], ["a"], [1], path)
+    assert largest_targets(alike, 16) == (8, 16 * 100**2)
+    alike.records[7] = record(7, 1000)
+    _, size = largest_targets(alike, 16)
+    assert 1000**2 < size < 16 * 1000**2 / 10
+
+
+def test_no_short_side(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.short_side: expected lengths above 0, got \[\]"):
+        loader(mixed(tmp_path, [(30, 30)]), short_sides=[])
+
+
 def test_an_image_that_fits_no_bucket_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"image 100 .* 0\.png becomes 48x80 .* data\.buckets") as caught:
         loader(mixed(tmp_path, [(60, 100)]), buckets=[(64, 64)])
