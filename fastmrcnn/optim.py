@@ -29,7 +29,13 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     # The rate is a tensor on the device, so that changing it neither waits nor recompiles.
     lr = torch.tensor(0.0, device=next(model.parameters()).device)
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, fused=True)
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, fused=True)
+        if config.momentum > 0:
+            # torch allocates momentum without filling it, so an update that is skipped at the first step
+            # would leave what stood in that memory.
+            for parameter in (*others, *norms):
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
@@ -52,7 +58,8 @@ class GatedStep:
     An update whose loss is not finite is not made, and neither is any after it: the weights stay those
     before the first bad step, whose number stays in `first_bad_step` until the host comes to look.
     With a loss scale (fp16), gradients that overflow under a finite loss only skip their update and
-    halve the scale, which doubles again after `growth_interval` good steps.
+    halve the scale, which doubles again after `growth_interval` good steps. At a scale of 1 they are
+    a bad step: it is not the scale that made them overflow.
 
     Args:
         clip_norm: largest norm of the whole gradient; none: not clipped.
@@ -97,7 +104,7 @@ class GatedStep:
         with torch.no_grad():
             norm = torch.nn.utils.get_total_norm(grads) / self.scale
             finite = norm.isfinite()
-            bad = ~loss.isfinite() if self.scaled else ~(loss.isfinite() & finite)
+            bad = ~(loss.isfinite() & (finite | (self.scale > 1)))
             self.first_bad_step = torch.where(bad & (self.first_bad_step < 0), step, self.first_bad_step)
             stopped = self.first_bad_step >= 0
             skip = stopped | ~finite
@@ -114,13 +121,14 @@ class GatedStep:
             for now, before in zip(self.statistics, self.saved, strict=True):
                 now.copy_(torch.where(stopped, before, now))
             if self.scaled:
-                self._rescale(finite)
+                self._rescale(finite, stopped)
 
-    def _rescale(self, finite: Tensor) -> None:
-        self.good_steps = torch.where(finite, self.good_steps + 1, 0)
-        grow = self.good_steps >= self.growth_interval
-        self.scale = torch.where(finite, torch.where(grow, self.scale * 2, self.scale), self.scale * 0.5)
-        self.good_steps = torch.where(grow, 0, self.good_steps)
+    def _rescale(self, finite: Tensor, stopped: Tensor) -> None:
+        good_steps = torch.where(finite, self.good_steps + 1, 0)
+        grow = good_steps >= self.growth_interval
+        scale = torch.where(finite, torch.where(grow, self.scale * 2, self.scale), self.scale * 0.5)
+        self.scale = torch.where(stopped, self.scale, scale)
+        self.good_steps = torch.where(stopped, self.good_steps, torch.where(grow, 0, good_steps))
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"scale": self.scale, "good_steps": self.good_steps}
@@ -148,7 +156,11 @@ class Ema:
         return [t.data for t in tensors if t.is_floating_point()]
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """After step number `step` (from 0)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._average, self._source, 1 - decay)
+    def update(self, step: int, first_bad_step: Tensor | None = None) -> None:
+        """After step number `step` (from 0); nothing moves once `GatedStep.first_bad_step` is set."""
+        weight: float | Tensor = 1 - min(self.decay, (1 + step) / (10 + step))
+        if first_bad_step is not None:
+            weight = torch.where(first_bad_step < 0, weight, 0.0)
+        moves = torch._foreach_sub(self._source, self._average)
+        torch._foreach_mul_(moves, weight)
+        torch._foreach_add_(self._average, moves)

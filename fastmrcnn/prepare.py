@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,30 +95,44 @@ def choose_compile(config: Config, device: torch.device) -> bool:
     return config.train.compile == "on"
 
 
-def prepare_run_folder(config: Config) -> Path:
-    """A new folder for the run, made only once the data that was asked for is known to be there."""
+def prepare_run(config: Config, folder: Path | None) -> tuple[Config, Path, CocoDataset, CocoDataset | None]:
+    """The run's folder, training and validation set, and the configuration with the paths of both.
+
+    A new folder is made if none is given, and only once the data that was asked for is known to be
+    there. The embedded set is drawn into the folder.
+    """
     if not config.data.shapes:
-        read_sets(config)
-    return new_run_folder(config.output)
+        train_set, val_set = read_sets(config)
+        return config, folder or new_run_folder(config.output), train_set, val_set
+    folder = folder or new_run_folder(config.output)
+    paths = write_shapes(folder / "data", seed=0)
+    tree = config.model_dump()
+    for split in ("train", "val"):
+        images, annotations = paths[f"{split}_images"], paths[f"{split}_annotations"]
+        tree["data"][split] = {"images": str(images), "annotations": str(annotations)}
+    config = Config.model_validate(tree)
+    return config, folder, *read_sets(config)
 
 
-def prepare_data(config: Config, folder: Path) -> tuple[Config, CocoDataset, CocoDataset | None]:
-    """Training and validation sets; the embedded one is drawn into the run's folder first."""
-    if config.data.shapes:
-        data = folder / "data"
-        paths = write_shapes(data, seed=0)
-        filled = {
-            split: {
-                "images": str(paths[f"{split}_images"]),
-                "annotations": str(paths[f"{split}_annotations"]),
-            }
-            for split in ("train", "val")
-        }
-        tree = config.model_dump()
-        tree["data"].update(filled)
-        config = Config.model_validate(tree)
-    train_set, val_set = read_sets(config)
-    return config, train_set, val_set
+@contextlib.contextmanager
+def discarding_unstarted(folder: Path, *, new: bool) -> Iterator[None]:
+    """Remove a new run's folder if the block fails before there is any record or checkpoint in it."""
+    try:
+        yield
+    except BaseException:
+        record = folder / "metrics.json"
+        started = (folder / "checkpoints").exists() or (record.exists() and record.stat().st_size > 0)
+        if new and not started:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def run_folder_of(checkpoint: Path) -> Path:
+    """The folder of the run that wrote a checkpoint; UserError if the file was moved out of it."""
+    folder = checkpoint.absolute().parent
+    if folder.name != "checkpoints":
+        raise UserError(f"{checkpoint}: --resume needs a checkpoint where its run wrote it, RUN/checkpoints/")
+    return folder.parent
 
 
 def read_sets(config: Config) -> tuple[CocoDataset, CocoDataset | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from collections import deque
@@ -34,8 +35,9 @@ from fastmrcnn.prepare import (
     choose_compile,
     choose_device,
     choose_precision,
-    prepare_data,
-    prepare_run_folder,
+    discarding_unstarted,
+    prepare_run,
+    run_folder_of,
     starting_config,
 )
 from fastmrcnn.structures import Batch, Losses, to_device
@@ -45,10 +47,15 @@ from fastmrcnn.visualize import plot_losses
 def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
     if arguments.resume is not None:
+        if arguments.config is not None:
+            raise UserError(
+                "--resume goes on with the run's own configuration; leave out --config, and give what is to "
+                "change as key=value"
+            )
         checkpoint = find_checkpoint(arguments.resume)
+        folder = run_folder_of(checkpoint)
         state = read_checkpoint(checkpoint)
         config = load_config(overrides=arguments.overrides, base=state["config"])
-        folder = checkpoint.parent.parent
     else:
         state, folder = None, None
         config = starting_config(arguments.config, arguments.overrides)
@@ -56,19 +63,23 @@ def main(argv: list[str]) -> None:
     if arguments.dry_run:
         check_only(config)
         return
-    if folder is None:
-        folder = prepare_run_folder(config)
-    config, train_set, val_set = prepare_data(config, folder)
-    write_text(folder / "config.yaml", dump_config(config))
-    for line in train_set.summary() + (val_set.summary() if val_set else []):
-        print(line)
-    train(config, folder, train_set, val_set, state)
+    config, folder, train_set, val_set = prepare_run(config, folder)
+    try:
+        with discarding_unstarted(folder, new=state is None):
+            write_text(folder / "config.yaml", dump_config(config))
+            for line in train_set.summary() + (val_set.summary() if val_set else []):
+                print(line)
+            train(config, folder, train_set, val_set, state)
+    except KeyboardInterrupt:
+        # It may have come in the middle of an update, so what counts is what was saved before.
+        print(f"\nstopped; {how_to_go_on(folder)}", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def check_only(config: Config) -> None:
     """--dry-run: nothing is kept."""
     with tempfile.TemporaryDirectory() as folder:
-        config, train_set, val_set = prepare_data(config, Path(folder))
+        config, _, train_set, val_set = prepare_run(config, Path(folder))
         for line in train_set.summary() + (val_set.summary() if val_set else []):
             print(line)
         dry_run(config, train_set)
@@ -165,18 +176,20 @@ def train(
             losses = forward(batch, keys)
             update.backward(losses.total(), step)
             if ema is not None:
-                ema.update(step)
+                ema.update(step, update.first_bad_step)
             metrics.add(losses, batch_size, data_time)
 
             done = step + 1
             bar.update()
-            if done % log_every == 0 or done == steps:
+            save_now = done % config.train.checkpoint_every == 0 or done == steps
+            # Read before saving too, so that a checkpoint is never of a run that has gone wrong unseen.
+            if done % log_every == 0 or save_now:
                 row, bad_step = metrics.read(step, update.first_bad_step, lr, steps - done)
                 if bad_step >= 0:
                     stop_at_bad_loss(bad_step, recent, save(bad_step))
                 bar.set_postfix_str(describe(row))
             paused = time.perf_counter()
-            if done % config.train.checkpoint_every == 0 or done == steps:
+            if save_now:
                 last_checkpoint = save(done)
             every = config.train.evaluate_every
             if val_set is not None and every is not None and done % every == 0 and done < steps:
@@ -244,6 +257,15 @@ def describe(row: dict[str, Any]) -> str:
     parts += [f"{name.removeprefix('loss_')} {row[name]:.3f}" for name in row if name.startswith("loss_")]
     parts += [f"lr {row['lr']:.2g}", f"{row['images_per_second']:.1f} img/s"]
     return ", ".join(parts)
+
+
+def how_to_go_on(folder: Path) -> str:
+    """After an interruption, on one line."""
+    try:
+        checkpoint = find_checkpoint(folder)
+    except UserError:
+        return "nothing was saved yet (train.checkpoint_every is the number of steps between checkpoints)"
+    return f"go on from {checkpoint.name} with: python -m fastmrcnn.train --resume {folder}"
 
 
 def print_next(folder: Path, checkpoint: Path | None, config: Config, val_set: CocoDataset | None) -> None:
