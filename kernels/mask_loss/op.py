@@ -77,7 +77,8 @@ def _mask_loss(logits: Tensor, classes: Tensor, targets: Tensor, weight: Tensor)
     if runs_triton(logits):
         from . import kernel
 
-        return kernel.mask_loss(logits, classes, targets, weight)
+        with torch.cuda.device_of(logits):  # Triton launches on the current device
+            return kernel.mask_loss(logits, classes, targets, weight)
     return reference.mask_loss(logits, classes, targets, weight)
 
 
@@ -94,7 +95,8 @@ def _mask_loss_backward(
     if runs_triton(logits):
         from . import kernel
 
-        return kernel.mask_loss_backward(grad, divisor, logits, classes, targets, weight)
+        with torch.cuda.device_of(logits):
+            return kernel.mask_loss_backward(grad, divisor, logits, classes, targets, weight)
     return reference.mask_loss_backward(grad, divisor, logits, classes, targets, weight)
 
 

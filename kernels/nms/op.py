@@ -126,7 +126,8 @@ def _padded_nms(
     if runs_triton(boxes):
         from . import kernel
 
-        return kernel.padded_nms(boxes, scores, groups, valid, iou_threshold, max_out)
+        with torch.cuda.device_of(boxes):  # Triton launches on the current device
+            return kernel.padded_nms(boxes, scores, groups, valid, iou_threshold, max_out)
     return reference.padded_nms(boxes, scores, groups, valid, iou_threshold, max_out)
 
 
@@ -148,7 +149,8 @@ def _nms(boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_threshold: fl
     if runs_triton(boxes):
         from . import kernel
 
-        return kernel.nms(boxes, scores, groups, iou_threshold)
+        with torch.cuda.device_of(boxes):
+            return kernel.nms(boxes, scores, groups, iou_threshold)
     return reference.nms(boxes, scores, groups, iou_threshold)
 
 

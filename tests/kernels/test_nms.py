@@ -5,6 +5,7 @@ CPU tensors run the reference, or Triton's kernels if TRITON_INTERPRET=1; the te
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,14 @@ DATA = Path(__file__).parents[1] / "data" / "region_ops.npz"
 if not DATA.exists():
     DATA = Path(__file__).parents[3] / "shared" / "golden" / "region_ops.npz"
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_memory_is_nan() -> Iterator[None]:
+    """Deterministic mode fills what torch.empty returns."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def textbook(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) -> list[int]:
