@@ -2,16 +2,19 @@
 
 Each `kernel.py` has a function `compile_specs()` that returns these, forward and backward, fp32 and bf16,
 both layouts, at the training shapes. The report compiles them and reads registers, spills and load
-widths from the machine code; the tests do so for a few.
+widths from the machine code; the tests do so for a few. A `kernel.py` that describes its launches as
+`Launch` gets them from the code that launches, given tensors on the meta device.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _POINTERS = {
     torch.float64: "*fp64",
@@ -31,7 +34,7 @@ class CompileSpec:
     """One compilation of one kernel.
 
     Arguments are given as a launch gives them, by parameter name: numbers and constexprs as they are,
-    and for a tensor its dtype. A tuple stands for a tuple of those, None for None.
+    and a tensor or just its dtype. A tuple stands for a tuple of those, None for None.
     """
 
     name: str  # operator and direction, as "roi_align backward 7x7"
@@ -51,7 +54,9 @@ class CompileSpec:
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
 
-        signature, constexprs, attrs = {}, {}, {}
+        signature: dict[str, Any] = {}
+        constexprs: dict[tuple[int, ...], Any] = {}
+        attrs: dict[tuple[int, ...], Any] = {}
         for position, parameter in enumerate(self.kernel.params):
             value = self.arguments[parameter.name]
             if parameter.is_constexpr:
@@ -62,17 +67,47 @@ class CompileSpec:
             for path, leaf in _leaves(value, (position,)):
                 if _type(leaf) == "constexpr":
                     constexprs[path] = leaf
-                elif isinstance(leaf, torch.dtype) or (isinstance(leaf, int) and leaf % 16 == 0):
+                elif isinstance(leaf, (torch.dtype, Tensor)) or (isinstance(leaf, int) and leaf % 16 == 0):
                     attrs[path] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature=signature, constexprs=constexprs, attrs=attrs)
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return triton.compile(source, target=GPUTarget(backend, arch, warp_size), options=options)
 
 
+@dataclass(frozen=True)
+class Launch:
+    """One launch of one kernel, with every parameter by name."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    num_warps: int = 4
+
+    def run(self) -> None:
+        self.kernel[self.grid](**self.arguments, num_warps=self.num_warps)
+
+    def spec(
+        self, name: str, variant: str, bytes: int, flops: int, widest_load: int | None = None
+    ) -> CompileSpec:
+        return CompileSpec(
+            name,
+            variant,
+            self.kernel,
+            self.arguments,
+            math.prod(self.grid),
+            bytes,
+            flops,
+            self.num_warps,
+            widest_load=widest_load,
+        )
+
+
 def _type(value: Any) -> Any:
     """Triton's name of an argument's type, specialised as its launcher does: 1 and None are constants."""
     if isinstance(value, tuple):
         return tuple(_type(part) for part in value)
+    if isinstance(value, Tensor):
+        return _POINTERS[value.dtype]
     if isinstance(value, torch.dtype):
         return _POINTERS[value]
     if value is None or (isinstance(value, int) and value == 1):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._library import NAMESPACE
+from .._library import NAMESPACE, runs_triton
 from . import reference
 
 
@@ -49,6 +49,10 @@ def assign_levels(
 def _assign_levels(
     boxes: Tensor, k_min: int, k_max: int, canonical_size: float, canonical_level: int
 ) -> Tensor:
+    if runs_triton(boxes):
+        from . import kernel
+
+        return kernel.assign_levels(boxes, k_min, k_max, canonical_size, canonical_level)
     return reference.assign_levels(boxes, k_min, k_max, canonical_size, canonical_level)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._library import NAMESPACE
+from .._library import NAMESPACE, runs_triton
 from . import reference
-from .reference import Pooling
+from .reference import Pooling, is_channels_last, memory_format
 
 
 def roi_align(
@@ -249,6 +249,8 @@ def _check_features(features: Sequence[Tensor], name: str) -> None:
     for feature in features:
         if feature.ndim != 4 or feature.shape[:2] != first.shape[:2]:
             raise ValueError(f"{name} must be (N, C, H, W), got {[tuple(f.shape) for f in features]}")
+        if feature.shape[2] == 0 or feature.shape[3] == 0:
+            raise ValueError(f"{name} must have pixels, got {tuple(feature.shape)}")
         if feature.dtype != first.dtype or feature.device != first.device:
             kinds = [f"{f.dtype} on {f.device}" for f in features]
             raise ValueError(f"{name} must be of one dtype and device, got {', '.join(kinds)}")
@@ -285,14 +287,6 @@ def _call(
     return _roi_align(features, boxes.detach(), batch_index, valid, list(how.output_size), *how[1:])
 
 
-def _is_channels_last(feature: Tensor) -> bool:
-    return not feature.is_contiguous() and feature.is_contiguous(memory_format=torch.channels_last)
-
-
-def _format(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
 @torch.library.custom_op(f"{NAMESPACE}::roi_align", mutates_args=())
 def _roi_align(
     features: Sequence[Tensor],
@@ -316,8 +310,12 @@ def _roi_align(
         canonical_level,
         k_min,
     )
+    if runs_triton(boxes):
+        from . import kernel
+
+        return kernel.multilevel_roi_align(list(features), boxes, batch_index, valid, how)
     out = reference.multilevel_roi_align(list(features), boxes, batch_index, valid, how)
-    return out.contiguous(memory_format=_format(_is_channels_last(features[0])))
+    return out.contiguous(memory_format=memory_format(is_channels_last(features[0])))
 
 
 @_roi_align.register_fake
@@ -334,7 +332,7 @@ def _(
         shape,
         dtype=features[0].dtype,
         device=features[0].device,
-        memory_format=_format(_is_channels_last(features[0])),
+        memory_format=memory_format(is_channels_last(features[0])),
     )
 
 
@@ -366,8 +364,14 @@ def _roi_align_backward(
         k_min,
     )
     sizes = list(zip(heights, widths, strict=True))
+    if runs_triton(boxes):
+        from . import kernel
+
+        return kernel.multilevel_roi_align_backward(
+            grad, boxes, batch_index, valid, num_images, sizes, channels_last, how
+        )
     grads = reference.multilevel_roi_align_backward(grad, boxes, batch_index, valid, num_images, sizes, how)
-    return [part.clone(memory_format=_format(channels_last)) for part in grads]
+    return [part.clone(memory_format=memory_format(channels_last)) for part in grads]
 
 
 @_roi_align_backward.register_fake
@@ -387,7 +391,7 @@ def _(
             (num_images, grad.shape[1], height, width),
             dtype=grad.dtype,
             device=grad.device,
-            memory_format=_format(channels_last),
+            memory_format=memory_format(channels_last),
         )
         for height, width in zip(heights, widths, strict=True)
     ]
@@ -400,7 +404,7 @@ def _forward_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         features[0].shape[0],
         [f.shape[2] for f in features],
         [f.shape[3] for f in features],
-        _is_channels_last(features[0]),
+        is_channels_last(features[0]),
     )
     ctx.how = how
 

@@ -39,6 +39,14 @@ class Pooling(NamedTuple):
     k_min: int
 
 
+def is_channels_last(feature: Tensor) -> bool:
+    return not feature.is_contiguous() and feature.is_contiguous(memory_format=torch.channels_last)
+
+
+def memory_format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
 class _Axis(NamedTuple):
     """RoIs along one axis, in pixels of their level."""
 
