@@ -8,6 +8,7 @@ from .level_assign.op import assign_levels
 from .mask_loss.op import mask_loss
 from .mask_targets import mask_targets
 from .nms.op import batched_nms, nms, padded_nms
+from .patch import patch, unpatch
 from .roi_align.op import MultiScaleRoIAlign, multilevel_roi_align, roi_align
 
 __all__ = [
@@ -19,5 +20,7 @@ __all__ = [
     "multilevel_roi_align",
     "nms",
     "padded_nms",
+    "patch",
     "roi_align",
+    "unpatch",
 ]
