@@ -57,8 +57,8 @@ def patch(library: str, *, devices: str | Iterable[str] = "cuda") -> Patch:
 
     `patch` lasts until `unpatch`, or until the end of the block in `with patch("torchvision"):`, also if
     the block raises. To patch twice is to patch once; another device is added to those patched. The end
-    of a block puts back what stood before its `patch`, so blocks nest. What `torch.compile` has already
-    compiled keeps the autograd and autocast rules that it was traced with, so patch before that.
+    of a block puts back what stood before its `patch`, so blocks nest. Patch before `torch.compile` traces:
+    what is compiled keeps the autograd and autocast rules that it was traced with.
 
     Args:
         library: "torchvision". detectron2 calls its operators, so that it comes along.
@@ -131,17 +131,15 @@ def _apply(devices: frozenset[str]) -> None:
 
 
 def _override(device: str) -> torch.library.Library:
-    kernel, autograd, autocast = _KEYS[device]
     library = torch.library.Library("torchvision", "IMPL")
-    # torchvision registers some of these keys from Python itself, hence allow_override.
     for name, function, keys in (
         # At autograd's key too: torchvision's own formula has no second derivative, and its rule for
         # torch.compile wants features and boxes of one dtype.
-        ("roi_align", _roi_align, (kernel, autograd, autocast)),
-        ("_roi_align_backward", _roi_align_backward, (kernel,)),
-        ("nms", _nms, (kernel, autocast)),
+        ("roi_align", _roi_align, _KEYS[device]),
+        ("_roi_align_backward", _roi_align_backward, _KEYS[device][:1]),
+        ("nms", _nms, _KEYS[device]),
     ):
-        for key in keys:
+        for key in keys:  # torchvision registers some of them from Python itself, hence allow_override
             with warnings.catch_warnings():  # that a kernel is overridden, which is what was asked for
                 warnings.filterwarnings("ignore", message="(?s).*verriding a previously registered kernel")
                 library.impl(name, function, key, allow_override=True)
