@@ -1,0 +1,221 @@
+"""The report: its arithmetic by hand, kernels that must fail it, and ours, which must not.
+
+Kernels are compiled in a process of their own, since under TRITON_INTERPRET=1 there are none to compile.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+from fastmrcnn.kernels.report import (
+    ARCHITECTURES,
+    DEFAULT,
+    Row,
+    kernel_modules,
+    occupancy,
+    parse_sass,
+    read_amd,
+    table,
+)
+
+ROOT = Path(__file__).parents[2]
+
+SASS = """
+ Resource usage:
+  Function k:
+  REG:148 STACK:24 SHARED:1024 LOCAL:0 CONSTANT[0]:712 TEXTURE:0 SURFACE:0 SAMPLER:0
+        /*00f0*/                   LDG.E R0, desc[UR14][R2.64] ;
+        /*0150*/                   LDG.E.U8 R5, desc[UR14][R4.64] ;
+        /*0160*/                   LDG.E.U16.CONSTANT R5, desc[UR14][R4.64] ;
+        /*0170*/              @!P0 LDG.E.EF.64 R4, desc[UR14][R4.64] ;
+        /*12b0*/                   LDGSTS.E.BYPASS.128 [R101], desc[UR14][R26.64], P3 ;
+        /*1840*/                   LDGDEPBAR ;
+        /*1850*/                   LDS.128 R4, [R2] ;
+        /*1860*/                   LDL.128 R4, [R1] ;
+        /*19d0*/                   STG.E.128 desc[UR14][R28.64], R4 ;
+        /*19e0*/                   STG.E desc[UR14][R28.64], R4 ;
+"""
+
+AMD = """
+\tglobal_load_dwordx4 v[2:5], v[0:1], off
+\tbuffer_load_dword v1, v2, s[0:3], 0 offen
+\tglobal_load_ushort v1, v[2:3], off
+\tglobal_load_short_d16_hi v1, v[2:3], off
+\tbuffer_load_ubyte v1, v2, s[0:3], 0 offen
+\tflat_load_dwordx2 v[2:3], v[0:1]
+\tglobal_store_dwordx2 v[0:1], v[2:3], off
+\tbuffer_store_byte v1, v2, s[0:3], 0 offen
+\tds_read_b128 v[2:5], v0
+\tscratch_load_dwordx4 v[2:5], off, s0
+  - .agpr_count:     16
+    .private_segment_fixed_size: 8
+    .vgpr_count:     150
+"""
+
+
+def test_widths_spills_and_registers_of_sass() -> None:
+    code = parse_sass(SASS)
+    assert (code.registers, code.spilled) == (148, 24)
+    assert code.loads == {4: 1, 1: 1, 2: 1, 8: 1, 16: 1}
+    assert code.stores == {16: 1, 4: 1}
+
+
+def test_widths_spills_and_registers_of_amd_assembly() -> None:
+    code = read_amd(AMD)
+    assert (code.registers, code.spilled) == (150, 8)
+    assert code.loads == {16: 1, 4: 1, 2: 2, 1: 1, 8: 1}
+    assert code.stores == {8: 1, 1: 1}
+    with pytest.raises(ValueError, match=r"no \.vgpr_count"):
+        read_amd("s_endpgm")
+
+
+# Worked out by hand from the tables of the CUDA C++ Programming Guide.
+@pytest.mark.parametrize(
+    ("arch", "registers", "shared", "warps", "columns", "expected", "bound"),
+    [
+        ("sm_90", 32, 0, 8, 0, 1.0, "warps"),  # 64 warps of 32 * 32 registers fill the 65536
+        ("sm_90", 33, 0, 8, 0, 0.75, "registers"),  # 33 -> 40 a lane: 12 warps a partition, 6 blocks
+        ("sm_90", 255, 0, 8, 0, 0.125, "registers"),  # 256 a lane: 2 warps a partition, 1 block
+        ("sm_90", 16, 0, 1, 0, 0.5, "blocks"),  # 32 blocks of one warp
+        ("sm_90", 32, 106496, 8, 0, 0.25, "shared memory"),  # 2 * (104 + 1) KiB in 228
+        ("sm_80", 32, 106496, 8, 0, 0.125, "shared memory"),  # one of (104 + 1) KiB in 164
+        ("sm_86", 32, 106496, 8, 0, 0.0, "shared memory"),  # more than the 99 KiB of a block
+        ("sm_100", 32, 0, 4, 256, 0.125, "tensor memory"),  # two halves of 512 columns
+        ("gfx942", 150, 0, 4, 0, 0.375, "registers"),  # 152 of 512 a lane: 3 waves a SIMD
+        ("gfx942", 24, 73728, 8, 0, 0.0, "shared memory"),  # more than 64 KiB
+    ],
+)
+def test_occupancy(
+    arch: str, registers: int, shared: int, warps: int, columns: int, expected: float, bound: str
+) -> None:
+    assert occupancy(ARCHITECTURES[arch], registers, shared, warps, columns) == (expected, bound)
+
+
+def test_table_shows_failures_below_their_kernel() -> None:
+    rows = [
+        Row("a", "fp32", [], 8, 2_000_000, 0, 4, 40, 0, 1024, 16, 16, 8, 0.5, "registers"),
+        Row("b", "bf16", ["does not compile: no"], 8, 2_000_000, 3_000_000, 4),
+    ]
+    lines = table(rows).splitlines()
+    assert [line.split()[0] for line in lines] == ["kernel", "a", "b", "FAILS:"]
+    fields = ["a", "fp32", "4", "40", "0", "1024", "16", "8", "50%", "registers", "8", "2.00", "0.0"]
+    assert lines[1].split() == fields
+    assert "does not compile: no" in lines[3]
+
+
+# All of a block is needed for its sum, and then all of it again: one warp holds it in its registers.
+PLANTED = """
+import sys
+import torch, triton, triton.language as tl
+from fastmrcnn.kernels._spec import CompileSpec
+from fastmrcnn.kernels.report import inspect_kernel
+
+@triton.jit
+def hoarding_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at)
+    tl.store(out_ptr + at, x * tl.sum(x))
+
+@triton.jit
+def strided_kernel(x_ptr, out_ptr, scale_ptr, stride, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    scale = tl.sum(tl.load(scale_ptr + tl.arange(0, 512)))  # one wide load beside many narrow ones
+    tl.store(out_ptr + at, tl.load(x_ptr + at * stride) * scale)
+
+hoard = {"x_ptr": torch.float32, "out_ptr": torch.float32}
+stride = {"x_ptr": torch.bfloat16, "out_ptr": torch.bfloat16, "scale_ptr": torch.float32, "BLOCK": 4096}
+specs = [
+    CompileSpec("hoarding", "", hoarding_kernel, {**hoard, "BLOCK": int(sys.argv[2])}, 1, 0, 0, num_warps=1),
+    CompileSpec("strided", "", strided_kernel, {**stride, "stride": 2}, 1, 0, 0, widest_load=16),
+    CompileSpec("dense", "", strided_kernel, {**stride, "stride": 1}, 1, 0, 0, widest_load=16),
+    CompileSpec("broken", "", strided_kernel, {**stride, "stride": 2, "BLOCK": 3}, 1, 0, 0),
+]
+for spec in specs:
+    print(spec.name, *inspect_kernel(spec, sys.argv[1]).failures)
+"""
+
+
+def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**environment, **variables},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(("arch", "block"), [("sm_90", 8192), ("gfx942", 65536)])
+def test_planted_kernels_fail(arch: str, block: int, tmp_path: Path) -> None:
+    script = tmp_path / "planted.py"
+    script.write_text(PLANTED)
+    cache = str(tmp_path / "cache")
+    done = run(str(script), arch, str(block), PYTHONPATH=str(ROOT), TRITON_CACHE_DIR=cache)
+    assert done.returncode == 0, done.stderr
+    found = {line.split()[0]: line.partition(" ")[2] for line in done.stdout.splitlines()}
+    assert "spills" in found["hoarding"]
+    assert found["strided"] == "loads 2 bytes a thread, 16 expected"
+    assert found["dense"] == ""
+    assert "does not compile" in found["broken"]
+
+
+def report(path: Path, *archs: str) -> dict[str, list[dict[str, Any]]]:
+    done = run("-m", "fastmrcnn.kernels.report", "--arch", *archs, "--json", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(path.read_text())["architectures"]
+
+
+def test_no_kernel_spills_and_features_load_wide(tmp_path: Path) -> None:
+    rows = report(tmp_path / "report.json", "sm_90")["sm_90"]
+    for row in rows:
+        assert not row["failures"]
+        assert row["spilled"] == 0
+        assert 0 < row["occupancy"] <= 1
+        assert row["least_bytes"] > 0
+    variants: dict[str, set[str]] = {}
+    for row in rows:
+        variants.setdefault(row["kernel"], set()).add(row["variant"])
+    both = {f"{dtype} {layout}" for dtype in ("fp32", "bf16") for layout in ("nchw", "channels_last")}
+    for size in ("7x7", "14x14"):
+        for direction in ("forward", "backward"):
+            assert variants[f"roi_align {direction} {size}"] == both
+            main = [r for r in rows if r["kernel"] == f"roi_align {direction} {size}"]
+            assert [r["main_load"] for r in main if r["variant"] == "bf16 channels_last"] == [16]
+    for direction in ("forward", "backward"):
+        assert variants[f"mask_loss {direction}"] == both
+    assert any(kernel.startswith("nms") for kernel in variants)
+    assert any(kernel.startswith("assign_levels") for kernel in variants)
+
+
+@pytest.mark.slow
+def test_no_kernel_fails_on_any_architecture(tmp_path: Path) -> None:
+    found = report(tmp_path / "report.json", *DEFAULT)
+    assert {len(rows) for rows in found.values()} == {len(found["sm_90"])}
+
+
+def test_every_kernel_is_compiled() -> None:
+    """A kernel that no spec names would never be looked at."""
+    for module in kernel_modules():
+        listed = {spec.kernel for spec in module.compile_specs()}
+        written = {
+            value
+            for name, value in vars(module).items()
+            if name.endswith("_kernel") and hasattr(value, "params") and value.__module__ == module.__name__
+        }
+        assert written
+        assert written <= listed, f"{module.__name__} does not list all of its kernels"
+
+
+def test_refuses_to_report_on_interpreted_kernels() -> None:
+    done = run("-m", "fastmrcnn.kernels.report", "--arch", "sm_90", TRITON_INTERPRET="1")
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET" in done.stderr
