@@ -5,12 +5,10 @@ CPU tensors run the reference, or Triton's kernels if TRITON_INTERPRET=1; the te
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from golden import load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,18 +17,7 @@ from fastmrcnn.kernels.nms import op
 from fastmrcnn.kernels.nms.op import batched_nms, nms, padded_nms
 from fastmrcnn.kernels.nms.reference import round_down_to_float32
 
-DATA = Path(__file__).parents[1] / "data" / "region_ops.npz"
-if not DATA.exists():
-    DATA = Path(__file__).parents[3] / "shared" / "golden" / "region_ops.npz"
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_memory_is_nan() -> Iterator[None]:
-    """Deterministic mode fills what torch.empty returns."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def textbook(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) -> list[int]:
@@ -96,11 +83,9 @@ def clustered(
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("slots", [0, 1, 64, 300, 1000])
 def test_golden(slots: int, device: str) -> None:
-    with np.load(DATA) as data:
-        case = {k: torch.from_numpy(data[f"nms/{slots}/{k}"]) for k in ("boxes", "scores", "idxs")}
-        keep, keep_batched = data[f"nms/{slots}/keep"], data[f"nms/{slots}/keep_batched"]
-        threshold = float(data[f"nms/{slots}/thr"])
-    boxes, scores, idxs = (case[k].to(device) for k in ("boxes", "scores", "idxs"))
+    names = ("boxes", "scores", "idxs", "thr", "keep", "keep_batched")
+    boxes, scores, idxs, threshold, keep, keep_batched = load(*(f"nms/{slots}/{name}" for name in names))
+    boxes, scores, idxs, threshold = boxes.to(device), scores.to(device), idxs.to(device), threshold.item()
     assert nms(boxes, scores, threshold).tolist() == keep.tolist()
     assert batched_nms(boxes, scores, idxs, threshold).tolist() == keep_batched.tolist()
 
