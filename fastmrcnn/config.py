@@ -154,6 +154,8 @@ class RoiConfig(Section):
     foreground_share: float = Field(0.25, gt=0, le=1)
     foreground_iou: float = Field(0.5, gt=0, le=1)
     append_ground_truth: bool = True
+    canonical_size: float = Field(224.0, gt=0)
+    """Side of a box, in pixels, that FPN's rule gives to p4 (arXiv 1612.03144, eq. 1)."""
     aligned: bool = True
     """Half-pixel correct RoIAlign (detectron2's RoIAlignV2); false: torchvision."""
     sampling_ratio: int = 0

@@ -18,7 +18,7 @@ from pycocotools import mask as coco_mask
 
 CLASS_NAMES = ("circle", "square", "triangle", "star", "ring")
 _RING = CLASS_NAMES.index("ring")
-_MOST_HIDDEN = 0.6  # a shape of which more is hidden is left out
+_MOST_HIDDEN = 0.4  # a shape of which more is hidden is left out
 _NEGATIVE_SHARE = 0.04
 _HOLE = 0.5  # of the ring's radius
 
@@ -66,9 +66,9 @@ def draw_image(rng: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], 
     """One image (size, size, 3) uint8, and its COCO annotations without ids."""
     background = rng.uniform(60, 195, 3)
     y, x = np.indices((size, size), np.float32).reshape(2, -1)
-    canvas = _texture(rng, x, y, background, contrast=25).reshape(size, size, 3)
+    canvas = _texture(rng, x, y, background, contrast=10).reshape(size, size, 3)
     negative = rng.random() < _NEGATIVE_SHARE
-    shapes = [] if negative else [_place(rng, size) for _ in range(rng.integers(2, 6))]
+    shapes = [] if negative else [_place(rng, size) for _ in range(rng.integers(2, 4))]
     hidden = np.zeros((size, size), np.bool_)
     kept = []
     for kind, outline in shapes:  # from front to back
@@ -82,9 +82,9 @@ def draw_image(rng: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], 
         whole = bool((visible == mask).all())
         hidden |= mask
         y, x = (axis.astype(np.float32) for axis in np.nonzero(visible))
-        canvas[visible] = _texture(rng, x, y, _contrasting(rng, background), contrast=45)
+        canvas[visible] = _texture(rng, x, y, _contrasting(rng, background), contrast=25)
         kept.append(_annotation(rng, kind, outline, visible, whole))
-    canvas += 6 * rng.standard_normal(canvas.shape, np.float32)
+    canvas += 4 * rng.standard_normal(canvas.shape, np.float32)
     return np.clip(canvas, 0, 255).astype(np.uint8), kept
 
 
@@ -121,13 +121,16 @@ def _fill(outline: Points, size: int) -> Mask:
     return coco_mask.decode(rles[0]).astype(np.bool_)
 
 
+_MOST_TURN = np.pi / 12
+
+
 def _place(rng: np.random.Generator, size: int) -> tuple[int, Points]:
     """Class and outline (n, 2) of a shape that lies within the image for the most part."""
     kind = int(rng.integers(len(CLASS_NAMES)))
-    radius = size * rng.uniform(0.09, 0.22)
+    radius = size * rng.uniform(0.14, 0.25)
     centre = rng.uniform(0.8 * radius, size - 0.8 * radius, 2)
     unit = _OUTLINES[kind]()
-    angle = rng.uniform(0, 2 * np.pi)
+    angle = rng.uniform(-_MOST_TURN, _MOST_TURN)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     return kind, np.round(unit @ turn.T * radius + centre, 2)
 
@@ -153,10 +156,10 @@ _OUTLINES: tuple[Callable[[], Points], ...] = (
 
 
 def _contrasting(rng: np.random.Generator, background: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A colour that is at least 110 from the background, of a cube of side 255."""
+    """A colour that is at least 130 from the background, of a cube of side 255."""
     while True:
         colour = rng.uniform(10, 245, 3)
-        if np.linalg.norm(colour - background) > 110:
+        if np.linalg.norm(colour - background) > 130:
             return colour
 
 

@@ -182,11 +182,6 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        for module in self.modules():
-            # A residual branch that starts at zero trains deep networks from random weights.
-            last = getattr(module, "bn3", None) or getattr(module, "bn2", None)
-            if last is not None and not isinstance(last, FrozenBatchNorm2d):
-                nn.init.zeros_(last.weight)
 
     def _frozen(self) -> list[nn.Module]:
         stages = [[self.conv1, self.bn1]] + [[getattr(self, f"layer{i}")] for i in range(1, 5)]

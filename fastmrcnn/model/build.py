@@ -94,6 +94,7 @@ def build_model(config: ModelConfig, num_classes: int, load_backbone_weights: bo
         box_resolution=box.resolution,
         mask_resolution=mask.resolution,
         mask_slots_per_image=mask.slots_per_image,
+        canonical_size=roi.canonical_size,
         sampling_ratio=roi.sampling_ratio,
         aligned=roi.aligned,
         channel_order=config.channel_order,

@@ -30,6 +30,7 @@ class MaskRCNN(nn.Module):
         box_resolution, mask_resolution: sides of the RoI features for the two heads.
         mask_slots_per_image: slots of the mask head in training, shared by the images of a batch; none:
             as many as the sampler may give.
+        canonical_size: side of a box whose features come from p4.
         sampling_ratio, aligned: of RoIAlign.
         channel_order: rgb | bgr, of the network's input; a batch is always RGB.
         pixel_mean, pixel_std: in that order, for pixels in 0..255.
@@ -51,6 +52,7 @@ class MaskRCNN(nn.Module):
         box_resolution: int = 7,
         mask_resolution: int = 14,
         mask_slots_per_image: int | None = None,
+        canonical_size: float = 224.0,
         sampling_ratio: int = 0,
         aligned: bool = True,
         channel_order: str = "rgb",
@@ -67,6 +69,7 @@ class MaskRCNN(nn.Module):
         self.box_resolution = box_resolution
         self.mask_resolution = mask_resolution
         self.mask_slots_per_image = mask_slots_per_image
+        self.canonical_size = canonical_size
         self.sampling_ratio = sampling_ratio
         self.aligned = aligned
         self.channel_order = channel_order
@@ -159,6 +162,7 @@ class MaskRCNN(nn.Module):
             valid=valid,
             batch_index=image,
             spatial_scales=[1 / stride for stride in STRIDES[:4]],
+            canonical_size=self.canonical_size,
             sampling_ratio=self.sampling_ratio,
             aligned=self.aligned,
         )
