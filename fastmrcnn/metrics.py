@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmrcnn.output import write_text
 from fastmrcnn.structures import Losses
 
 
@@ -39,11 +40,10 @@ class Metrics:
     def _drop_from(self, step: int) -> None:
         if not self.path.exists():
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if line and json.loads(line).get("iteration", 0) < step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(self.path)
+        kept = [
+            line for line in self.path.read_text(encoding="utf-8").splitlines() if _iteration(line) < step
+        ]
+        write_text(self.path, "".join(line + "\n" for line in kept))
 
     def add(self, losses: Losses, images: int, data_time: float) -> None:
         """Take the losses of a step, without waiting for them."""
@@ -101,3 +101,11 @@ class Metrics:
     def close(self) -> None:
         self._file.close()
         self._board.close()
+
+
+def _iteration(line: str) -> float:
+    """Of a line of metrics.json; infinite for one that a killed run left unfinished."""
+    try:
+        return float(json.loads(line)["iteration"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

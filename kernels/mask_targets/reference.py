@@ -119,7 +119,7 @@ def _adaptive(
     columns = _axis_weights(start[:, 0], pixel[:, 0], image_sizes[:, 1], width, resolution)
     y = torch.arange(height, device=start.device)[:, None] + 0.5
     x = torch.arange(width, device=start.device)[None, :] + 0.5
-    masks = []
+    masks = [start.new_zeros(0, resolution, resolution)]
     for slot in range(len(start)):  # one at a time: a whole bitmap in the input's resolution each
         one = slice(slot, slot + 1)
         u, v = (t.floor().long() for t in _annotation_position(affine[one], x, y))
