@@ -1,0 +1,101 @@
+"""Multi-level RoIAlign at the shapes of the box head and of the mask head."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from harness import PASSES, Contest, Inputs, Traffic
+from peers import reference_peer, torchvision_ops, torchvision_roi_align
+from torch import Tensor
+from workload import STRIDES, Workload, feature_maps, generator, rois
+
+from fastmrcnn.kernels import multilevel_roi_align
+from fastmrcnn.kernels.roi_align import reference
+
+SCALES = [1 / stride for stride in STRIDES]
+
+
+def roi_align_reference(
+    features: list[Tensor], boxes: Tensor, output_size: int, sampling_ratio: int, aligned: bool
+) -> Tensor:
+    how = pooling(output_size, sampling_ratio, aligned)
+    out = reference.multilevel_roi_align(features, boxes.flatten(0, 1), None, None, how)
+    return out.unflatten(0, boxes.shape[:2])
+
+
+def pooling(output_size: int, sampling_ratio: int, aligned: bool) -> reference.Pooling:
+    return reference.Pooling((output_size, output_size), SCALES, sampling_ratio, aligned, 224.0, 4, 2)
+
+
+def traffic(features: list[Tensor], boxes: Tensor, how: reference.Pooling) -> Traffic:
+    """Forward reads the pixels that some sample touches; backward writes whole maps."""
+    images, channels = features[0].shape[:2]
+    item = features[0].element_size()
+    flat = boxes.flatten(0, 1).double().cpu()
+    ones = torch.ones(flat.shape[0], 1, *how.output_size, dtype=torch.float64)
+    sizes = [(f.shape[2], f.shape[3]) for f in features]
+    touched = reference.multilevel_roi_align_backward(ones, flat, None, None, images, sizes, how)
+    pixels = sum(int((part != 0).sum()) for part in touched)
+    out = flat.shape[0] * channels * how.output_size[0] * how.output_size[1] * item
+    return Traffic(
+        {"read boxes": boxes.nbytes, "read maps": pixels * channels * item, "write output": out},
+        {
+            "read boxes": boxes.nbytes,
+            "read gradient": out,
+            "write gradients": sum(f.numel() for f in features) * item,
+        },
+    )
+
+
+def contest(load: Workload, device: torch.device, bins: int, sampling_ratio: int, aligned: bool) -> Contest:
+    per_image = load.box_rois if bins == 7 else load.mask_rois
+    maps, boxes = feature_maps(load), rois(load, per_image)
+    shape = (load.images, per_image, load.channels, bins, bins)
+    gradient = torch.randn(shape, generator=generator(9)).to(load.dtype)
+    how: dict[str, Any] = {
+        "output_size": bins,
+        "sampling_ratio": sampling_ratio,
+        "aligned": aligned,
+    }
+
+    def make_inputs(device: torch.device) -> Inputs:
+        leaves = [m.to(device).requires_grad_() for m in maps]
+        # The layout in which the gradient of a channels_last output arrives.
+        grad = gradient.to(device).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        return Inputs({"features": leaves, "boxes": boxes.to(device)}, leaves, grad.unflatten(0, shape[:2]))
+
+    def exact(features: list[Tensor], boxes: Tensor) -> Tensor:
+        return roi_align_reference([f.double() for f in features], boxes, **how)
+
+    peers = reference_peer(partial(roi_align_reference, **how), device)
+    if (ops := torchvision_ops()) is not None:
+        peers = {"torchvision": partial(torchvision_roi_align, ops, **how), **peers}
+    samples = f"{sampling_ratio} samples" if sampling_ratio else "adaptive"
+    return Contest(
+        f"RoIAlign {bins}x{bins}, {per_image} RoIs an image, {samples}",
+        make_inputs,
+        partial(multilevel_roi_align, spatial_scales=SCALES, **how),
+        exact,
+        peers,
+        traffic(maps, boxes, pooling(bins, sampling_ratio, aligned)),
+    )
+
+
+@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize(
+    ("sampling_ratio", "aligned"), [(0, True), (2, False)], ids=["detectron2", "torchvision"]
+)
+@pytest.mark.parametrize("bins", [7, 14])
+def test_roi_align(
+    run: Any,
+    load: Workload,
+    device: torch.device,
+    bins: int,
+    sampling_ratio: int,
+    aligned: bool,
+    which: str,
+) -> None:
+    run(contest(load, device, bins, sampling_ratio, aligned), which)
