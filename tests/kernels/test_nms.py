@@ -135,6 +135,16 @@ def test_dtypes(dtype: torch.dtype, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_nan_scores_come_first_as_in_torchvision(device: str) -> None:
+    boxes, scores, groups = (t[0] for t in clustered(40, 2))
+    scores[[3, 9]], scores[5], scores[7] = torch.nan, torch.inf, -torch.inf
+    scores[6] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)  # a NaN with its sign bit set
+    kept = batched_nms(boxes.to(device), scores.to(device), groups.to(device), 0.5)
+    assert kept.tolist() == textbook(boxes, scores, groups, 0.5)
+    assert kept[0] == 3
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_groups_that_need_64_bits(device: str) -> None:
     boxes, scores, groups = clustered(100, 4)
     check_padded(boxes, scores, groups * 2**32 - 2**33, None, 0.5, 100, device)
