@@ -1,0 +1,49 @@
+"""The Python blocks of the kernels' documentation run as they stand."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from fastmrcnn.kernels import unpatch
+
+ROOT = Path(__file__).parents[2]
+SECTION = "## Use the kernels in your detector"
+
+
+def python_blocks() -> list[str]:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme.split(SECTION + "\n", 1)[1].split("\n## ", 1)[0]
+    text = section + (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("block", python_blocks(), ids=lambda block: block.split("\n")[0])
+def test_block_runs(block: str) -> None:
+    code = compile(block, "README.md", "exec")
+    needed = {"torchvision": 'patch("torchvision")', "detectron2": "import detectron2"}
+    for library, sign in needed.items():
+        if sign in block:
+            try:
+                importlib.import_module(library)
+            except (ImportError, RuntimeError):
+                pytest.skip(f"{library} is not here")
+    try:
+        exec(code, {})
+    finally:
+        unpatch("torchvision")
+
+
+def test_there_is_a_block_for_each_kind_of_detector() -> None:
+    blocks = python_blocks()
+    for word in (
+        'patch("torchvision")',
+        "detectron2.layers",
+        "multilevel_roi_align",
+        "padded_nms",
+        "mask_loss",
+    ):
+        assert any(word in block for block in blocks), word
