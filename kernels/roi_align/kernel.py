@@ -200,7 +200,11 @@ def compile_specs() -> list[CompileSpec]:
         for channels_last in (False, True):
             variant = f"{name} {'channels_last' if channels_last else 'nchw'}"
             widest = 16 if channels_last and dtype == torch.bfloat16 else None
-            like: dict[str, Any] = {"dtype": dtype, "device": "meta", "memory_format": memory_format(channels_last)}
+            like: dict[str, Any] = {
+                "dtype": dtype,
+                "device": "meta",
+                "memory_format": memory_format(channels_last),
+            }
             maps = [torch.empty((images, channels, *size), **like) for size in sizes]
             for bins, per_image in ((7, 512), (14, 128)):
                 rois = images * per_image

@@ -82,18 +82,17 @@ def multilevel_roi_align(
     Returns:
         (R, C, oh, ow), zeros for boxes that are not valid, not finite, or of an image that is not there.
     """
-    channels = features[0].shape[1]
+    images, channels = features[0].shape[:2]
     dtype = _sum_dtype(features[0].dtype)
-    table = torch.cat([f.permute(0, 2, 3, 1).reshape(-1, channels).to(dtype) for f in features])
     sizes = [(f.shape[2], f.shape[3]) for f in features]
     oh, ow = how.output_size
-    out = table.new_zeros((boxes.shape[0], oh * ow, channels))
-    if out.numel() == 0 or table.numel() == 0:
-        return out.view(-1, oh, ow, channels).permute(0, 3, 1, 2).to(features[0].dtype)
-    rois = locate(boxes.to(dtype), batch_index, valid, features[0].shape[0], sizes, how)
-    for group, entries in _entry_groups(rois, sizes, how):
-        out[group] = _sum_rows(table, entries).view_as(out[group])
-    return out.view(-1, oh, ow, channels).permute(0, 3, 1, 2).to(features[0].dtype)
+    out = torch.zeros((boxes.shape[0], oh * ow, channels), dtype=dtype, device=boxes.device)
+    if out.numel() > 0 and images > 0:
+        table = torch.cat([f.permute(0, 2, 3, 1).reshape(-1, channels).to(dtype) for f in features])
+        rois = locate(boxes.to(dtype), batch_index, valid, images, sizes, how)
+        for group, entries in _entry_groups(rois, sizes, how):
+            out[group] = _sum_rows(table, entries).view_as(out[group])
+    return out.view(boxes.shape[0], oh, ow, channels).permute(0, 3, 1, 2).to(features[0].dtype)
 
 
 def multilevel_roi_align_backward(
@@ -119,8 +118,9 @@ def multilevel_roi_align_backward(
     pixels = num_images * sum(height * width for height, width in sizes)
     table = torch.zeros((pixels, channels), dtype=dtype, device=grad.device)
     if grad.numel() > 0 and pixels > 0:
-        bins = grad.permute(0, 2, 3, 1).reshape(boxes.shape[0], -1, channels).to(dtype)
         rois = locate(boxes.to(dtype), batch_index, valid, num_images, sizes, how)
+        bins = grad.permute(0, 2, 3, 1).reshape(boxes.shape[0], -1, channels).to(dtype)
+        bins = torch.where(rois.real[:, None, None], bins, 0)  # NaN times no weight would be NaN
         for group, entries in _entry_groups(rois, sizes, how):
             table += _sum_rows(bins[group].flatten(0, 1), _transpose(entries, pixels))
     rows = [num_images * height * width for height, width in sizes]

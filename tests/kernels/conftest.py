@@ -1,0 +1,20 @@
+"""Shared by the operators' tests, which run twice: plain, and with TRITON_INTERPRET=1 (test_interpreter)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # nosync
+
+
+@pytest.fixture(autouse=True)
+def _fresh_memory_is_nan() -> Iterator[None]:
+    """Deterministic mode fills what torch.empty returns; our operators need no slow path for it."""
+    torch.set_deterministic_debug_mode("warn")
+    yield
+    torch.set_deterministic_debug_mode("default")

@@ -1,0 +1,28 @@
+"""The operators' tests once more, with Triton's kernels in place of the references."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+HERE = Path(__file__).parent
+MODULES = ("test_level_assign.py", "test_mask_loss.py", "test_nms.py", "test_roi_align.py")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_with_triton_interpreted(module: str) -> None:
+    """In a process of its own, since Triton decides when a kernel is decorated."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / module)],
+        cwd=HERE.parents[1],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]

@@ -1,0 +1,412 @@
+"""RoIAlign against the textbook, sample by sample, and torchvision's results.
+
+CPU tensors run the reference, or Triton's kernels if TRITON_INTERPRET=1; the tests are the same.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from golden import load, names
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nosync import NoSync
+from tolerances import assert_near
+from torch import Tensor
+from torch.library import opcheck
+
+from fastmrcnn.kernels import MultiScaleRoIAlign, assign_levels, multilevel_roi_align, roi_align
+from fastmrcnn.kernels.roi_align import op, reference
+from fastmrcnn.kernels.roi_align.reference import Pooling
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+FORMATS = [torch.contiguous_format, torch.channels_last]
+SIZES = [(10, 13), (5, 7)]  # of two levels, with strides 4 and 8
+SCALES = [1 / 4, 1 / 8]
+LEVELS = {"spatial_scales": SCALES, "canonical_size": 30.0, "canonical_level": 3}
+GOLDEN = names("roi_align/")
+TEXTBOOK = [
+    (size, ratio, aligned)
+    for size in [(7, 7), (3, 10), (1, 1)]
+    for ratio in (0, 2)
+    for aligned in (False, True)
+]
+if INTERPRETING:  # it takes 40 ms a program
+    GOLDEN = ["roi_align/3x5/sr-1/aligned0"]
+    TEXTBOOK = [((7, 7), 0, False), ((3, 10), 2, True)]
+
+
+def textbook(
+    feature: Tensor, box: Tensor, size: tuple[int, int], scale: float, ratio: int, aligned: bool
+) -> Tensor:
+    """One RoI of one map (C, H, W) in float64: the average of bilinear samples, as the paper says."""
+    x1, y1, x2, y2 = (float(c) * scale - 0.5 * aligned for c in box)
+    sides = [y2 - y1, x2 - x1] if aligned else [max(y2 - y1, 1.0), max(x2 - x1, 1.0)]
+    weights = []
+    for start, side, bins, pixels in zip((y1, x1), sides, size, feature.shape[1:], strict=True):
+        weight = torch.zeros(bins, pixels, dtype=torch.float64)
+        samples = ratio if ratio > 0 else math.ceil(side / bins)
+        for i in range(bins):
+            for s in range(samples):
+                at = start + side / bins * (i + (s + 0.5) / samples)
+                if -1 <= at <= pixels:
+                    at = min(max(at, 0.0), pixels - 1.0)
+                    low = math.floor(at)
+                    weight[i, low] += (1 - at + low) / samples
+                    weight[i, min(low + 1, pixels - 1)] += (at - low) / samples
+        weights.append(weight)
+    return torch.einsum("iy,cyx,jx->cij", weights[0], feature.detach().cpu().double(), weights[1])
+
+
+def textbook_levels(
+    features: list[Tensor],
+    boxes: Tensor,
+    images: Tensor,
+    valid: Tensor,
+    size: tuple[int, int],
+    ratio: int,
+    aligned: bool,
+) -> Tensor:
+    """(R, C, oh, ow) float64 on the CPU, for the two levels above."""
+    levels = assign_levels(boxes.cpu(), k_min=2, k_max=3, canonical_size=30.0, canonical_level=3)
+    out = torch.zeros(len(boxes), features[0].shape[1], *size, dtype=torch.float64)
+    for r, (box, level, image) in enumerate(zip(boxes.cpu(), levels.tolist(), images.tolist(), strict=True)):
+        if valid[r] and box.isfinite().all():
+            out[r] = textbook(features[level][image], box, size, SCALES[level], ratio, aligned)
+    return out
+
+
+def pyramid(
+    channels: int = 3,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+    form: torch.memory_format = torch.contiguous_format,
+) -> list[Tensor]:
+    r = torch.Generator().manual_seed(1)
+    maps = [torch.randn(2, channels, *size, generator=r) for size in SIZES]
+    return [m.to(device, dtype).contiguous(memory_format=form).requires_grad_() for m in maps]
+
+
+def some_boxes(per_image: int = 4, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """(2, S, 4) and valid (2, S): the first image's second slot is not valid and holds NaN."""
+    r = torch.Generator().manual_seed(2)
+    corner = torch.rand(2, per_image, 2, generator=r) * 40 - 8
+    boxes = torch.cat([corner, corner + torch.rand(2, per_image, 2, generator=r) * 45], dim=-1)
+    valid = torch.ones(2, per_image, dtype=torch.bool)
+    if per_image > 1:
+        valid[0, 1], boxes[0, 1] = False, torch.nan
+    return boxes.to(device), valid.to(device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden(name: str, device: str) -> None:
+    _, size, ratio, aligned = name.split("/")
+    features, rois, scale = load("roi/features", "roi/rois", "roi/spatial_scale")
+    out, grad_out, grad = load(f"{name}/out", f"{name}/grad_out", f"{name}/grad_features")
+    features = features.to(device).requires_grad_()
+    output_size = [int(side) for side in size.split("x")]
+    pooled = roi_align(
+        features, rois.to(device), output_size, float(scale), int(ratio[2:]), aligned == "aligned1"
+    )
+    pooled.backward(grad_out.to(device))
+    assert_near(pooled, out.double(), torch.float32)
+    assert_near(features.grad, grad.double(), torch.float32, terms=100)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_golden_module(device: str) -> None:
+    maps = {str(i): load(f"multiscale/f{i}")[0].to(device) for i in range(4)}
+    boxes = [part.to(device) for part in load("multiscale/boxes0", "multiscale/boxes1")]
+    (expected,) = load("multiscale/out_aligned0_sr2")
+    module = MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2)
+    assert_near(module(maps, boxes, [(256, 320), (256, 320)]), expected.double(), torch.float32)
+    assert repr(module).startswith("MultiScaleRoIAlign(featmap_names=['0'")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("size", "ratio", "aligned"), TEXTBOOK)
+def test_textbook(size: tuple[int, int], ratio: int, aligned: bool, device: str) -> None:
+    """Forward; and backward as its adjoint: <grad, forward(x)> = <backward(grad), x>."""
+    maps = pyramid(device=device)
+    boxes, valid = some_boxes(device=device)
+    pooled = multilevel_roi_align(
+        maps, boxes, size, valid=valid, sampling_ratio=ratio, aligned=aligned, **LEVELS
+    )
+    images = torch.arange(2).repeat_interleave(boxes.shape[1])
+    exact = textbook_levels(maps, boxes.flatten(0, 1), images, valid.flatten(), size, ratio, aligned)
+    assert_near(pooled, exact.unflatten(0, (2, -1)), torch.float64)
+    assert not pooled[0, 1].any()
+    grad = torch.randn_like(pooled)
+    grad[0, 1] = torch.nan  # what a slot that is not valid sends back is nothing
+    pooled.backward(grad)
+    inner = sum(float((m.grad * m.detach()).sum()) for m in maps)
+    assert inner == pytest.approx(float((grad * pooled.detach()).nansum()), rel=1e-10)
+    if aligned:
+        return
+    packed = multilevel_roi_align(
+        maps,
+        boxes.flatten(0, 1),
+        size,
+        valid=valid.flatten(),
+        batch_index=images.to(device),
+        sampling_ratio=ratio,
+        **LEVELS,
+    )
+    assert torch.equal(packed, pooled.flatten(0, 1))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes_and_layouts(dtype: torch.dtype, form: torch.memory_format, device: str) -> None:
+    maps = pyramid(20, dtype, device, form)
+    boxes, valid = some_boxes(3, device)
+    grad = torch.randn(2, 3, 20, 7, 7, generator=torch.Generator().manual_seed(3)).to(device, dtype)
+    pooled = multilevel_roi_align(maps, boxes, 7, valid=valid, aligned=True, **LEVELS)
+    pooled.backward(grad)
+    how = Pooling((7, 7), SCALES, 0, True, 30.0, 3, 2)
+    where = (boxes.flatten(0, 1), None, valid.flatten())
+    exact = reference.multilevel_roi_align([m.detach().double() for m in maps], *where, how)
+    exact_grads = reference.multilevel_roi_align_backward(grad.flatten(0, 1).double(), *where, 2, SIZES, how)
+    assert_near(pooled.flatten(0, 1), exact, dtype, terms=50)
+    for m, exact_grad in zip(maps, exact_grads, strict=True):
+        assert m.grad.dtype == dtype
+        assert_near(m.grad, exact_grad, dtype, terms=50)
+    assert pooled.dtype == dtype
+    assert pooled.flatten(0, 1).is_contiguous(memory_format=form)
+    assert all(m.grad.is_contiguous(memory_format=form) for m in maps)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("ratio", [0, 2])
+def test_gradcheck(ratio: int, device: str) -> None:
+    maps = [torch.randn(1, 1, 3, 4, dtype=torch.float64, device=device, requires_grad=True)]
+    boxes = torch.tensor([[[-1.0, 2.0, 11.0, 9.5]]], device=device)
+
+    def pool(*features: Tensor) -> Tensor:
+        return multilevel_roi_align(
+            features, boxes, 2, spatial_scales=[1 / 4], sampling_ratio=ratio, aligned=True
+        )
+
+    assert torch.autograd.gradcheck(pool, maps, fast_mode=INTERPRETING)
+    assert torch.autograd.gradgradcheck(pool, maps, fast_mode=INTERPRETING)
+
+
+def permuted(tensor: Tensor) -> Tensor:
+    """The same values, dense, with strides that are neither NCHW's nor channels_last's."""
+    return tensor.detach().permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", ["permuted"] if INTERPRETING else ["nchw", "channels_last", "permuted"])
+def test_opcheck(layout: str, device: str) -> None:
+    form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    maps = pyramid(2, torch.float32, device, form)
+    if layout == "permuted":
+        maps = [permuted(m).requires_grad_() for m in maps]
+    boxes, valid = (t.flatten(0, 1) for t in some_boxes(2, device))
+    how = ([2, 3], SCALES, 2, True, 30.0, 3, 2)
+    opcheck(op._roi_align, (maps, boxes, None, valid, *how))
+    grad = torch.randn(4, 2, 2, 3, device=device)
+    grad = (permuted(grad) if layout == "permuted" else grad.contiguous(memory_format=form)).requires_grad_()
+    heights, widths = zip(*SIZES, strict=True)
+    channels_last = layout == "channels_last"
+    arguments = (grad, boxes, None, valid, 2, list(heights), list(widths), channels_last, *how)
+    opcheck(op._roi_align_backward, arguments)
+    expected = op._roi_align([m.detach().contiguous() for m in maps], boxes, None, valid, *how)
+    torch.testing.assert_close(op._roi_align(maps, boxes, None, valid, *how).contiguous(), expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_graph(device: str) -> None:
+    def loss(maps: list[Tensor], boxes: Tensor, valid: Tensor) -> Tensor:
+        return multilevel_roi_align(maps, boxes, 2, valid=valid, **LEVELS).square().sum()
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    for seed in range(2):
+        maps, (boxes, valid) = pyramid(2, torch.float32, device), some_boxes(2, device)
+        boxes = boxes + seed
+        value = compiled(maps, boxes, valid)
+        value.backward()
+        gradients = [m.grad for m in maps]
+        again = pyramid(2, torch.float32, device)
+        expected = loss(again, boxes, valid)
+        expected.backward()
+        torch.testing.assert_close(value, expected)
+        assert all(torch.equal(g, m.grad) for g, m in zip(gradients, again, strict=True))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("ratio", [0, 2])
+def test_nothing_is_read_back(ratio: int, device: str) -> None:
+    if INTERPRETING:
+        pytest.skip("the interpreter reads what a kernel loads")
+    maps, (boxes, valid) = pyramid(device=device), some_boxes(device=device)
+    with NoSync():
+        pooled = multilevel_roi_align(maps, boxes, 7, valid=valid, sampling_ratio=ratio, **LEVELS)
+        torch.autograd.grad(pooled, maps, torch.ones_like(pooled))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("ratio", [0, 2])
+def test_backward_repeats_bit_for_bit(ratio: int, device: str) -> None:
+    maps = pyramid(16, torch.float32, device)
+    boxes, valid = some_boxes(8 if INTERPRETING else 100, device)
+    pooled = multilevel_roi_align(maps, boxes, 7, valid=valid, sampling_ratio=ratio, **LEVELS)
+    grad = torch.randn_like(pooled)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    runs = [
+        torch.autograd.grad(pooled, maps, grad, retain_graph=True) for _ in range(2 if INTERPRETING else 4)
+    ]
+    torch.set_num_threads(threads)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", ["no box", "one box", "none valid", "no channel", "no image"])
+def test_edges(case: str, device: str) -> None:
+    maps, (boxes, valid) = pyramid(2, torch.float32, device), some_boxes(2, device)
+    if case == "no box":
+        boxes, valid = boxes[:, :0], valid[:, :0]
+    elif case == "one box":
+        boxes, valid = boxes[:, :1], valid[:, :1]
+    elif case == "none valid":
+        valid = torch.zeros_like(valid)
+    elif case == "no channel":
+        maps = [m.detach()[:, :0].requires_grad_() for m in maps]
+    elif case == "no image":
+        maps = [m.detach()[:0].requires_grad_() for m in maps]
+        boxes, valid = boxes[:0], valid[:0]
+    pooled = multilevel_roi_align(maps, boxes, (2, 3), valid=valid, **LEVELS)
+    assert pooled.shape == (*boxes.shape[:2], maps[0].shape[1], 2, 3)
+    grads = torch.autograd.grad(pooled, maps, torch.ones_like(pooled))
+    assert [g.shape for g in grads] == [m.shape for m in maps]
+    moved = any(bool(g.any()) for g in grads)
+    assert moved == (case == "one box")
+    assert bool(pooled.any()) == moved
+
+
+NICE = st.floats(-30, 80, width=32)
+ANY = st.one_of(
+    NICE, st.sampled_from([0.0, -4.0, 52.0, 56.0, 1e4, -1e9, 1e9, 3e38, math.inf, -math.inf, math.nan])
+)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@settings(max_examples=5 if INTERPRETING else 60, deadline=None)
+@given(
+    boxes=st.lists(st.lists(ANY, min_size=4, max_size=4), min_size=1, max_size=3),
+    ratio=st.integers(0, 3),
+    aligned=st.booleans(),
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+)
+def test_any_boxes(
+    device: str, boxes: list[list[float]], ratio: int, aligned: bool, size: tuple[int, int]
+) -> None:
+    """Never out of range, zeros for what is not finite, and the textbook where it can be computed."""
+    maps = pyramid(2, device=device)
+    tensor = torch.tensor(boxes, dtype=torch.float64, device=device)
+    images = torch.arange(len(boxes)) % 2
+    pooled = multilevel_roi_align(
+        maps, tensor, size, batch_index=images.to(device), sampling_ratio=ratio, aligned=aligned, **LEVELS
+    )
+    largest = max(float(m.detach().abs().max()) for m in maps)
+    assert float(pooled.detach().abs().max()) <= largest * (1 + 1e-9)
+    sane = (tensor.abs() <= 1e4).all(dim=1).cpu()
+    exact = textbook_levels(maps, tensor, images, sane, size, ratio, aligned)
+    assert_near(pooled[sane], exact[sane], torch.float64)
+    assert not pooled[~tensor.isfinite().all(dim=1)].any()
+    grads = torch.autograd.grad(pooled, maps, torch.ones_like(pooled))
+    assert all(bool(g.isfinite().all()) for g in grads)
+    inner = sum(float((g * m.detach()).sum()) for g, m in zip(grads, maps, strict=True))
+    assert inner == pytest.approx(float(pooled.detach().sum()), rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_image_out_of_range(device: str) -> None:
+    """An error where it costs no wait; elsewhere zeros, and no access out of range."""
+    maps = pyramid(2, torch.float32, device)
+    rois = torch.tensor([[0, 4.0, 4, 30, 30], [2, 4, 4, 30, 30], [-1, 4, 4, 30, 30]], device=device)
+    if device == "cpu":
+        with pytest.raises(ValueError, match=r"image indices of boxes must be in 0\.\.1"):
+            roi_align(maps[0], rois, 2, 1 / 4)
+    compiled = torch.compile(roi_align, fullgraph=True, backend="aot_eager")
+    pooled = compiled(maps[0], rois, 2, 1 / 4)
+    assert pooled[0].any()
+    assert not pooled[1:].any()
+    pooled.sum().backward()
+    assert not maps[0].grad[1].any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_leaves_dtypes_alone(device: str) -> None:
+    boxes = [torch.rand(2, 4, device=device) * 20] * 2
+    with torch.autocast(device, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16):
+            assert roi_align(pyramid(2, dtype, device)[0], boxes, 2).dtype == dtype
+
+
+def test_beyond_31_bits() -> None:
+    """The second image begins 2**31 elements after the first (4 GiB of address space, hardly any memory)."""
+    torch.use_deterministic_algorithms(False)  # it would touch all of it
+    far = torch.empty(2**31 + 64, dtype=torch.float16).as_strided((2, 1, 8, 8), (2**31, 64, 8, 1))
+    near = torch.randn(2, 1, 8, 8).half()
+    far.copy_(near)
+    boxes = torch.tensor([[[1.0, 1, 6, 7]], [[0, 0, 5, 8]]])
+    pooled = [multilevel_roi_align([m], boxes, 2, spatial_scales=[1.0]) for m in (far, near)]
+    assert torch.equal(*pooled)
+
+
+BAD: list[tuple[Callable[[], Any], str]] = [
+    (lambda: roi_align(torch.zeros(2, 3, 4), torch.zeros(1, 5), 7), r"input must be \(N, C, H, W\)"),
+    (lambda: roi_align(torch.zeros(2, 3, 4, 0), torch.zeros(1, 5), 7), "input must have pixels"),
+    (lambda: roi_align(torch.zeros(1, 1, 4, 4).int(), torch.zeros(1, 5), 7), r"got torch\.int32"),
+    (lambda: roi_align(torch.zeros(1, 1, 4, 4), torch.zeros(1, 4), 7), r"boxes must be \(R, 5\)"),
+    (lambda: roi_align(torch.zeros(1, 1, 4, 4), torch.zeros(1, 5).int(), 7), "boxes must be floating"),
+    (lambda: roi_align(torch.zeros(2, 1, 4, 4), [torch.zeros(1, 4)], 7), "one .* per image, got 1 of 2"),
+    (lambda: roi_align(torch.zeros(1, 1, 4, 4), [torch.zeros(1, 5)], 7), r"got \(1, 5\) in it"),
+    (lambda: roi_align(torch.zeros(1, 1, 4, 4), torch.zeros(1, 5), (7, 0)), "output_size must be a positive"),
+    (lambda: roi_align(torch.zeros(1, 1, 4, 4), torch.zeros(1, 5), 7, -1.0), "scales must be positive"),
+    (lambda: multilevel_roi_align([], torch.zeros(1, 1, 4), 7, **LEVELS), "features must not be empty"),
+    (
+        lambda: multilevel_roi_align([torch.zeros(1, 1, 4, 4)], torch.zeros(1, 1, 4), 7, **LEVELS),
+        "one number per level, got 2 for 1",
+    ),
+    (lambda: multilevel_roi_align(pyramid(), torch.zeros(3, 4), 7, **LEVELS), r"must be \(N, S, 4\)"),
+    (lambda: multilevel_roi_align(pyramid(), torch.zeros(3, 1, 4), 7, **LEVELS), "boxes are of 3 images"),
+    (
+        lambda: multilevel_roi_align(
+            pyramid(), torch.zeros(2, 3, 4), 7, valid=torch.ones(2, 2, dtype=torch.bool), **LEVELS
+        ),
+        r"valid must be \(2, 3\)",
+    ),
+    (
+        lambda: multilevel_roi_align(
+            pyramid(), torch.zeros(2, 3, 4), 7, valid=torch.ones(2, 3, dtype=torch.int32), **LEVELS
+        ),
+        "valid must be bool",
+    ),
+    (
+        lambda: multilevel_roi_align([pyramid()[0], pyramid()[1].float()], torch.zeros(2, 3, 4), 7, **LEVELS),
+        "one dtype and device",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), BAD)
+def test_bad_input(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
