@@ -25,6 +25,7 @@ from ..level_assign.reference import first_threshold
 from .geometry import axis, bins_near, level_of, load_boxes, scale_of, select, touched, weights
 from .reference import Pooling, is_channels_last, memory_format
 
+HIP = torch.version.hip is not None
 TILE = 8  # bins or pixels along a side; tl.dot multiplies TILE**2 of each
 ROIS_PER_WORD = 32
 ADAPTIVE_SLOTS = 8  # at least 5
@@ -39,15 +40,15 @@ class _Config(NamedTuple):
     num_warps: int
 
 
-def _config(dtype: torch.dtype, channels: int, vectors: bool) -> _Config:
+def _config(dtype: torch.dtype, channels: int, vectors: bool, hip: bool) -> _Config:
     """How to multiply, by the dtype of the features.
 
     `vectors` says that channels lie side by side, so that a thread loads many at once; otherwise it needs
-    more registers for addresses, and gets fewer channels. Weights are at most 1; in float16 they are
+    more registers for addresses, and gets fewer channels; AMD has less shared memory. Weights are at most 1; in float16 they are
     scaled up, so that those of large bins keep their bits.
     """
     wide = tl.float64 if dtype == torch.float64 else tl.float32
-    most = {torch.float64: 32, torch.float32: 64}.get(dtype, 256 if vectors else 128)
+    most = {torch.float64: 32, torch.float32: 64}.get(dtype, 256 if vectors and not hip else 128)
     most = most if vectors else most // 2
     block_c = max(16, min(most, triton.next_power_of_2(channels)))
     num_warps = 8 if block_c == 256 else 4
@@ -57,7 +58,7 @@ def _config(dtype: torch.dtype, channels: int, vectors: bool) -> _Config:
         return _Config(wide, tl.bfloat16, "ieee", 1.0, block_c, num_warps)
     if dtype == torch.float16:
         return _Config(wide, tl.float16, "ieee", 4096.0, block_c, num_warps)
-    three_products = dtype == torch.float32 and torch.version.hip is None
+    three_products = dtype == torch.float32 and not hip
     return _Config(wide, wide, "tf32x3" if three_products else "ieee", 1.0, block_c, num_warps)
 
 
@@ -93,7 +94,12 @@ def multilevel_roi_align_backward(
 
 
 def _forward(
-    features: list[Tensor], boxes: Tensor, batch_index: Tensor | None, valid: Tensor | None, how: Pooling
+    features: list[Tensor],
+    boxes: Tensor,
+    batch_index: Tensor | None,
+    valid: Tensor | None,
+    how: Pooling,
+    hip: bool = HIP,
 ) -> tuple[Tensor, Launch]:
     first = features[0]
     images, channels = first.shape[:2]
@@ -106,7 +112,7 @@ def _forward(
         memory_format=memory_format(is_channels_last(first)),
     )
     layout = _layout(features)
-    config = _config(first.dtype, channels, layout == "channels_last")
+    config = _config(first.dtype, channels, layout == "channels_last", hip)
     part_h, part_w = _part(oh), _part(ow)
     parts = triton.cdiv(oh, part_h) * triton.cdiv(ow, part_w)
     arguments = {
@@ -138,6 +144,7 @@ def _backward(
     sizes: list[tuple[int, int]],
     channels_last: bool,
     how: Pooling,
+    hip: bool = HIP,
 ) -> tuple[list[Tensor], list[Launch]]:
     rois, channels = grad.shape[:2]
     form = memory_format(channels_last)
@@ -145,7 +152,7 @@ def _backward(
         torch.empty((num_images, channels, *size), dtype=grad.dtype, device=grad.device, memory_format=form)
         for size in sizes
     ]
-    config = _config(grad.dtype, channels, channels_last and grad.stride(1) == 1)
+    config = _config(grad.dtype, channels, channels_last and grad.stride(1) == 1, hip)
     tiles = [num_images * triton.cdiv(h, TILE) * triton.cdiv(w, TILE) for h, w in sizes]
     per_image = rois if batch_index is not None else rois // max(num_images, 1)
     words = triton.cdiv(per_image, ROIS_PER_WORD)
@@ -188,7 +195,7 @@ def _backward(
     ]
 
 
-def compile_specs() -> list[CompileSpec]:
+def compile_specs(backend: str = "cuda") -> list[CompileSpec]:
     """P2-P5 of 8 images at 800x1344, C=256: 512 RoIs of 7x7 and 128 of 14x14 an image.
 
     The least bytes count every map once, which is what RoIs that cover the maps must read; the least
@@ -212,8 +219,10 @@ def compile_specs() -> list[CompileSpec]:
                 boxes = torch.empty((rois, 4), device="meta")
                 valid = torch.empty((rois,), dtype=torch.bool, device="meta")
                 grad = torch.empty((rois, channels, bins, bins), **like)
-                _, forward = _forward(maps, boxes, None, valid, how)
-                _, (find, gather) = _backward(grad, boxes, None, valid, images, sizes, channels_last, how)
+                _, forward = _forward(maps, boxes, None, valid, how, backend == "hip")
+                _, (find, gather) = _backward(
+                    grad, boxes, None, valid, images, sizes, channels_last, how, backend == "hip"
+                )
                 moved = sum(t.nbytes for t in [*maps, grad, boxes])
                 flops = 2 * rois * channels * (bins * 16 * 16 + bins * bins * 16)
                 size = f"{bins}x{bins}"
