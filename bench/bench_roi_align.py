@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import pytest
@@ -50,6 +50,7 @@ def traffic(features: list[Tensor], boxes: Tensor, how: reference.Pooling) -> Tr
     )
 
 
+@lru_cache(maxsize=1)  # of all passes: inputs are large, and the reference is compiled once
 def contest(load: Workload, device: torch.device, bins: int, sampling_ratio: int, aligned: bool) -> Contest:
     per_image = load.box_rois if bins == 7 else load.mask_rois
     maps, boxes = feature_maps(load), rois(load, per_image)

@@ -13,7 +13,6 @@ from record import environment, write
 from workload import SMALL, TRAINING, Workload
 
 FOUND: pytest.StashKey[list[dict[str, Any]]] = pytest.StashKey()
-BANDWIDTH: pytest.StashKey[float] = pytest.StashKey()
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -26,11 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[FOUND] = []
-    if config.getoption("--record"):
-        if not torch.cuda.is_available():
-            raise pytest.UsageError("--record needs a CUDA device: times of a CPU are not kept")
-        if config.getoption("keyword"):
-            raise pytest.UsageError("--record keeps whole runs: leave -k out")
+    if config.getoption("--record") and not torch.cuda.is_available():
+        raise pytest.UsageError("--record needs a CUDA device: times of a CPU are not kept")
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
@@ -50,12 +46,9 @@ def load(device: torch.device) -> Workload:
 
 
 @pytest.fixture(scope="session")
-def bandwidth(device: torch.device, pytestconfig: pytest.Config) -> float | None:
+def bandwidth(device: torch.device) -> float | None:
     """Of the device's memory. At the small shapes of a CPU everything is in its caches: None."""
-    if device.type != "cuda":
-        return None
-    pytestconfig.stash[BANDWIDTH] = copy_bandwidth(device)
-    return pytestconfig.stash[BANDWIDTH]
+    return copy_bandwidth(device) if device.type == "cuda" else None
 
 
 @pytest.fixture
@@ -90,5 +83,5 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if exitstatus != 0 or not config.stash[FOUND]:
         print("\nnothing recorded: not every benchmark passed")
         return
-    facts = environment(config.getoption("--commit"), config.stash[BANDWIDTH])
+    facts = environment(config.getoption("--commit"))
     print(f"\nwrote {write(RESULTS, facts, config.stash[FOUND])}")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 
-def environment(commit: str | None, bandwidth: float) -> dict[str, Any]:
+def environment(commit: str | None) -> dict[str, Any]:
     """Of this machine. `commit` is asked of git if it is not given."""
     from peers import torchvision_ops
 
@@ -32,15 +32,20 @@ def environment(commit: str | None, bandwidth: float) -> dict[str, Any]:
         "driver": driver.splitlines()[0] if driver else None,
         "commit": commit or _output("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"),
         "versions": versions,
-        "bandwidth_gb_per_s": bandwidth / 1e9,
     }
 
 
 def write(folder: Path, facts: dict[str, Any], found: list[dict[str, Any]]) -> Path:
-    """Write `<gpu>.json`, in place of what an earlier run wrote."""
+    """Write `<gpu>.json`, onto what an earlier run of the same commit and versions wrote."""
     name = re.sub(r"[^a-z0-9]+", "-", facts["gpu"].lower()).strip("-")
     path = folder / f"{name}.json"
-    path.write_text(json.dumps({**facts, "results": found}, indent=1) + "\n")
+    rows = {(row["operator"], row["pass"]): row for row in found}
+    if path.exists():
+        earlier = json.loads(path.read_text())
+        kept = earlier.pop("results")
+        if earlier == facts and facts["commit"] and not facts["commit"].endswith("-dirty"):
+            rows = {(row["operator"], row["pass"]): row for row in kept} | rows
+    path.write_text(json.dumps({**facts, "results": list(rows.values())}, indent=1) + "\n")
     return path
 
 

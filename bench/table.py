@@ -22,10 +22,11 @@ HEAD = [
 
 def markdown(recorded: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in sorted(recorded["versions"].items()))
+    copies = [row["copy_gb_per_s"] for row in recorded["results"] if "copy_gb_per_s" in row]
+    speed = f" A plain copy moves {min(copies):.0f} to {max(copies):.0f} GB/s." if copies else ""
     lines = [
         f"{recorded['gpu']}, driver {recorded['driver'] or 'unknown'}, {versions}, "
-        f"commit {recorded['commit'] or 'unknown'}. "
-        f"A plain copy moves {recorded['bandwidth_gb_per_s']:.0f} GB/s.",
+        f"commit {recorded['commit'] or 'unknown'}.{speed}",
         "",
         _line(HEAD),
         _line(["---"] * len(HEAD)),

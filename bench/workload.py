@@ -41,7 +41,7 @@ class Workload:
 
 
 TRAINING = Workload("training", 8, 800, 1344, 256, 15, 512, 128, 5, 2000, 1000, 1024, 80, 28)
-SMALL = Workload("small", 2, 96, 160, 16, 5, 16, 8, 5, 40, 30, 8, 5, 12)
+SMALL = Workload("small", 2, 256, 448, 16, 5, 16, 8, 5, 40, 30, 8, 5, 12)
 
 
 def generator(offset: int = 0) -> torch.Generator:
