@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastmrcnn.kernels import unpatch
+from fastmrcnn.kernels._library import interpreting
 
 ROOT = Path(__file__).parents[2]
 SECTION = "## Use the kernels in your detector"
@@ -21,6 +22,7 @@ def python_blocks() -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.skipif(interpreting(), reason="takes minutes when interpreted")
 @pytest.mark.parametrize("block", python_blocks(), ids=lambda block: block.split("\n")[0])
 def test_block_runs(block: str) -> None:
     code = compile(block, "README.md", "exec")

@@ -199,13 +199,14 @@ def test_gradients_outlive_the_patch_and_can_be_differentiated() -> None:
 
 
 @needs_torchvision
-def test_autocast_keeps_the_dtype_of_the_features() -> None:
-    maps = features(torch.bfloat16)
+@pytest.mark.parametrize("boxes_dtype", [torch.float32, torch.bfloat16])  # detectron2 rounds the boxes
+def test_autocast_keeps_the_dtype_of_the_features(boxes_dtype: torch.dtype) -> None:
+    maps, rois = features(torch.bfloat16), ROIS.to(boxes_dtype)
     boxes, scores = random_boxes(30)
 
     def run() -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast("cpu", torch.bfloat16):
-            out = ops.roi_align(maps, ROIS, 3, 0.25, 2)
+            out = ops.roi_align(maps, rois, 3, 0.25, 2)
             kept = ops.nms(boxes, scores, 0.5)
         return out, torch.autograd.grad(out.float().square().sum(), maps)[0], kept
 
