@@ -1,0 +1,112 @@
+"""What a training step computes: pinned losses, agreement of the precisions, and that it learns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from batches import random_batch, small_config, small_model
+
+from fastmrcnn.config import OptimConfig
+from fastmrcnn.model.mask_rcnn import MaskRCNN
+from fastmrcnn.optim import GatedStep, build_optimizer
+from fastmrcnn.prepare import choose_precision
+from fastmrcnn.structures import Losses
+from fastmrcnn.train import step_function
+
+CPU = torch.device("cpu")
+GOLDEN = Path(__file__).parent / "data" / "step_losses.json"
+
+
+def model_with(norm: str) -> MaskRCNN:
+    tree = small_config().model.model_dump()
+    tree["backbone"]["norm"] = norm
+    return small_model(config=small_config(model=tree)).train()
+
+
+def plain(losses: Losses) -> dict[str, float]:
+    return {name: float(value.detach()) for name, value in losses.present().items()}
+
+
+def steps(count: int, norm: str) -> list[dict[str, float]]:
+    """Losses of the first steps from seed 0."""
+    model = model_with(norm)
+    optimizer = build_optimizer(model, OptimConfig())
+    update = GatedStep(model, optimizer, clip_norm=5.0)
+    found = []
+    for step in range(count):
+        batch = random_batch(step)
+        for group in optimizer.param_groups:
+            group["lr"].fill_(0.01)
+        update.before_forward()
+        losses = model(batch, model.draw_keys(batch, torch.Generator().manual_seed(step)))
+        update.backward(losses.total(), step)
+        found.append(plain(losses))
+    assert update.first_bad_step == -1
+    return found
+
+
+@pytest.mark.parametrize("norm", ["gn", "bn"])
+def test_losses_from_a_seed_are_pinned(norm: str) -> None:
+    """A change that means to change them writes them anew, and says so in its message:
+
+    python -c "import sys; sys.path.insert(0, 'tests'); import test_step; test_step.write_golden()"
+    """
+    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    for found, expected in zip(steps(3, norm), golden[norm], strict=True):
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def write_golden() -> None:
+    golden = {norm: steps(3, norm) for norm in ("gn", "bn")}
+    GOLDEN.write_text(json.dumps(golden, indent=1) + "\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("precision", "loss_error", "gradient_error"),
+    [("fp32", 0, 0), ("bf16", 1.5e-2, 0.3), ("fp16", 4e-3, 0.15)],
+)
+def test_each_precision_gives_the_losses_and_gradients(
+    precision: str, loss_error: float, gradient_error: float
+) -> None:
+    """Of the same weights. A proposal that is ranked otherwise is another RoI, hence the second bound."""
+    model = model_with("gn")
+    forward = step_function(model, CPU, choose_precision(precision, CPU), compiled=False)
+    for seed in range(2):
+        batch = random_batch(seed)
+        keys = model.draw_keys(batch, torch.Generator().manual_seed(seed))
+        exact, losses = model(batch, keys), forward(batch, keys)
+        assert plain(losses) == pytest.approx(plain(exact), rel=loss_error, abs=loss_error)
+        assert (plain(losses) == plain(exact)) == (precision == "fp32")
+        assert losses.total().dtype == torch.float32
+        expected = torch.autograd.grad(exact.total(), list(model.parameters()))
+        # fp16 needs the scale that training gives it, or small gradients vanish.
+        found = torch.autograd.grad(losses.total() * 1024, list(model.parameters()))
+        assert all(one.dtype == torch.float32 for one in found)
+        assert all(one.any() for one in found)
+        whole, other = (torch.cat([one.flatten() for one in all_of]) for all_of in (found, expected))
+        assert (whole / 1024 - other).norm() <= gradient_error * other.norm()
+
+
+def test_one_batch_is_learnt_by_heart() -> None:
+    """Every loss comes down to nearly nothing, so every part of the network learns."""
+    model = small_model().train()
+    batch = random_batch(2, counts=(2, 1), shape=(64, 64))
+    keys = model.draw_keys(batch, torch.Generator().manual_seed(0))
+    optimizer = build_optimizer(model, OptimConfig(name="adamw"))
+    update = GatedStep(model, optimizer, clip_norm=5.0)
+    count = 150
+    first: dict[str, float] = {}
+    for step in range(count):
+        for group in optimizer.param_groups:
+            group["lr"].fill_(0.004 * min(1, (step + 1) / 10, (count - step) / 90))
+        losses = model(batch, keys)
+        update.backward(losses.total(), step)
+        first = first or plain(losses)
+    last = plain(losses)
+    assert update.first_bad_step == -1
+    assert sum(value for name, value in first.items() if name.startswith("loss_")) > 2.5
+    for name, value in last.items():
+        assert not name.startswith("loss_") or value < 0.12, f"{name}: {first[name]:.3f} -> {value:.3f}"
