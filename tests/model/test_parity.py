@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import golden_models as peers
 import numpy as np
-import peers
 import pytest
 import torch
 from torch import Tensor
