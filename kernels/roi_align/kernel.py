@@ -44,14 +44,15 @@ def _config(dtype: torch.dtype, channels: int, vectors: bool, hip: bool) -> _Con
     """How to multiply, by the dtype of the features.
 
     `vectors` says that channels lie side by side, so that a thread loads many at once; otherwise it needs
-    more registers for addresses, and gets fewer channels; AMD has less shared memory. Weights are at most 1; in float16 they are
-    scaled up, so that those of large bins keep their bits.
+    more registers for addresses, and gets fewer channels. float32 in three products needs more too, and
+    AMD has less shared memory. Weights are at most 1; in float16 they are scaled up, so that those of large
+    bins keep their bits.
     """
     wide = tl.float64 if dtype == torch.float64 else tl.float32
-    most = {torch.float64: 32, torch.float32: 64}.get(dtype, 256 if vectors and not hip else 128)
+    most = {torch.float64: 32, torch.float32: 32}.get(dtype, 256 if vectors and not hip else 128)
     most = most if vectors else most // 2
     block_c = max(16, min(most, triton.next_power_of_2(channels)))
-    num_warps = 8 if block_c == 256 else 4
+    num_warps = 8 if vectors and not hip else 4
     if interpreting():  # bf16 arithmetic of the interpreter is wrong
         return _Config(wide, wide, "ieee", 1.0, block_c, num_warps)
     if dtype == torch.bfloat16:

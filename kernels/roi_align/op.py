@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .._library import NAMESPACE, runs_triton
 from . import reference
+from .checks import check_boxes, check_features, check_images, pack, pair, pooling
 from .reference import Pooling, is_channels_last, memory_format
 
 
@@ -44,16 +45,16 @@ def roi_align(
         ValueError: a shape, dtype, device or number is not as above; for CPU tensors outside of
             torch.compile, also an image index out of range, which elsewhere gives zeros.
     """
-    _check_features([input], "input")
+    check_features([input], "input")
     if isinstance(boxes, Tensor):
         if boxes.ndim != 2 or boxes.shape[1] != 5:
             raise ValueError(f"boxes must be (R, 5) or a list of (Ri, 4), got {tuple(boxes.shape)}")
         batch_index, xyxy = boxes[:, 0], boxes[:, 1:]
     else:
-        xyxy, batch_index = _pack(boxes, input.shape[0])
-    _check_boxes(xyxy, input)
-    _check_images(batch_index, None, input.shape[0])
-    how = _pooling(output_size, [spatial_scale], sampling_ratio, aligned, 224.0, 4, 0)
+        xyxy, batch_index = pack(boxes, input.shape[0])
+    check_boxes(xyxy, input)
+    check_images(batch_index, None, input.shape[0])
+    how = pooling(output_size, [spatial_scale], sampling_ratio, aligned, 224.0, 4, 0)
     return _call([input], xyxy, batch_index, None, how)
 
 
@@ -98,7 +99,7 @@ def multilevel_roi_align(
         ValueError: as `roi_align`.
     """
     features = list(features)
-    _check_features(features, "features")
+    check_features(features, "features")
     if len(spatial_scales) != len(features):
         raise ValueError(
             f"spatial_scales must have one number per level, got {len(spatial_scales)} for {len(features)}"
@@ -111,7 +112,7 @@ def multilevel_roi_align(
     slots = tuple(boxes.shape[:-1])
     if not packed and slots[0] != num_images:
         raise ValueError(f"boxes are of {slots[0]} images, features of {num_images}")
-    _check_boxes(boxes, features[0])
+    check_boxes(boxes, features[0])
     for name, tensor in (("valid", valid), ("batch_index", batch_index)):
         if tensor is not None and tuple(tensor.shape) != slots:
             raise ValueError(
@@ -124,10 +125,10 @@ def multilevel_roi_align(
             raise ValueError(f"valid must be bool, got {valid.dtype}")
         valid = valid.reshape(-1)
     if batch_index is not None:
-        _check_images(batch_index, valid, num_images)
+        check_images(batch_index, valid, num_images)
     if k_min is None:
         k_min = round(-math.log2(spatial_scales[0])) if spatial_scales[0] > 0 else 0
-    how = _pooling(
+    how = pooling(
         output_size, spatial_scales, sampling_ratio, aligned, canonical_size, canonical_level, k_min
     )
     pooled = _call(features, boxes.reshape(-1, 4), batch_index, valid, how)
@@ -156,7 +157,7 @@ class MultiScaleRoIAlign(nn.Module):
     ) -> None:
         super().__init__()
         self.featmap_names = list(featmap_names)
-        self.output_size = _pair(output_size)
+        self.output_size = pair(output_size)
         self.sampling_ratio = sampling_ratio
         self.canonical_scale = canonical_scale
         self.canonical_level = canonical_level
@@ -176,10 +177,10 @@ class MultiScaleRoIAlign(nn.Module):
             (R, C, oh, ow), the boxes of the first image first.
         """
         maps = [value for name, value in x.items() if name in self.featmap_names]
-        _check_features(maps, "x")
+        check_features(maps, "x")
         if not image_shapes:
             raise ValueError("image_shapes must not be empty")
-        packed, batch_index = _pack(boxes, maps[0].shape[0])
+        packed, batch_index = pack(boxes, maps[0].shape[0])
         height = max(shape[0] for shape in image_shapes)
         return multilevel_roi_align(
             maps,
@@ -197,87 +198,6 @@ class MultiScaleRoIAlign(nn.Module):
             f"{type(self).__name__}(featmap_names={self.featmap_names}, "
             f"output_size={self.output_size}, sampling_ratio={self.sampling_ratio})"
         )
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
-        raise ValueError(f"output_size must be a positive integer or two of them, got {size}")
-    return pair[0], pair[1]
-
-
-def _pooling(
-    output_size: int | Sequence[int],
-    spatial_scales: Sequence[float],
-    sampling_ratio: int,
-    aligned: bool,
-    canonical_size: float,
-    canonical_level: int,
-    k_min: int,
-) -> Pooling:
-    scales = [float(scale) for scale in spatial_scales]
-    if not all(scale > 0 and math.isfinite(scale) for scale in scales):
-        raise ValueError(f"spatial scales must be positive, got {spatial_scales}")
-    if not canonical_size > 0:
-        raise ValueError(f"canonical_size must be positive, got {canonical_size}")
-    return Pooling(
-        _pair(output_size),
-        scales,
-        max(int(sampling_ratio), 0),
-        bool(aligned),
-        float(canonical_size),
-        int(canonical_level),
-        int(k_min),
-    )
-
-
-def _pack(boxes: Sequence[Tensor], num_images: int) -> tuple[Tensor, Tensor]:
-    """Boxes by image -> ((R, 4), (R,) image of each)."""
-    if len(boxes) != num_images or num_images == 0:
-        raise ValueError(f"boxes must be a list of one (Ri, 4) per image, got {len(boxes)} of {num_images}")
-    for part in boxes:
-        if part.ndim != 2 or part.shape[1] != 4:
-            raise ValueError(f"boxes must be (R, 5) or a list of (Ri, 4), got {tuple(part.shape)} in it")
-    index = [part.new_full(part.shape[:1], i, dtype=torch.int32) for i, part in enumerate(boxes)]
-    return torch.cat(list(boxes)), torch.cat(index)
-
-
-def _check_features(features: Sequence[Tensor], name: str) -> None:
-    if not features:
-        raise ValueError(f"{name} must not be empty")
-    first = features[0]
-    for feature in features:
-        if feature.ndim != 4 or feature.shape[:2] != first.shape[:2]:
-            raise ValueError(f"{name} must be (N, C, H, W), got {[tuple(f.shape) for f in features]}")
-        if feature.shape[2] == 0 or feature.shape[3] == 0:
-            raise ValueError(f"{name} must have pixels, got {tuple(feature.shape)}")
-        if feature.dtype != first.dtype or feature.device != first.device:
-            kinds = [f"{f.dtype} on {f.device}" for f in features]
-            raise ValueError(f"{name} must be of one dtype and device, got {', '.join(kinds)}")
-    if first.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"{name} must be float64, float32, float16 or bfloat16, got {first.dtype}")
-
-
-def _check_boxes(boxes: Tensor, feature: Tensor) -> None:
-    if not boxes.is_floating_point():
-        raise ValueError(f"boxes must be floating point, got {boxes.dtype}")
-    if boxes.device != feature.device:
-        raise ValueError(f"boxes must be on {feature.device} as the features are, got {boxes.device}")
-
-
-def _check_images(batch_index: Tensor, valid: Tensor | None, num_images: int) -> None:
-    """On the CPU, where it costs no wait, an index out of range is an error."""
-    if batch_index.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    fine = (batch_index >= 0) & (batch_index < num_images)
-    if valid is not None:
-        fine = fine | ~valid
-    try:
-        torch._assert_async(fine.all(), "out of range")
-    except RuntimeError:
-        raise ValueError(
-            f"image indices of boxes must be in 0..{num_images - 1}, got some that are not"
-        ) from None
 
 
 def _call(
@@ -302,7 +222,7 @@ def _roi_align(
     k_min: int,
 ) -> Tensor:
     how = Pooling(
-        _pair(output_size),
+        pair(output_size),
         list(spatial_scales),
         sampling_ratio,
         aligned,
@@ -355,7 +275,7 @@ def _roi_align_backward(
     k_min: int,
 ) -> list[Tensor]:
     how = Pooling(
-        _pair(output_size),
+        pair(output_size),
         list(spatial_scales),
         sampling_ratio,
         aligned,

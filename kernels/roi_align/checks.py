@@ -1,0 +1,92 @@
+"""What RoIAlign is asked, checked before any launch and brought into one form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .reference import Pooling
+
+
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+        raise ValueError(f"output_size must be a positive integer or two of them, got {size}")
+    return pair[0], pair[1]
+
+
+def pooling(
+    output_size: int | Sequence[int],
+    spatial_scales: Sequence[float],
+    sampling_ratio: int,
+    aligned: bool,
+    canonical_size: float,
+    canonical_level: int,
+    k_min: int,
+) -> Pooling:
+    scales = [float(scale) for scale in spatial_scales]
+    if not all(scale > 0 and math.isfinite(scale) for scale in scales):
+        raise ValueError(f"spatial scales must be positive, got {spatial_scales}")
+    if not canonical_size > 0:
+        raise ValueError(f"canonical_size must be positive, got {canonical_size}")
+    return Pooling(
+        pair(output_size),
+        scales,
+        max(int(sampling_ratio), 0),
+        bool(aligned),
+        float(canonical_size),
+        int(canonical_level),
+        int(k_min),
+    )
+
+
+def pack(boxes: Sequence[Tensor], num_images: int) -> tuple[Tensor, Tensor]:
+    """Boxes by image -> ((R, 4), (R,) image of each)."""
+    if len(boxes) != num_images or num_images == 0:
+        raise ValueError(f"boxes must be a list of one (Ri, 4) per image, got {len(boxes)} of {num_images}")
+    for part in boxes:
+        if part.ndim != 2 or part.shape[1] != 4:
+            raise ValueError(f"boxes must be (R, 5) or a list of (Ri, 4), got {tuple(part.shape)} in it")
+    index = [part.new_full(part.shape[:1], i, dtype=torch.int32) for i, part in enumerate(boxes)]
+    return torch.cat(list(boxes)), torch.cat(index)
+
+
+def check_features(features: Sequence[Tensor], name: str) -> None:
+    if not features:
+        raise ValueError(f"{name} must not be empty")
+    first = features[0]
+    for feature in features:
+        if feature.ndim != 4 or feature.shape[:2] != first.shape[:2]:
+            raise ValueError(f"{name} must be (N, C, H, W), got {[tuple(f.shape) for f in features]}")
+        if feature.shape[2] == 0 or feature.shape[3] == 0:
+            raise ValueError(f"{name} must have pixels, got {tuple(feature.shape)}")
+        if feature.dtype != first.dtype or feature.device != first.device:
+            kinds = [f"{f.dtype} on {f.device}" for f in features]
+            raise ValueError(f"{name} must be of one dtype and device, got {', '.join(kinds)}")
+    if first.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"{name} must be float64, float32, float16 or bfloat16, got {first.dtype}")
+
+
+def check_boxes(boxes: Tensor, feature: Tensor) -> None:
+    if not boxes.is_floating_point():
+        raise ValueError(f"boxes must be floating point, got {boxes.dtype}")
+    if boxes.device != feature.device:
+        raise ValueError(f"boxes must be on {feature.device} as the features are, got {boxes.device}")
+
+
+def check_images(batch_index: Tensor, valid: Tensor | None, num_images: int) -> None:
+    """On the CPU, where it costs no wait, an index out of range is an error."""
+    if batch_index.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    fine = (batch_index >= 0) & (batch_index < num_images)
+    if valid is not None:
+        fine = fine | ~valid
+    try:
+        torch._assert_async(fine.all(), "out of range")
+    except RuntimeError:
+        raise ValueError(
+            f"image indices of boxes must be in 0..{num_images - 1}, got some that are not"
+        ) from None
