@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import golden_models as peers
 import numpy as np
-import peers
 import pytest
 import torch
 from torch import Tensor
