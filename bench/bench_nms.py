@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -32,7 +33,7 @@ def contest(load: Workload) -> Contest:
     def make_inputs(device: torch.device) -> Inputs:
         return Inputs({"boxes": boxes.to(device), "scores": scores.to(device), "groups": levels.to(device)})
 
-    peers = {}
+    peers: dict[str, Callable[..., Any]] = {}
     if (ops := torchvision_ops()) is not None:
         nms = partial(torchvision_nms, ops, iou_threshold=IOU_THRESHOLD, max_out=load.nms_kept)
         peers["torchvision"] = nms

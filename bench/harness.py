@@ -48,7 +48,7 @@ class Inputs:
 
     arguments: dict[str, Any]
     leaves: list[Tensor] = field(default_factory=list)
-    gradient: Tensor | None = None
+    gradient: Tensor = field(default_factory=lambda: torch.ones(()))
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -115,14 +116,37 @@ def specs_of(module: ModuleType, backend: str) -> list[CompileSpec]:
 
 def inspect_kernel(spec: CompileSpec, arch: str) -> Row:
     """Compile for an architecture and read the machine code."""
-    backend = _backend(arch)
-    row = Row(spec.name, spec.variant, [], spec.programs, spec.bytes, spec.flops, spec.num_warps)
-    amd = backend == "hip"
+    return _row(spec, arch, _compile(spec, arch))
+
+
+def report(arch: str) -> list[Row]:
+    """Every kernel on one architecture. Triton compiles one while the CUDA tools disassemble others."""
+    specs = [spec for module in kernel_modules() for spec in specs_of(module, _backend(arch))]
+    with ThreadPoolExecutor() as pool:
+        rows = [pool.submit(_row, spec, arch, _compile(spec, arch)) for spec in specs]
+        return [row.result() for row in rows]
+
+
+def _backend(arch: str) -> str:
+    return "hip" if arch.startswith("gfx") else "cuda"
+
+
+def _compile(spec: CompileSpec, arch: str) -> Any:
+    """The compiled kernel, or what went wrong."""
     try:
-        compiled = spec.compile(backend, arch if amd else int(arch[3:]), 64 if amd else 32)
+        if _backend(arch) == "hip":
+            return spec.compile("hip", arch, 64)
+        return spec.compile("cuda", int(arch[3:]), 32)
     except Exception as error:  # whatever a compiler says of a kernel is a finding of the report
-        row.failures = [f"does not compile: {str(error).strip().splitlines()[-1]}"]
+        return error
+
+
+def _row(spec: CompileSpec, arch: str, compiled: Any) -> Row:
+    row = Row(spec.name, spec.variant, [], spec.programs, spec.bytes, spec.flops, spec.num_warps)
+    if isinstance(compiled, Exception):
+        row.failures = [f"does not compile: {(str(compiled).strip() or repr(compiled)).splitlines()[-1]}"]
         return row
+    amd = _backend(arch) == "hip"
     code = read_amd(compiled.asm["amdgcn"]) if amd else read_nvidia(compiled.asm["cubin"])
     row.registers, row.spilled, row.shared = code.registers, code.spilled, compiled.metadata.shared
     row.widest_load = max(code.loads, default=None)
@@ -243,17 +267,6 @@ def table(rows: Sequence[Row]) -> str:
         if index:
             text += [f"    FAILS: {failure}" for failure in rows[index - 1].failures]
     return "\n".join(text)
-
-
-def report(arch: str) -> list[Row]:
-    """Every kernel on one architecture, each compilation once."""
-    return [
-        inspect_kernel(spec, arch) for module in kernel_modules() for spec in specs_of(module, _backend(arch))
-    ]
-
-
-def _backend(arch: str) -> str:
-    return "hip" if arch.startswith("gfx") else "cuda"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
