@@ -33,7 +33,9 @@ def runs_triton(tensor: Tensor) -> bool:
 def require_triton() -> None:
     """Raise one clear error where Triton cannot work, instead of one from deep inside it."""
     if importlib.util.find_spec("triton") is None:
-        raise RuntimeError(f"{__package__}: kernels on CUDA tensors need triton: pip install 'triton>=3.6,<3.8'")
+        raise RuntimeError(
+            f"{__package__}: kernels on CUDA tensors need triton: pip install 'triton>=3.6,<3.8'"
+        )
     compilers = (os.environ.get("CC"), "cc", "gcc", "clang")
     if not any(name and shutil.which(name) for name in compilers):
         raise RuntimeError(
