@@ -354,6 +354,14 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
 )
+# It also reads on and off as true and false; they are values of train.compile. Where a true or false is
+# asked for, pydantic takes yes, no, on and off for it.
+for _letter in "yYnNoO":
+    _Loader.yaml_implicit_resolvers[_letter] = [
+        (tag, pattern)
+        for tag, pattern in _Loader.yaml_implicit_resolvers[_letter]
+        if tag != "tag:yaml.org,2002:bool"
+    ]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

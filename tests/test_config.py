@@ -242,3 +242,16 @@ def test_values_that_cannot_be_meant(override: str) -> None:
 
 def test_section_without_a_line_is_the_defaults(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, "train:\n  # steps: 3\nmodel:\n  backbone:\n")) == Config()
+
+
+@pytest.mark.parametrize("text", ["on", "off", "auto"])
+def test_on_and_off_are_words(text: str, tmp_path: Path) -> None:
+    """YAML 1.1 would read them as true and false."""
+    assert load_config(overrides=[f"train.compile={text}"]).train.compile == text
+    (tmp_path / "c.yaml").write_text(f"train: {{compile: {text}}}\ndata: {{shapes: yes}}\n")
+    config = load_config(tmp_path / "c.yaml", ["model.mask_head.enabled=off"])
+    assert config.train.compile == text
+    assert config.data.shapes is True
+    assert config.model.mask_head.enabled is False
+    (tmp_path / "d.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "d.yaml") == config
