@@ -21,7 +21,7 @@ AUGMENT = [
     "data.augment.contrast=0.2",
 ]
 SGD = ["optim.name=sgd", "optim.lr=0.01", "model.backbone.norm=bn", "model.fpn.norm=bn"]
-WIDE = ["data.short_side=[96]", "data.long_side_max=96", "model.backbone.width=16", "model.fpn.channels=16"]
+WIDE = ["model.backbone.width=16", "model.fpn.channels=16"]
 
 
 @pytest.fixture(scope="module")
