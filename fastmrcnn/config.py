@@ -237,7 +237,7 @@ class TrainConfig(Section):
     steps: int = Field(90_000, gt=0)
     batch: int = Field(16, gt=0)
     """Images a step."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     device: str = "auto"
     """auto: cuda if there is one, else cpu."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

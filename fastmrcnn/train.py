@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import tempfile
 import time
@@ -265,7 +266,7 @@ def how_to_go_on(folder: Path) -> str:
         checkpoint = find_checkpoint(folder)
     except UserError:
         return "nothing was saved yet (train.checkpoint_every is the number of steps between checkpoints)"
-    return f"go on from {checkpoint.name} with: python -m fastmrcnn.train --resume {folder}"
+    return f"go on from {checkpoint.name} with: python -m fastmrcnn.train --resume {shlex.quote(str(folder))}"
 
 
 def print_next(folder: Path, checkpoint: Path | None, config: Config, val_set: CocoDataset | None) -> None:
@@ -274,9 +275,8 @@ def print_next(folder: Path, checkpoint: Path | None, config: Config, val_set: C
     if val_set is not None:
         image = val_set.records[0].path
         print("Look at its pictures, or run the model on an image:")
-        print(
-            f"  python -m fastmrcnn.predict {image} --checkpoint {checkpoint} --output {folder}/predictions"
-        )
+        words = [str(image), "--checkpoint", str(checkpoint), "--output", f"{folder}/predictions"]
+        print(f"  python -m fastmrcnn.predict {shlex.join(words)}")
     if config.data.shapes:
         print("Train on your own data, any COCO-format annotation file:")
         print(
