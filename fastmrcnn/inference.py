@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from fastmrcnn.checkpoint import ModelCard
-from fastmrcnn.data.images import _to_rgb, read_pixels
+from fastmrcnn.data.images import read_pixels, to_rgb
 from fastmrcnn.data.loader import prepare_image
 from fastmrcnn.errors import UserError
 from fastmrcnn.output import replacing
@@ -194,7 +194,7 @@ def rgb_pixels(image: str | Path | NDArray[np.uint8] | Image.Image) -> NDArray[n
     if isinstance(image, str | Path):
         return read_pixels(image)
     if isinstance(image, Image.Image):
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return to_rgb(ImageOps.exif_transpose(image))
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
         raise ValueError(f"pixels must be (h, w, 3) or (h, w) uint8, got {image.shape} {image.dtype}")
     return np.repeat(image[:, :, None], 3, axis=2) if image.ndim == 2 else image

@@ -131,6 +131,3 @@ def _from_16_bit(grey: NDArray[np.integer]) -> NDArray[np.uint8]:
         raise ValueError(f"its pixels range over {wide.min()}..{wide.max()}, more than 16 bits")
     byte = ((wide + 128) // 257).astype(np.uint8)
     return np.repeat(byte[:, :, None], 3, axis=2)
-
-
-_to_rgb = to_rgb
