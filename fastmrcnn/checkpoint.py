@@ -17,7 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastmrcnn.config import Config, parse_config
+from fastmrcnn.config import Config
+from fastmrcnn.config_file import parse_config
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from fastmrcnn.checkpoint import find_checkpoint, load_checkpoint
 from fastmrcnn.coco_eval import evaluate_coco
 from fastmrcnn.command import Parser
-from fastmrcnn.config import Config, load_config
+from fastmrcnn.config import Config
+from fastmrcnn.config_file import load_config
 from fastmrcnn.data.coco import CocoDataset, ImageRecord, align_classes, object_bitmap, read_coco
 from fastmrcnn.data.images import read_image
 from fastmrcnn.data.loader import EvalLoader

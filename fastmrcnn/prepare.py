@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from fastmrcnn.config import Config, SplitConfig, load_config
+from fastmrcnn.config import Config, SplitConfig
+from fastmrcnn.config_file import load_config
 from fastmrcnn.data.coco import CocoDataset, check_same_classes, read_coco
 from fastmrcnn.data.shapes import write_shapes
 from fastmrcnn.errors import UserError

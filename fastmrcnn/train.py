@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from fastmrcnn.checkpoint import ModelCard, find_checkpoint, read_checkpoint, restore, save_checkpoint
 from fastmrcnn.command import Parser
-from fastmrcnn.config import Config, dump_config, load_config
+from fastmrcnn.config import Config
+from fastmrcnn.config_file import dump_config, load_config
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.loader import TrainLoader, largest_targets
 from fastmrcnn.data.transforms import Augment

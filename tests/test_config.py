@@ -7,14 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fastmrcnn.config import (
-    Config,
-    dump_config,
-    known_keys,
-    load_config,
-    nearest_key,
-    parse_config,
-)
+from fastmrcnn.config import Config
+from fastmrcnn.config_file import dump_config, known_keys, load_config, nearest_key, parse_config
 from fastmrcnn.errors import UserError
 
 

@@ -13,7 +13,8 @@ from batches import random_batch, small_config, small_model
 from nosync import NoSync
 from torch import Tensor, nn
 
-from fastmrcnn.config import OptimConfig, load_config
+from fastmrcnn.config import OptimConfig
+from fastmrcnn.config_file import load_config
 from fastmrcnn.metrics import Metrics
 from fastmrcnn.optim import Ema, GatedStep, build_optimizer, learning_rate
 from fastmrcnn.prepare import RECIPES

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmrcnn.config import parse_config
+from fastmrcnn.config_file import parse_config
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.model.sampling import SamplingKeys

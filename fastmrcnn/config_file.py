@@ -1,0 +1,150 @@
+"""Reading and writing the configuration: YAML, `key=value`, and every mistake in one message."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from fastmrcnn.config import Config
+from fastmrcnn.errors import UserError
+
+
+def load_config(
+    path: str | Path | None = None, overrides: Sequence[str] = (), *, base: dict[str, Any] | None = None
+) -> Config:
+    """Defaults, then the YAML file or the `base` tree, then `key=value` overrides.
+
+    Raises:
+        UserError: with every mistake at once, each with its place and the nearest known key.
+    """
+    tree: dict[str, Any] = copy.deepcopy(base) if base is not None else {}
+    if path is not None:
+        tree = _read_yaml(Path(path))
+    problems: list[str] = []
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals or not key.strip():
+            problems.append(f"'{item}' is not key=value")
+            continue
+        try:
+            value = yaml.load(text, Loader=_Loader)
+        except (yaml.YAMLError, RecursionError):
+            problems.append(f"{key}: '{text}' is not a YAML value (quote it?)")
+            continue
+        if not _put(tree, key.strip().split("."), value):
+            problems.append(f"{key}: '{key.rsplit('.', 1)[0]}' is a value, not a section")
+    return parse_config(tree, source=str(path) if path else "the command line", problems=problems)
+
+
+def parse_config(tree: dict[str, Any], source: str, problems: Sequence[str] = ()) -> Config:
+    """Validate a nested dictionary. Raises UserError naming `source` and all mistakes."""
+    found = list(problems)
+    config = None
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        found += [_explain(entry) for entry in error.errors()]
+    if found or config is None:
+        unique = list(dict.fromkeys(found))
+        raise UserError(f"configuration from {source}: " + "; ".join(unique))
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """YAML text that `load_config` reads back to an equal configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Every dotted key that holds a value."""
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from known_keys(inner, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as text; people mean a number. Duplicate keys are mistakes, not overrides."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep=deep)
+        if len(mapping) != len(node.value):
+            keys = [self.construct_object(key) for key, _ in node.value]
+            twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+            line = node.start_mark.line + 1
+            raise yaml.YAMLError(f"duplicate key {', '.join(twice)} in the section at line {line}")
+        return mapping
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+# It also reads on and off as true and false; they are values of train.compile. Where a true or false is
+# asked for, pydantic takes yes, no, on and off for it.
+for _letter in "yYnNoO":
+    _Loader.yaml_implicit_resolvers[_letter] = [
+        (tag, pattern)
+        for tag, pattern in _Loader.yaml_implicit_resolvers[_letter]
+        if tag != "tag:yaml.org,2002:bool"
+    ]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        with path.open(encoding="utf-8") as stream:
+            tree = yaml.load(stream, Loader=_Loader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected sections such as 'train:', got a {type(tree).__name__}")
+    return tree
+
+
+def _put(tree: dict[str, Any], keys: list[str], value: Any) -> bool:
+    for key in keys[:-1]:
+        inner = tree.setdefault(key, {})
+        if not isinstance(inner, dict):
+            return False
+        tree = inner
+    tree[keys[-1]] = value
+    return True
+
+
+def _explain(entry: Any) -> str:
+    place = ".".join(str(part) for part in entry["loc"])
+    if entry["type"] == "extra_forbidden":
+        near = nearest_key(place)
+        return f"unknown key '{place}'" + (f" (did you mean '{near}'?)" if near else "")
+    message = entry["msg"].removeprefix("Value error, ")
+    if not place:
+        return message
+    return f"{place}: {message[0].lower()}{message[1:]}, got {entry['input']!r}"
+
+
+def nearest_key(place: str) -> str | None:
+    """The known key, or section, that looks most like `place`."""
+    leaves = list(known_keys())
+    sections = {key.rsplit(".", n)[0] for key in leaves for n in range(1, key.count(".") + 1)}
+    candidates = [*leaves, *sorted(sections)]
+    same_leaf = [key for key in leaves if key.rsplit(".", 1)[-1] == place.rsplit(".", 1)[-1]]
+    if len(same_leaf) == 1:
+        return same_leaf[0]
+    close = difflib.get_close_matches(place, candidates, n=1, cutoff=0.6)
+    return close[0] if close else None
