@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .reference import Pooling
+from .rois import Pooling
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:

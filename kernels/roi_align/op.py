@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .._library import NAMESPACE, runs_triton
 from . import reference
 from .checks import check_boxes, check_features, check_images, pack, pair, pooling
-from .reference import Pooling, is_channels_last, memory_format
+from .rois import Pooling, is_channels_last, memory_format
 
 
 def roi_align(

@@ -1,0 +1,155 @@
+"""RoIAlign in Triton, forward: up to 8 x 8 bins of an RoI a program, over all levels in one launch."""
+
+# mypy: disallow-untyped-defs=False
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._spec import Launch
+from ..level_assign.reference import first_threshold
+from .geometry import axis, level_of, load_boxes, scale_of, select, touched, weights
+from .launch import HIP, box_arguments, configure, geometry_arguments, layout_of, part, product_arguments
+from .rois import Pooling, is_channels_last, memory_format
+
+
+def launch(
+    features: list[Tensor],
+    boxes: Tensor,
+    batch_index: Tensor | None,
+    valid: Tensor | None,
+    how: Pooling,
+    hip: bool = HIP,
+) -> tuple[Tensor, Launch]:
+    first = features[0]
+    images, channels = first.shape[:2]
+    rois = boxes.shape[0]
+    oh, ow = how.output_size
+    out = torch.empty(
+        (rois, channels, oh, ow),
+        dtype=first.dtype,
+        device=first.device,
+        memory_format=memory_format(is_channels_last(first)),
+    )
+    layout = layout_of(features)
+    config = configure(first.dtype, channels, layout == "channels_last", hip)
+    part_h, part_w = part(oh), part(ow)
+    parts = triton.cdiv(oh, part_h) * triton.cdiv(ow, part_w)
+    arguments = {
+        "maps": tuple(features),
+        "out_ptr": out,
+        **{f"map_{axis}": tuple(f.stride(i) for f in features) for i, axis in enumerate("ncyx")},
+        **{f"out_{axis}": out.stride(i) for i, axis in enumerate("rcij")},
+        **box_arguments(boxes, batch_index, valid),
+        **geometry_arguments(how, [(f.shape[2], f.shape[3]) for f in features], config),
+        "AREA": first_threshold(how.k_min, how.canonical_size, how.canonical_level),
+        "rois_per_image": max(rois // max(images, 1), 1),
+        "num_images": images,
+        "channels": channels,
+        "PART_H": part_h,
+        "PART_W": part_w,
+        "LAYOUT": layout,
+        **product_arguments(config, how),
+    }
+    grid = (rois * parts, triton.cdiv(channels, config.block_c))
+    return out, Launch(_forward_kernel, grid, arguments, config.num_warps)
+
+
+@triton.jit
+def _forward_kernel(
+    maps,  # of each level, (N, C, Hl, Wl)
+    boxes_ptr,  # (R, 4) xyxy
+    batch_ptr,  # (R,) image of each box, any dtype
+    valid_ptr,  # (R,) uint8
+    out_ptr,  # (R, C, OH, OW)
+    map_n, map_c, map_y, map_x,  # strides of each level
+    stride_roi, stride_coordinate, stride_batch,
+    out_r, out_c, out_i, out_j,
+    heights, widths,  # of each level
+    rois_per_image, num_images, channels,
+    OH: tl.constexpr, OW: tl.constexpr,
+    PART_H: tl.constexpr, PART_W: tl.constexpr,  # bins of a program, at most TILE along a side
+    SCALES: tl.constexpr, AREA: tl.constexpr, SAMPLES: tl.constexpr, ALIGNED: tl.constexpr,
+    HAS_BATCH: tl.constexpr, HAS_VALID: tl.constexpr, LAYOUT: tl.constexpr,
+    DTYPE: tl.constexpr, DOT_DTYPE: tl.constexpr, WEIGHT_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_C: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    parts_w: tl.constexpr = (OW + PART_W - 1) // PART_W
+    parts: tl.constexpr = (OH + PART_H - 1) // PART_H * parts_w
+    roi = tl.program_id(0) // parts
+    first_i = tl.program_id(0) % parts // parts_w * PART_H
+    first_j = tl.program_id(0) % parts % parts_w * PART_W
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+
+    x1, y1, x2, y2, image, real = load_boxes(
+        boxes_ptr, batch_ptr, valid_ptr, roi, roi >= 0,
+        stride_roi, stride_coordinate, stride_batch, rois_per_image, num_images,
+        HAS_BATCH, HAS_VALID, DTYPE,
+    )  # fmt: skip
+    level = level_of(x1, y1, x2, y2, len(SCALES), AREA)
+    scale = scale_of(level, x1, SCALES)
+    height = select(heights, level, level * 0 + heights[0])
+    width = select(widths, level, level * 0 + widths[0])
+    start_y, bin_y, samples_y = axis(y1, y2, scale, OH, SAMPLES, ALIGNED)
+    start_x, bin_x, samples_x = axis(x1, x2, scale, OW, SAMPLES, ALIGNED)
+    top, bottom = touched(start_y, bin_y, samples_y, height, first_i, tl.minimum(first_i + PART_H, OH) - 1)
+    left, right = touched(start_x, bin_x, samples_x, width, first_j, tl.minimum(first_j + PART_W, OW) - 1)
+    tiles_y = (bottom - top + TILE) // TILE
+    tiles_x = (right - left + TILE) // TILE
+    tiles = tl.where(real, tiles_y * tiles_x, 0)
+
+    # Where the layout is known, strides follow from sizes, which is what vector loads need to know.
+    map_ptr = select(maps, level, maps[0])
+    wide_image = image.to(tl.int64)
+    if LAYOUT == "channels_last":
+        map_ptr += wide_image * height * width * channels
+        map_channel, stride_y, stride_x = channel, width * channels, channels
+    elif LAYOUT == "contiguous":
+        map_ptr += wide_image * height * width * channels
+        map_channel, stride_y, stride_x = channel.to(tl.int64) * height * width, width, 1
+    else:
+        zero = wide_image * 0
+        map_ptr += wide_image * select(map_n, level, zero + map_n[0])
+        map_channel = channel * select(map_c, level, zero + map_c[0])
+        stride_y = select(map_y, level, zero + map_y[0])
+        stride_x = select(map_x, level, zero + map_x[0])
+
+    side = tl.arange(0, TILE)
+    flat = tl.arange(0, TILE * TILE)
+    acc = tl.zeros((TILE * TILE, BLOCK_C), dtype=DTYPE)
+    for tile in range(tiles):
+        y0 = top + tile // tiles_x * TILE
+        x0 = left + tile % tiles_x * TILE
+        weight_y = weights(
+            (y0 + side)[None, :], (first_i + side)[:, None], start_y, bin_y, samples_y, height, SAMPLES, SLOTS
+        )
+        weight_x = weights(
+            (x0 + side)[None, :], (first_j + side)[:, None], start_x, bin_x, samples_x, width, SAMPLES, SLOTS
+        )
+        weight = tl.reshape(
+            weight_y[:, None, :, None] * weight_x[None, :, None, :] * WEIGHT_SCALE, (TILE * TILE, TILE * TILE)
+        )
+        y = y0 + flat // TILE
+        x = x0 + flat % TILE
+        pixel_ptr = map_ptr + y.to(tl.int64) * stride_y + x * stride_x
+        pixel = tl.load(
+            pixel_ptr[:, None] + map_channel[None, :],
+            mask=((y <= bottom) & (x <= right))[:, None] & (channel < channels)[None, :],
+            other=0.0,
+        )
+        acc = tl.dot(
+            weight.to(DOT_DTYPE), pixel.to(DOT_DTYPE), acc, input_precision=PRECISION, out_dtype=DTYPE
+        )
+
+    i = flat // TILE
+    j = flat % TILE
+    inside = (i < PART_H) & (first_i + i < OH) & (j < PART_W) & (first_j + j < OW)
+    bin_ptr = out_ptr + roi.to(tl.int64) * out_r + (first_i + i) * out_i + (first_j + j) * out_j
+    tl.store(
+        bin_ptr[:, None] + (channel * out_c)[None, :],
+        (acc * (1.0 / WEIGHT_SCALE)).to(out_ptr.dtype.element_ty),
+        mask=inside[:, None] & (channel < channels)[None, :],
+    )

@@ -1,0 +1,99 @@
+"""How the kernels of RoIAlign are launched: block sizes by dtype, and the arguments that they share."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._library import interpreting
+from .rois import Pooling, is_channels_last
+
+HIP = torch.version.hip is not None
+TILE = 8  # bins or pixels along a side; tl.dot multiplies TILE**2 of each
+ADAPTIVE_SLOTS = 8  # at least 5
+
+
+class Config(NamedTuple):
+    dtype: Any  # of geometry and sums
+    dot_dtype: Any
+    precision: str
+    weight_scale: float
+    block_c: int
+    num_warps: int
+
+
+def configure(dtype: torch.dtype, channels: int, vectors: bool, hip: bool) -> Config:
+    """How to multiply, by the dtype of the features.
+
+    `vectors` says that channels lie side by side, so that a thread loads many at once; otherwise it needs
+    more registers for addresses, and gets fewer channels. float32 in three products needs more too, and
+    AMD has less shared memory. Weights are at most 1; in float16 they are scaled up, so that those of large
+    bins keep their bits.
+    """
+    wide = tl.float64 if dtype == torch.float64 else tl.float32
+    most = {torch.float64: 32, torch.float32: 32}.get(dtype, 256 if vectors and not hip else 128)
+    most = most if vectors else most // 2
+    block_c = max(16, min(most, triton.next_power_of_2(channels)))
+    num_warps = 8 if vectors and not hip else 4
+    if interpreting():  # bf16 arithmetic of the interpreter is wrong
+        return Config(wide, wide, "ieee", 1.0, block_c, num_warps)
+    if dtype == torch.bfloat16:
+        return Config(wide, tl.bfloat16, "ieee", 1.0, block_c, num_warps)
+    if dtype == torch.float16:
+        return Config(wide, tl.float16, "ieee", 4096.0, block_c, num_warps)
+    three_products = dtype == torch.float32 and not hip
+    return Config(wide, wide, "tf32x3" if three_products else "ieee", 1.0, block_c, num_warps)
+
+
+def part(bins: int) -> int:
+    """Bins of one program: equal parts of at most TILE."""
+    return triton.cdiv(bins, triton.cdiv(bins, TILE))
+
+
+def box_arguments(boxes: Tensor, batch_index: Tensor | None, valid: Tensor | None) -> dict[str, Any]:
+    return {
+        "boxes_ptr": boxes,
+        "batch_ptr": batch_index,
+        "valid_ptr": None if valid is None else valid.contiguous().view(torch.uint8),
+        "stride_roi": boxes.stride(0),
+        "stride_coordinate": boxes.stride(1),
+        "stride_batch": 0 if batch_index is None else batch_index.stride(0),
+        "HAS_BATCH": batch_index is not None,
+        "HAS_VALID": valid is not None,
+    }
+
+
+def geometry_arguments(how: Pooling, sizes: list[tuple[int, int]], config: Config) -> dict[str, Any]:
+    return {
+        "heights": tuple(height for height, _ in sizes),
+        "widths": tuple(width for _, width in sizes),
+        "OH": how.output_size[0],
+        "OW": how.output_size[1],
+        "SCALES": tuple(how.spatial_scales),
+        "SAMPLES": how.sampling_ratio,
+        "ALIGNED": how.aligned,
+        "DTYPE": config.dtype,
+        "TILE": TILE,
+    }
+
+
+def product_arguments(config: Config, how: Pooling) -> dict[str, Any]:
+    return {
+        "DOT_DTYPE": config.dot_dtype,
+        "WEIGHT_SCALE": config.weight_scale,
+        "PRECISION": config.precision,
+        "BLOCK_C": config.block_c,
+        "SLOTS": triton.next_power_of_2(how.sampling_ratio) if how.sampling_ratio > 0 else ADAPTIVE_SLOTS,
+    }
+
+
+def layout_of(features: list[Tensor]) -> str:
+    if all(is_channels_last(f) for f in features):
+        return "channels_last"
+    if all(f.is_contiguous() for f in features):
+        return "contiguous"
+    return "strided"
