@@ -14,6 +14,16 @@ from numpy.typing import NDArray
 
 from fastmrcnn.data.coco_json import identifier, read_categories, read_images, read_json
 from fastmrcnn.data.images import check_headers
+from fastmrcnn.data.keypoints import (
+    KeypointOptions,
+    KeypointSchema,
+    check_same_keypoints,
+    keep_labelled,
+    keypoint_fault,
+    labelled_keypoints,
+    pack_keypoints,
+    read_schema,
+)
 from fastmrcnn.data.masks import Window, all_finite, bitmap, mask_area, pack_polygons, segmentation_problem
 from fastmrcnn.data.records import Box, ImageRecord, ObjectRecord, Problems
 from fastmrcnn.errors import UserError
@@ -43,6 +53,10 @@ class CocoDataset:
     """Objects left out, by reason."""
     clipped: int = 0
     """Boxes that reached over the image."""
+    keypoints: KeypointSchema | None = None
+    """What the keypoints of the objects are; none: they were not read."""
+    unlabelled: int = 0
+    """Images left out for want of labelled keypoints."""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -59,10 +73,15 @@ class CocoDataset:
         ]
         if crowds:
             counts.append(_count(crowds, "crowd region"))
+        if self.keypoints is not None:
+            labelled = sum(o.keypoints is not None for record in self.records for o in record.objects)
+            counts.append(f"{len(self.keypoints.names)} keypoints, labelled on {_count(labelled, 'object')}")
         parts = [", ".join(counts)]
         changes = [f"skipped {_count(n, 'box', 'boxes')} {reason}" for reason, n in self.skipped.items()]
         if self.clipped:
             changes.append(f"clipped {_count(self.clipped, 'box', 'boxes')} to the image")
+        if self.unlabelled:
+            changes.append(f"left out {_count(self.unlabelled, 'image')} with too few labelled keypoints")
         if changes:
             parts.append(", ".join(changes))
         if negatives:
@@ -80,6 +99,7 @@ def read_coco(
     min_box_side: float = 1.0,
     require_objects: bool = True,
     require_masks: bool = True,
+    keypoints: KeypointOptions | None = None,
     key: str = "data.train",
 ) -> CocoDataset:
     """Read and check a data set.
@@ -91,6 +111,7 @@ def read_coco(
         min_box_side: boxes with a smaller side, in annotation pixels after clipping, are skipped.
         require_objects: refuse a set without any object.
         require_masks: refuse objects without a segmentation.
+        keypoints: read keypoints, and how; none: what the file says of them is not looked at.
         key: configuration section that gave the paths, for messages.
     Raises:
         UserError: one line with all mistakes, each naming the file, the id and the remedy.
@@ -102,6 +123,9 @@ def read_coco(
     tree = read_json(file, key)
     problems = Problems()
     class_names, category_ids = read_categories(tree["categories"], problems)
+    schema = None
+    if keypoints is not None:
+        schema = read_schema(tree["categories"], keypoints.flip_pairs, file, problems)
     records = read_images(tree["images"], folder, file, problems)
     skipped: Counter[str] = Counter()
     clipped = 0
@@ -114,6 +138,8 @@ def read_coco(
         if annotation_id is None:
             continue
         fault = _fault(entry, records, index_of, require_masks)
+        if not fault and schema is not None:
+            fault = keypoint_fault(entry, schema)
         if fault:
             problems.add("annotation", annotation_id, fault)
             continue
@@ -127,8 +153,11 @@ def read_coco(
             skipped[reason] += 1
             continue
         clipped += max(abs(a - b) for a, b in zip(box, inside, strict=True)) > 0.01
+        points = None
+        if keypoints is not None and not crowd:
+            points = pack_keypoints(entry, keypoints.offset)
         record.objects.append(
-            ObjectRecord(annotation_id, class_index, inside, crowd, pack_polygons(shape), area)
+            ObjectRecord(annotation_id, class_index, inside, crowd, pack_polygons(shape), area, points)
         )
     for record in records.values():
         if len(record.objects) > max_objects:
@@ -142,11 +171,18 @@ def read_coco(
     _check_files(list(records.values()), folder, file, key)
     check_headers(list(records.values())[:HEADERS_CHECKED], problems)
     problems.check(file)
-    dataset = CocoDataset(list(records.values()), class_names, category_ids, file, skipped, clipped)
+    kept = keep_labelled(records.values(), keypoints)
+    unlabelled = len(records) - len(kept)
+    dataset = CocoDataset(kept, class_names, category_ids, file, skipped, clipped, schema, unlabelled)
     if require_objects and not any(not o.crowd for record in dataset.records for o in record.objects):
-        why = f" ({dataset.summary()[0].split('; ', 1)[-1]})" if skipped else ""
+        why = f" ({dataset.summary()[0].split('; ', 1)[-1]})" if skipped or unlabelled else ""
         raise UserError(
             f"{file}: no image has an object to learn{why}; give {key}.annotations a file with objects"
+        )
+    if require_objects and schema is not None and not any(map(labelled_keypoints, kept)):
+        raise UserError(
+            f"{file}: no keypoint is labelled (visibility 1 or 2); give {key}.annotations a file with "
+            "keypoints, or train without (model.keypoint_head.enabled=false)"
         )
     return dataset
 
@@ -165,8 +201,10 @@ def check_same_classes(train: CocoDataset, val: CocoDataset) -> CocoDataset:
     """The validation set, its class indices those of the training set. It may lack some classes.
 
     Raises:
-        UserError: it has a category that the training set does not have, or has under another name.
+        UserError: it has a category that the training set does not have, or has under another name; or
+            other keypoints.
     """
+    check_same_keypoints(val.keypoints, train.keypoints, val.annotations, str(train.annotations))
     return align_classes(val, train.class_names, train.category_ids, str(train.annotations))
 
 

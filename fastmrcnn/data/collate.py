@@ -9,9 +9,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastmrcnn.data.keypoints import KeypointSchema
 from fastmrcnn.data.masks import Window, bitmap
 from fastmrcnn.data.records import ImageRecord
-from fastmrcnn.data.transforms import Plan, Size, apply_plan, from_annotation, to_annotation, transform_boxes
+from fastmrcnn.data.transforms import (
+    Plan,
+    Size,
+    apply_plan,
+    from_annotation,
+    to_annotation,
+    transform_boxes,
+    transform_keypoints,
+)
 from fastmrcnn.structures import Batch, PackedMasks, Targets
 
 MIN_SLOTS = 8
@@ -26,6 +35,7 @@ class Objects(NamedTuple):
     crowd: NDArray[np.bool_]  # (n,) to be neither learnt nor punished
     crops: NDArray[np.uint8]  # bitmaps end to end
     windows: NDArray[np.int32]  # (n, 4) x, y, w, h; 0 where there is no bitmap
+    keypoints: NDArray[np.float32] | None = None  # (n, J, 3) in annotation pixels
 
 
 class Sample(NamedTuple):
@@ -34,10 +44,11 @@ class Sample(NamedTuple):
     annotated: Size
     boxes: NDArray[np.float32] | None = None  # (n, 4) in pixels of the sample
     objects: Objects | None = None
+    keypoints: NDArray[np.float32] | None = None  # (n, J, 3) in pixels of the sample
 
 
-def read_objects(record: ImageRecord) -> Objects:
-    """Rasterise the objects of an image.
+def read_objects(record: ImageRecord, schema: KeypointSchema | None = None) -> Objects:
+    """Rasterise the objects of an image, and gather their keypoints if there is a schema.
 
     Crowd regions have no bitmap. An object that turns out to cover no pixel has no mask that could be
     learnt, so it is treated as a crowd region: not learnt, and not punished.
@@ -52,25 +63,38 @@ def read_objects(record: ImageRecord) -> Objects:
         crops.append(crop.ravel())
         windows.append(window)
         crowd.append(item.crowd or (bool(item.segmentation) and crop.size == 0))
+    keypoints = None
+    if schema is not None:
+        keypoints = np.zeros((len(record.objects), len(schema.names), 3), np.float32)
+        for row, item in zip(keypoints, record.objects, strict=True):
+            row[:] = 0 if item.keypoints is None else item.keypoints
     return Objects(
         boxes=np.array([item.box for item in record.objects], np.float32).reshape(-1, 4),
         classes=np.array([item.class_index for item in record.objects], np.int64),
         crowd=np.array(crowd, np.bool_),
         crops=np.concatenate([*crops, np.zeros(0, np.uint8)]),
         windows=np.array(windows, np.int32).reshape(-1, 4),
+        keypoints=keypoints,
     )
 
 
 def make_sample(
-    resized: NDArray[np.uint8], plan: Plan, annotated: Size, objects: Objects | None = None
+    resized: NDArray[np.uint8],
+    plan: Plan,
+    annotated: Size,
+    objects: Objects | None = None,
+    schema: KeypointSchema | None = None,
 ) -> Sample:
-    """Carry out a plan on a resized image and on its boxes; bitmaps stay as they are."""
-    boxes = None
+    """Carry out a plan on a resized image, its boxes and keypoints; bitmaps stay as they are."""
+    boxes = keypoints = None
     if objects is not None:
         boxes = transform_boxes(objects.boxes, from_annotation(plan, *annotated)).astype(np.float32)
         height, width = plan.size
         boxes = boxes.clip(0, np.array([width, height, width, height], np.float32))
-    return Sample(apply_plan(resized, plan), to_annotation(plan, *annotated), annotated, boxes, objects)
+        if objects.keypoints is not None and schema is not None:
+            keypoints = transform_keypoints(objects.keypoints, plan, *annotated, schema.mirror)
+    affine = to_annotation(plan, *annotated)
+    return Sample(apply_plan(resized, plan), affine, annotated, boxes, objects, keypoints)
 
 
 def collate(
@@ -115,6 +139,9 @@ def _collate_targets(samples: Sequence[Sample], min_slots: int, min_mask_bytes: 
     window = np.zeros((count, slots, 4), np.int32)
     offset = np.zeros((count, slots), np.int64)
     buffer = np.zeros(size, np.uint8)
+    points = None
+    if samples[0].keypoints is not None:
+        points = np.zeros((count, slots, *samples[0].keypoints.shape[1:]), np.float32)
     start = 0
     for row, (sample, own) in enumerate(zip(samples, objects, strict=True)):
         n = len(own.classes)
@@ -123,6 +150,8 @@ def _collate_targets(samples: Sequence[Sample], min_slots: int, min_mask_bytes: 
         crowd[row, :n] = own.crowd
         valid[row, :n] = ~own.crowd
         window[row, :n] = own.windows
+        if points is not None:
+            points[row, :n] = sample.keypoints
         sizes = own.windows[:, 2].astype(np.int64) * own.windows[:, 3]
         # a slot without a bitmap has offset 0, so that the tables of equal batches are equal
         offset[row, :n] = np.where(sizes > 0, start + np.cumsum(sizes) - sizes, 0)
@@ -140,6 +169,7 @@ def _collate_targets(samples: Sequence[Sample], min_slots: int, min_mask_bytes: 
             to_annotation=torch.from_numpy(affines(samples)),
             size=torch.tensor([sample.annotated for sample in samples], dtype=torch.int32),
         ),
+        keypoints=None if points is None else torch.from_numpy(points),
     )
 
 

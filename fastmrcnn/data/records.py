@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fastmrcnn.errors import UserError
 
 Box = tuple[float, float, float, float]
@@ -22,6 +25,9 @@ class ObjectRecord:
     segmentation: Any
     """List of polygons, arrays (x1, y1, x2, y2, ...), or RLE as in the file; None if there is none."""
     area: float
+    keypoints: NDArray[np.float32] | None = None
+    """(J, 3) x, y, visibility (0 not labelled, 1 hidden, 2 visible) in annotation pixels, pixel i covering
+    [i, i + 1); None if none is labelled."""
 
 
 @dataclass(frozen=True, slots=True)

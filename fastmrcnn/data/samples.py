@@ -41,6 +41,7 @@ class SampleStore:
 
     def __init__(self, dataset: CocoDataset, short_sides: Sequence[int], long_side_max: int) -> None:
         self.records = dataset.records
+        self.schema = dataset.keypoints
         sizes = [
             resized_size(record.height, record.width, side, long_side_max)
             for record in dataset.records
@@ -63,7 +64,7 @@ class SampleStore:
     def objects(self, index: int) -> Objects:
         found = self._objects.get(index)
         if found is None:
-            found = read_objects(self.records[index])
+            found = read_objects(self.records[index], self.schema)
             if self.keep_objects:
                 self._objects[index] = found
         return found
@@ -103,8 +104,8 @@ class TrainSamples(Dataset[LoadedBatch | Failure]):
             self.long_side_max,
             self.augment,
         )
-        resized = self.store.resized(index, plan.resized)
-        return make_sample(resized, plan, (record.height, record.width), self.store.objects(index))
+        resized, objects = self.store.resized(index, plan.resized), self.store.objects(index)
+        return make_sample(resized, plan, (record.height, record.width), objects, self.store.schema)
 
 
 class EvalSamples(Dataset[LoadedBatch | Failure]):

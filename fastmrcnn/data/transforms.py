@@ -56,6 +56,11 @@ class Plan:
         height, width = self.resized
         return (width, height) if self.turns % 2 else (height, width)
 
+    @property
+    def mirrored(self) -> bool:
+        """Whether left and right are exchanged; two flips make a half turn."""
+        return self.flip_horizontal != self.flip_vertical
+
 
 def draws(seed: int, first: int, count: int = 1) -> NDArray[np.float64]:
     """Random numbers in [0, 1) of the samples first .. first + count - 1.
@@ -162,6 +167,25 @@ def transform_boxes(boxes: NDArray[np.floating], affine: NDArray[np.floating]) -
     """Boxes (n, 4) xyxy under an affine of flips, quarter turns and scales."""
     corners = boxes.reshape(-1, 2, 2).astype(np.float64) @ affine[:, :2].T + affine[:, 2]
     return np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
+
+
+def transform_keypoints(
+    keypoints: NDArray[np.floating], plan: Plan, height: int, width: int, mirror: Sequence[int]
+) -> NDArray[np.float32]:
+    """Keypoints of an image of height x width after a plan.
+
+    Args:
+        keypoints: (n, J, 3) x, y, visibility.
+        mirror: which keypoint each one becomes in a mirror image.
+    Returns:
+        (n, J, 3); all 0 where not labelled or no longer within the image.
+    """
+    affine = from_annotation(plan, height, width)
+    places = keypoints[..., :2].astype(np.float64) @ affine[:, :2].T + affine[:, 2]
+    within = (places >= 0) & (places <= plan.size[::-1])
+    keep = within.all(axis=-1, keepdims=True) & (keypoints[..., 2:] > 0)
+    moved = np.where(keep, np.concatenate([places, keypoints[..., 2:]], axis=-1), 0).astype(np.float32)
+    return moved[:, list(mirror)] if plan.mirrored else moved
 
 
 def _forward(plan: Plan, height: int, width: int) -> NDArray[np.float64]:

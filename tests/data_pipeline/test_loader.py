@@ -68,7 +68,7 @@ def assert_equal(one: LoadedBatch, other: LoadedBatch) -> None:
 
 def test_shapes_and_dtypes(shapes: CocoDataset) -> None:
     loaded = next(iter(loader(shapes, short_sides=[40, 44], buckets=[(64, 96)], augment=EVERYTHING)))
-    pixels, sizes, targets = loaded.batch
+    pixels, sizes, targets = loaded.batch[:3]
     assert pixels.shape == (3, 3, 64, 96)
     assert pixels.dtype == torch.uint8
     assert pixels.is_contiguous(memory_format=torch.channels_last)
