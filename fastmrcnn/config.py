@@ -116,6 +116,8 @@ class AnchorConfig(Section):
 
 
 class RpnConfig(Section):
+    enabled: bool = True
+    """false: proposals come from files, data.train.proposals and data.val.proposals."""
     convs: int = Field(1, ge=1)
     """3x3 convolutions before the predictors."""
     pre_nms_top_n: int = Field(2000, gt=0)
@@ -155,7 +157,12 @@ class RoiConfig(Section):
 
 
 class BoxHeadConfig(Section):
+    enabled: bool = True
+    """false: train the RPN alone; its proposals are the detections."""
     resolution: int = Field(7, gt=0)
+    """Side of the RoI features; with C4, of what goes into res5, which halves it."""
+    fcs: int = Field(2, ge=0)
+    """Hidden layers; 0: the features' average goes straight to the predictors (C4)."""
     hidden: int = Field(1024, gt=0)
     box_loss_beta: float = Field(0.0, ge=0)
     class_agnostic: bool = False
@@ -171,10 +178,20 @@ class BoxHeadConfig(Section):
 
 class MaskHeadConfig(Section):
     enabled: bool = True
+    kind: Literal["fcn", "mlp"] = "fcn"
+    """fcn: convolutions and a deconvolution; mlp: fully connected layers (table 2e)."""
     resolution: int = Field(14, gt=0)
-    """Side of the RoI features; the mask is twice as large."""
+    """Side of the RoI features; the mask is twice as large. With C4 the features are the box head's."""
     convs: int = Field(4, ge=0)
+    """3x3 convolutions of an fcn."""
     channels: int = Field(256, gt=0)
+    """Of an fcn."""
+    fcs: int = Field(2, ge=0)
+    """Hidden layers of an mlp."""
+    hidden: int = Field(1024, gt=0)
+    """Of an mlp."""
+    loss: Literal["sigmoid", "softmax"] = "sigmoid"
+    """sigmoid: a binary mask per class; softmax: classes compete for each pixel (table 2b)."""
     class_agnostic: bool = False
     slots_per_image: int | None = Field(None, gt=0)
     """The mask head trains on this many foreground RoIs an image, pooled over the batch; those beyond are
@@ -188,7 +205,22 @@ class MaskHeadConfig(Section):
     loss_weight: float = Field(1.0, ge=0)
 
 
+# What an architecture without a pyramid takes as default (detectron2's C4): one map carries every anchor.
+_ONE_MAP: dict[str, dict[str, Any]] = {
+    "anchors": {"sizes": [[32, 64, 128, 256, 512]]},
+    "rpn": {"pre_nms_top_n": 12000, "post_nms_top_n": 2000, "pre_nms_top_n_test": 6000},
+}
+ARCHITECTURE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+    "c4": {**_ONE_MAP, "box_head": {"resolution": 14, "fcs": 0}, "mask_head": {"convs": 0}},
+    "c5": _ONE_MAP,
+}
+
+
 class ModelConfig(Section):
+    architecture: Literal["fpn", "c4", "c5"] = "fpn"
+    """fpn: a pyramid. c4: RPN and RoIs on res4 at stride 16, res5 is the head that boxes and masks share.
+    c5: both on res5 at stride 32, undilated (table 2d), with the heads of fpn. c4 and c5 change the
+    defaults of anchors.sizes and rpn's numbers of proposals; c4 also those of the heads."""
     channel_order: Literal["rgb", "bgr"] = "rgb"
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     """In `channel_order`, for pixels in 0..255."""
@@ -202,6 +234,43 @@ class ModelConfig(Section):
     roi: RoiConfig = RoiConfig()
     box_head: BoxHeadConfig = BoxHeadConfig()
     mask_head: MaskHeadConfig = MaskHeadConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_architecture(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        merged = dict(value)
+        architecture = value.get("architecture")
+        defaults = ARCHITECTURE_DEFAULTS.get(architecture, {}) if isinstance(architecture, str) else {}
+        for section, entries in defaults.items():
+            given = merged.get(section)
+            if given is None or isinstance(given, dict):
+                merged[section] = {**entries, **(given or {})}
+        return merged
+
+    @model_validator(mode="after")
+    def _check_together(self) -> ModelConfig:
+        levels, expected = len(self.anchors.sizes), 5 if self.architecture == "fpn" else 1
+        if levels != expected:
+            where = "per level p2..p6" if expected == 5 else "for the one map"
+            raise ValueError(f"model.anchors.sizes must have {expected} list(s), {where}, got {levels}")
+        if self.rpn.background_iou > self.rpn.foreground_iou:
+            raise ValueError("model.rpn.background_iou must not exceed model.rpn.foreground_iou")
+        if not self.rpn.enabled and not self.box_head.enabled:
+            raise ValueError("model.rpn.enabled and model.box_head.enabled cannot both be false")
+        if self.mask_head.enabled and not self.box_head.enabled:
+            raise ValueError("model.mask_head.enabled needs model.box_head.enabled")
+        mask = self.mask_head
+        if mask.loss == "softmax" and (mask.class_agnostic or mask.target == "soft"):
+            raise ValueError(
+                "model.mask_head.loss=softmax needs class_agnostic=false and a target other than soft"
+            )
+        if self.architecture == "c4" and self.backbone.frozen_stages > 4:
+            raise ValueError("model.backbone.frozen_stages must be at most 4 with c4: res5 is the heads'")
+        if self.architecture == "c4" and mask.kind == "mlp":
+            raise ValueError("model.mask_head.kind=mlp reads the pyramid's RoI features, not those of c4")
+        return self
 
 
 class OptimConfig(Section):
@@ -261,12 +330,3 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     output: str = "runs"
     """Folder under which each run gets a new one."""
-
-    @model_validator(mode="after")
-    def _check_across(self) -> Config:
-        levels = len(self.model.anchors.sizes)
-        if levels != 5:
-            raise ValueError(f"model.anchors.sizes must have one list per level p2..p6, got {levels}")
-        if self.model.rpn.background_iou > self.model.rpn.foreground_iou:
-            raise ValueError("model.rpn.background_iou must not exceed model.rpn.foreground_iou")
-        return self

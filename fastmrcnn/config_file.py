@@ -133,8 +133,8 @@ def _explain(entry: Any) -> str:
         near = nearest_key(place)
         return f"unknown key '{place}'" + (f" (did you mean '{near}'?)" if near else "")
     message = entry["msg"].removeprefix("Value error, ")
-    if not place:
-        return message
+    if not place or (entry["type"] == "value_error" and isinstance(entry["input"], dict)):
+        return message  # about several keys, which it names
     return f"{place}: {message[0].lower()}{message[1:]}, got {entry['input']!r}"
 
 

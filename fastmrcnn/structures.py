@@ -48,16 +48,17 @@ class Targets(NamedTuple):
     keypoints: Tensor | None = None  # (N, G, J, 3) float32 x, y, visibility
 
 
-class Batch(NamedTuple):
-    pixels: Tensor  # (N, 3, H, W) uint8, or float32 in 0..255; RGB; zero where padded
-    sizes: Tensor  # (N, 2) int64, height and width of the real image within the padding
-    targets: Targets | None = None
-
-
 class Proposals(NamedTuple):
     boxes: Tensor  # (N, P, 4) float32, no gradient
     scores: Tensor  # (N, P) float32 objectness logits
     valid: Tensor  # (N, P) bool
+
+
+class Batch(NamedTuple):
+    pixels: Tensor  # (N, 3, H, W) uint8, or float32 in 0..255; RGB; zero where padded
+    sizes: Tensor  # (N, 2) int64, height and width of the real image within the padding
+    targets: Targets | None = None
+    proposals: Proposals | None = None  # for a model without an RPN
 
 
 class SampledRois(NamedTuple):
@@ -71,16 +72,16 @@ class SampledRois(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Scalars, named as in detectron2. A head that the model lacks gives None.
+    """Scalars, named as in detectron2. A part that the model lacks gives None.
 
     `num_fg` and `masks_dropped` are counts, not losses: foreground RoIs of the batch, and those of them
     that found no slot in the mask head.
     """
 
-    loss_rpn_cls: Tensor
-    loss_rpn_loc: Tensor
-    loss_cls: Tensor
-    loss_box_reg: Tensor
+    loss_rpn_cls: Tensor | None = None
+    loss_rpn_loc: Tensor | None = None
+    loss_cls: Tensor | None = None
+    loss_box_reg: Tensor | None = None
     loss_mask: Tensor | None = None
     loss_keypoint: Tensor | None = None
     num_fg: Tensor | None = None

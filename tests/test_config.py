@@ -149,7 +149,8 @@ def test_value_out_of_range_is_named_with_what_came(override: str) -> None:
 
 
 def test_values_that_do_not_go_together() -> None:
-    assert "one list per level" in mistakes(None, "model.anchors.sizes=[[32]]")
+    sizes = mistakes(None, "model.anchors.sizes=[[32]]")
+    assert sizes.endswith("model.anchors.sizes must have 5 list(s), per level p2..p6, got 1")
     assert "must not exceed" in mistakes(None, "model.rpn.background_iou=0.8")
 
 

@@ -11,8 +11,9 @@ from fastmrcnn.config_file import load_config
 from fastmrcnn.optim import learning_rate
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-RECIPES = sorted(CONFIGS.glob("*.yaml"))
-COCO_RECIPES = [path for path in RECIPES if path.name.startswith(("mask_rcnn_", "paper_"))]
+RECIPES = sorted(CONFIGS.rglob("*.yaml"))
+COCO_RECIPES = [path for path in CONFIGS.glob("*.yaml") if path.name.startswith(("mask_rcnn_", "paper_"))]
+ABLATIONS = sorted((CONFIGS / "ablations").glob("*.yaml"))
 
 WEIGHTS = {
     "resnet50": "resnet50-0676ba61.pth",
@@ -31,6 +32,7 @@ class Recipe(NamedTuple):
     lr: float
     short_side: list[int]
     published: list[str]  # what the header says of AP
+    architecture: str = "fpn"
 
 
 # detectron2's MODEL_ZOO.md, the README of mmdetection's configs/mask_rcnn, maskrcnn-benchmark's
@@ -50,6 +52,19 @@ TABLE = {
         ["box 42.8, mask 38.3 (mmdetection", "box 42.2, mask 37.8 (maskrcnn-benchmark"],
     ),
     "mask_rcnn_x101_fpn_3x": Recipe("resnext101_32x8d", *THREE, ["box 44.3, mask 39.5 (detectron2"]),
+    "mask_rcnn_r50_c4_1x": Recipe("resnet50", *ONE, ["box 36.8, mask 32.2 (detectron2"], "c4"),
+    "mask_rcnn_r50_c4_3x": Recipe("resnet50", *THREE, ["box 39.8, mask 34.4 (detectron2"], "c4"),
+    "mask_rcnn_r101_c4_3x": Recipe("resnet101", *THREE, ["box 42.6, mask 36.7 (detectron2"], "c4"),
+    "paper_r50_c4": Recipe("resnet50", *PAPER, ["AP 30.3, AP50 51.2, AP75 31.5 on minival"], "c4"),
+    "paper_r101_c4": Recipe(
+        "resnet101",
+        *PAPER,
+        [
+            "mask AP 32.7, AP50 54.2, AP75 34.3 on minival",
+            "mask AP 33.1, AP50 54.9, AP75 34.8 on test-dev",
+        ],
+        "c4",
+    ),
     "paper_r50_fpn": Recipe("resnet50", *PAPER, ["AP 33.6, AP50 55.2, AP75 35.3 on minival"]),
     "paper_r101_fpn": Recipe(
         "resnet101",
@@ -138,9 +153,13 @@ def test_recipe_holds_the_published_numbers(name: str) -> None:
 
     assert config.data.short_side == want.short_side
     assert (config.data.short_side_test, config.data.long_side_max) == (800, 1333)
-    assert (model.roi.batch_per_image, model.roi.foreground_share) == (512, 0.25)
-    assert (model.box_head.resolution, model.mask_head.resolution) == (7, 14)
-    assert model.rpn.post_nms_top_n_test == 1000
+    # The paper samples 64 RoIs and tests 300 proposals with C4, detectron2 512 and 1000 with both.
+    paper_c4 = want.architecture == "c4" and name.startswith("paper")
+    assert model.architecture == want.architecture
+    assert (model.roi.batch_per_image, model.roi.foreground_share) == (64 if paper_c4 else 512, 0.25)
+    assert model.rpn.post_nms_top_n_test == (300 if paper_c4 else 1000)
+    assert model.box_head.resolution == (14 if want.architecture == "c4" else 7)
+    assert model.mask_head.resolution == 14
     assert model.box_head.detections == 100
     if name.startswith("paper"):
         assert (model.roi.aligned, model.roi.sampling_ratio) == (False, 2)
@@ -166,9 +185,39 @@ def test_header_gives_the_published_ap_and_invents_none(name: str) -> None:
         assert text in row
 
 
-@pytest.mark.parametrize("name", TABLE)
-def test_command_can_be_copied(name: str) -> None:
-    words = command(CONFIGS / f"{name}.yaml")
+def differences(one: dict, other: dict, place: str = "") -> dict[str, tuple]:
+    """Dotted keys whose values differ."""
+    found: dict[str, tuple] = {}
+    for key, value in one.items():
+        if isinstance(value, dict):
+            found |= differences(value, other[key], f"{place}{key}.")
+        elif value != other[key]:
+            found[place + key] = (other[key], value)
+    return found
+
+
+ONE_CHANGE = {
+    "table2b_softmax_r50_c4": ("paper_r50_c4", {"mask_head.loss": ("sigmoid", "softmax")}),
+    "class_agnostic_r50_c4": ("paper_r50_c4", {"mask_head.class_agnostic": (False, True)}),
+    "table2e_mlp2_r50_fpn": ("paper_r50_fpn", {"mask_head.kind": ("fcn", "mlp")}),
+    "table2e_mlp3_r50_fpn": (
+        "paper_r50_fpn",
+        {"mask_head.kind": ("fcn", "mlp"), "mask_head.fcs": (2, 3)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ONE_CHANGE)
+def test_ablation_differs_from_its_base_in_what_is_studied_alone(name: str) -> None:
+    base, changes = ONE_CHANGE[name]
+    one = load_config(CONFIGS / "ablations" / f"{name}.yaml").model_dump()
+    other = load_config(CONFIGS / f"{base}.yaml").model_dump()
+    assert differences(one, other) == {f"model.{key}": values for key, values in changes.items()}
+
+
+@pytest.mark.parametrize("path", [*COCO_RECIPES, *ABLATIONS], ids=lambda path: path.stem)
+def test_command_can_be_copied(path: Path) -> None:
+    words = command(path)
     assert words[:4] == ["python", "-m", "fastmrcnn.train", "--config"]
     config = load_config(CONFIGS.parent / words[4], words[5:])
     for split in (config.data.train, config.data.val):

@@ -1,4 +1,4 @@
-"""Anchors of a feature pyramid (arXiv 1506.01497, 1612.03144)."""
+"""Anchors of one feature map or a pyramid (arXiv 1506.01497, 1612.03144)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmrcnn.model.fpn import STRIDES
-
 
 class AnchorGenerator:
     """Makes the same anchors for every image of a padded batch.
 
     Args:
         sizes: sides of the square anchors, a list per level.
+        strides: of the levels, in pixels.
         aspect_ratios: height over width.
         rounding: round the base anchors to whole pixels, as torchvision does.
         stride_rule: nominal (4, 8, ...) or grid (padded size // grid size, as torchvision does).
@@ -26,20 +25,31 @@ class AnchorGenerator:
         self,
         sizes: Sequence[Sequence[float]],
         aspect_ratios: Sequence[float],
+        strides: Sequence[int],
         *,
         rounding: bool = False,
         stride_rule: str = "nominal",
         offset: float = 0.0,
     ) -> None:
+        if len(sizes) != len(strides):
+            raise ValueError(f"sizes are of {len(sizes)} levels, strides of {len(strides)}")
+        self.strides = list(strides)
         self.base = [_base_anchors(level, aspect_ratios, rounding) for level in sizes]
         self.per_cell = [len(level) for level in self.base]
         self.stride_rule = stride_rule
         self.offset = offset
 
+    def count(self, height: int, width: int) -> int:
+        """R: anchors of an image of that padded size."""
+        return sum(
+            each * -(-height // stride) * -(-width // stride)
+            for each, stride in zip(self.per_cell, self.strides, strict=True)
+        )
+
     def __call__(self, features: Sequence[Tensor], image_shape: Sequence[int]) -> list[Tensor]:
         """Anchors per level, (R_l, 4) float32, in the order row, column, size, aspect ratio."""
         anchors = []
-        for feature, base, stride in zip(features, self.base, STRIDES, strict=True):
+        for feature, base, stride in zip(features, self.base, self.strides, strict=True):
             height, width = feature.shape[-2:]
             step_y, step_x = stride, stride
             if self.stride_rule == "grid":

@@ -133,6 +133,7 @@ class ResNet(nn.Module):
         norm: constructor of a normalisation layer from its number of channels.
         width: channels of the stem; 64 is the published network, the stages scale with it.
         stride_in_1x1: where a bottleneck downsamples.
+        stages: 4: res2..res5; 3: without res5, as C4 features are.
         frozen_stages: 0 none, 1 the stem, 2 stem and res2, ..., 5 everything. Frozen stages keep
             their weights and, if their norm has statistics, those too.
     """
@@ -144,48 +145,28 @@ class ResNet(nn.Module):
         *,
         width: int = 64,
         stride_in_1x1: bool = False,
+        stages: int = 4,
         frozen_stages: int = 0,
     ) -> None:
         super().__init__()
         if name not in _ARCHITECTURES:
             raise ValueError(f"backbone must be one of {', '.join(_ARCHITECTURES)}, got {name}")
-        block, depths, groups, width_per_group = _ARCHITECTURES[name]
         self.name = name
         self.frozen_stages = frozen_stages
+        self.strides = [4 * 2**index for index in range(stages)]
+        self.out_channels = [stage_channels(name, index, width) for index in range(1, stages + 1)]
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = norm(width)
-        inputs = width
-        for index, depth in enumerate(depths):
-            planes = width * 2**index
-            layers: list[nn.Module] = []
-            for position in range(depth):
-                stride = 2 if index > 0 and position == 0 else 1
-                layers.append(
-                    block(
-                        inputs,
-                        planes,
-                        stride,
-                        norm,
-                        groups=groups,
-                        width_per_group=width_per_group,
-                        stride_in_1x1=stride_in_1x1,
-                    )
-                )
-                inputs = planes * block.expansion
-            self.add_module(f"layer{index + 1}", nn.Sequential(*layers))
-        self.out_channels = [width * 2**index * block.expansion for index in range(4)]
-        self._initialise()
-        for stage in self._frozen():
-            stage.requires_grad_(False)
-
-    def _initialise(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        for index in range(1, stages + 1):
+            self.add_module(f"layer{index}", _stage(name, index, norm, width, stride_in_1x1))
+        _initialise(self)
+        for frozen in self._frozen():
+            frozen.requires_grad_(False)
 
     def _frozen(self) -> list[nn.Module]:
-        stages = [[self.conv1, self.bn1]] + [[getattr(self, f"layer{i}")] for i in range(1, 5)]
-        return [module for stage in stages[: self.frozen_stages] for module in stage]
+        stages = [self.get_submodule(f"layer{index}") for index in range(1, len(self.strides) + 1)]
+        stem = [self.conv1, self.bn1] if self.frozen_stages > 0 else []
+        return [*stem, *stages[: max(self.frozen_stages - 1, 0)]]
 
     def train(self, mode: bool = True) -> ResNet:
         super().train(mode)
@@ -194,11 +175,53 @@ class ResNet(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """(N, 3, H, W) -> res2..res5 at strides 4, 8, 16, 32."""
+        """(N, 3, H, W) -> res2, res3, ... at strides 4, 8, ..."""
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = F.max_pool2d(x, 3, stride=2, padding=1)
         features = []
-        for index in range(1, 5):
+        for index in range(1, len(self.strides) + 1):
             x = getattr(self, f"layer{index}")(x)
             features.append(x)
         return features
+
+
+def residual_stage(
+    name: str, index: int, norm: Norm, *, width: int = 64, stride_in_1x1: bool = False
+) -> nn.Sequential:
+    """Stage `index` (1 is res2, 4 is res5) of a published network; from the second on it halves the map."""
+    stage = _stage(name, index, norm, width, stride_in_1x1)
+    _initialise(stage)
+    return stage
+
+
+def _stage(name: str, index: int, norm: Norm, width: int, stride_in_1x1: bool) -> nn.Sequential:
+    block, depths, groups, width_per_group = _ARCHITECTURES[name]
+    planes = width * 2 ** (index - 1)
+    inputs = width if index == 1 else stage_channels(name, index - 1, width)
+    layers: list[nn.Module] = []
+    for position in range(depths[index - 1]):
+        stride = 2 if index > 1 and position == 0 else 1
+        layers.append(
+            block(
+                inputs,
+                planes,
+                stride,
+                norm,
+                groups=groups,
+                width_per_group=width_per_group,
+                stride_in_1x1=stride_in_1x1,
+            )
+        )
+        inputs = planes * block.expansion
+    return nn.Sequential(*layers)
+
+
+def stage_channels(name: str, index: int, width: int = 64) -> int:
+    """Channels that stage `index` (1 is res2) puts out."""
+    return width * 2 ** (index - 1) * _ARCHITECTURES[name][0].expansion
+
+
+def _initialise(module: nn.Module) -> None:
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")

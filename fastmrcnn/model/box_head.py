@@ -1,4 +1,4 @@
-"""Box head: two fully connected layers, then classes and class-specific deltas (Fast R-CNN)."""
+"""Box head: fully connected layers, then classes and class-specific deltas (Fast R-CNN)."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ class BoxHead(nn.Module):
     Args:
         channels, resolution: of the RoI features, (N, S, channels, resolution, resolution).
         num_classes: K; the background is class K.
+        fcs, hidden: hidden layers and their width; without any, features are averaged over the RoI (C4).
         delta_weights: the deltas are learned multiplied by these.
         score_threshold: a score at or below it is no candidate.
         candidates: most candidates of an image that go into NMS.
@@ -32,6 +33,7 @@ class BoxHead(nn.Module):
         resolution: int,
         num_classes: int,
         *,
+        fcs: int = 2,
         hidden: int = 1024,
         class_agnostic: bool = False,
         delta_weights: Sequence[float] = (10.0, 10.0, 5.0, 5.0),
@@ -52,22 +54,26 @@ class BoxHead(nn.Module):
         self.candidates = candidates
         self.detections = detections
         self.loss_weight = loss_weight
-        self.fc1 = nn.Linear(channels * resolution * resolution, hidden)
-        self.fc2 = nn.Linear(hidden, hidden)
-        self.classes = nn.Linear(hidden, num_classes + 1)
-        self.deltas = nn.Linear(hidden, 4 * (1 if class_agnostic else num_classes))
-        for fc in (self.fc1, self.fc2):
-            nn.init.kaiming_uniform_(fc.weight, a=1)
+        inputs = channels * resolution * resolution if fcs else channels
+        self.fcs = [f"fc{index}" for index in range(1, fcs + 1)]
+        for name in self.fcs:
+            self.add_module(name, nn.Linear(inputs, hidden))
+            inputs = hidden
+        self.classes = nn.Linear(inputs, num_classes + 1)
+        self.deltas = nn.Linear(inputs, 4 * (1 if class_agnostic else num_classes))
+        for name in self.fcs:
+            nn.init.kaiming_uniform_(self.get_parameter(f"{name}.weight"), a=1)
+            nn.init.zeros_(self.get_parameter(f"{name}.bias"))
         nn.init.normal_(self.classes.weight, std=0.01)
         nn.init.normal_(self.deltas.weight, std=0.001)
-        for layer in (self.fc1, self.fc2, self.classes, self.deltas):
+        for layer in (self.classes, self.deltas):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """RoI features (N, S, C, h, w) -> class logits (N, S, K+1), deltas (N, S, K or 1, 4)."""
-        x = x.flatten(2)
-        x = F.relu(self.fc1(x), inplace=True)
-        x = F.relu(self.fc2(x), inplace=True)
+        x = x.flatten(2) if self.fcs else x.mean((3, 4))
+        for name in self.fcs:
+            x = F.relu(getattr(self, name)(x), inplace=True)
         return self.classes(x), self.deltas(x).unflatten(-1, (-1, 4))
 
     def losses(

@@ -2,60 +2,50 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from fastmrcnn.config import ModelConfig
 from fastmrcnn.model.anchors import AnchorGenerator
-from fastmrcnn.model.backbone import ResNet, make_norm
+from fastmrcnn.model.backbone import Norm, ResNet, make_norm, residual_stage, stage_channels
 from fastmrcnn.model.box_head import BoxHead
 from fastmrcnn.model.fpn import FeaturePyramid
-from fastmrcnn.model.mask_head import MaskHead
+from fastmrcnn.model.mask_head import FcnMaskHead, MaskHead, MlpMaskHead
 from fastmrcnn.model.mask_rcnn import MaskRCNN
+from fastmrcnn.model.roi_pooler import RoiPooler
 from fastmrcnn.model.roi_sampler import RoiSampler
 from fastmrcnn.model.rpn import RegionProposalNetwork
 
 
 def build_model(config: ModelConfig, num_classes: int, load_backbone_weights: bool = True) -> MaskRCNN:
     """A Mask R-CNN for `num_classes` classes, its backbone loaded if the configuration names weights."""
+    c4 = config.architecture == "c4"
+    norm = make_norm(config.backbone.norm, config.backbone.norm_eps)
     backbone = ResNet(
         config.backbone.name,
-        make_norm(config.backbone.norm, config.backbone.norm_eps),
+        norm,
         width=config.backbone.width,
         stride_in_1x1=config.backbone.stride_in_1x1,
+        stages=3 if c4 else 4,
         frozen_stages=config.backbone.frozen_stages,
     )
+    res5 = _res5(config, norm) if c4 and config.box_head.enabled else None
     if load_backbone_weights and config.backbone.weights is not None:
         from fastmrcnn.weights import load_backbone
 
-        load_backbone(backbone, config.backbone.weights, config.backbone.weights_sha256)
-    channels = config.fpn.channels
-    fpn_norm = None if config.fpn.norm == "none" else make_norm(config.fpn.norm)
-    anchors = AnchorGenerator(
-        config.anchors.sizes,
-        config.anchors.aspect_ratios,
-        rounding=config.anchors.rounding,
-        stride_rule=config.anchors.stride_rule,
-        offset=config.anchors.offset,
-    )
-    rpn, roi, box, mask = config.rpn, config.roi, config.box_head, config.mask_head
+        whole = _classifier_without_fc(backbone, res5 or _res5(config, norm)) if c4 else backbone
+        load_backbone(whole, config.backbone.weights, config.backbone.weights_sha256)
+    fpn = None
+    if config.architecture == "fpn":
+        fpn_norm = None if config.fpn.norm == "none" else make_norm(config.fpn.norm)
+        fpn = FeaturePyramid(backbone.out_channels, config.fpn.channels, fpn_norm)
+    channels = backbone.out_channels[-1] if fpn is None else fpn.channels
+    strides = backbone.strides[-1:] if fpn is None else fpn.strides
+    head_channels = stage_channels(config.backbone.name, 4, config.backbone.width) if c4 else channels
+    roi = config.roi
     return MaskRCNN(
         backbone=backbone,
-        fpn=FeaturePyramid(backbone.out_channels, channels, fpn_norm),
-        rpn=RegionProposalNetwork(
-            channels,
-            anchors,
-            convs=rpn.convs,
-            pre_nms_top_n=(rpn.pre_nms_top_n, rpn.pre_nms_top_n_test),
-            post_nms_top_n=(rpn.post_nms_top_n, rpn.post_nms_top_n_test),
-            nms_iou=rpn.nms_iou,
-            min_box_side=rpn.min_box_side,
-            foreground_iou=rpn.foreground_iou,
-            background_iou=rpn.background_iou,
-            crowd_overlap=config.crowd_overlap,
-            batch_per_image=rpn.batch_per_image,
-            foreground_share=rpn.foreground_share,
-            box_loss_beta=rpn.box_loss_beta,
-            loss_normalizer=rpn.loss_normalizer,
-            loss_weight=rpn.loss_weight,
-        ),
+        fpn=fpn,
+        rpn=_rpn(config, channels, strides) if config.rpn.enabled else None,
         sampler=RoiSampler(
             num_classes,
             batch_per_image=roi.batch_per_image,
@@ -64,40 +54,98 @@ def build_model(config: ModelConfig, num_classes: int, load_backbone_weights: bo
             append_ground_truth=roi.append_ground_truth,
             crowd_overlap=config.crowd_overlap,
         ),
-        box_head=BoxHead(
-            channels,
-            box.resolution,
-            num_classes,
-            hidden=box.hidden,
-            class_agnostic=box.class_agnostic,
-            delta_weights=box.delta_weights,
-            box_loss_beta=box.box_loss_beta,
-            score_threshold=box.score_threshold,
-            nms_iou=box.nms_iou,
-            candidates=box.candidates,
-            detections=box.detections,
-            loss_weight=box.loss_weight,
-        ),
-        mask_head=MaskHead(
-            channels,
-            num_classes,
-            convs=mask.convs,
-            channels=mask.channels,
-            class_agnostic=mask.class_agnostic,
-            target=mask.target,
-            target_sampling_ratio=mask.target_sampling_ratio,
+        pooler=RoiPooler(
+            backbone.strides[-1:] if fpn is None else backbone.strides,
+            canonical_size=roi.canonical_size,
+            sampling_ratio=roi.sampling_ratio,
             aligned=roi.aligned,
-            loss_weight=mask.loss_weight,
-        )
-        if mask.enabled
-        else None,
-        box_resolution=box.resolution,
-        mask_resolution=mask.resolution,
-        mask_slots_per_image=mask.slots_per_image,
-        canonical_size=roi.canonical_size,
-        sampling_ratio=roi.sampling_ratio,
-        aligned=roi.aligned,
+        ),
+        res5=res5,
+        box_head=_box_head(config, head_channels, num_classes) if config.box_head.enabled else None,
+        mask_head=_mask_head(config, head_channels, num_classes) if config.mask_head.enabled else None,
+        box_resolution=config.box_head.resolution,
+        mask_resolution=config.mask_head.resolution,
+        mask_slots_per_image=config.mask_head.slots_per_image,
         channel_order=config.channel_order,
         pixel_mean=config.pixel_mean,
         pixel_std=config.pixel_std,
     )
+
+
+def _res5(config: ModelConfig, norm: Norm) -> nn.Sequential:
+    backbone = config.backbone
+    return residual_stage(backbone.name, 4, norm, width=backbone.width, stride_in_1x1=backbone.stride_in_1x1)
+
+
+def _classifier_without_fc(backbone: ResNet, res5: nn.Sequential) -> nn.Module:
+    """The same modules under the names that an ImageNet checkpoint has."""
+    whole = nn.Module()
+    for name, child in backbone.named_children():
+        whole.add_module(name, child)
+    whole.add_module("layer4", res5)
+    return whole
+
+
+def _rpn(config: ModelConfig, channels: int, strides: list[int]) -> RegionProposalNetwork:
+    rpn = config.rpn
+    anchors = AnchorGenerator(
+        config.anchors.sizes,
+        config.anchors.aspect_ratios,
+        strides,
+        rounding=config.anchors.rounding,
+        stride_rule=config.anchors.stride_rule,
+        offset=config.anchors.offset,
+    )
+    return RegionProposalNetwork(
+        channels,
+        anchors,
+        convs=rpn.convs,
+        pre_nms_top_n=(rpn.pre_nms_top_n, rpn.pre_nms_top_n_test),
+        post_nms_top_n=(rpn.post_nms_top_n, rpn.post_nms_top_n_test),
+        nms_iou=rpn.nms_iou,
+        min_box_side=rpn.min_box_side,
+        foreground_iou=rpn.foreground_iou,
+        background_iou=rpn.background_iou,
+        crowd_overlap=config.crowd_overlap,
+        batch_per_image=rpn.batch_per_image,
+        foreground_share=rpn.foreground_share,
+        box_loss_beta=rpn.box_loss_beta,
+        loss_normalizer=rpn.loss_normalizer,
+        loss_weight=rpn.loss_weight,
+    )
+
+
+def _box_head(config: ModelConfig, channels: int, num_classes: int) -> BoxHead:
+    box = config.box_head
+    return BoxHead(
+        channels,
+        -(-box.resolution // 2) if config.architecture == "c4" else box.resolution,
+        num_classes,
+        fcs=box.fcs,
+        hidden=box.hidden,
+        class_agnostic=box.class_agnostic,
+        delta_weights=box.delta_weights,
+        box_loss_beta=box.box_loss_beta,
+        score_threshold=box.score_threshold,
+        nms_iou=box.nms_iou,
+        candidates=box.candidates,
+        detections=box.detections,
+        loss_weight=box.loss_weight,
+    )
+
+
+def _mask_head(config: ModelConfig, channels: int, num_classes: int) -> MaskHead:
+    mask = config.mask_head
+    settings = {
+        "class_agnostic": mask.class_agnostic,
+        "loss": mask.loss,
+        "target": mask.target,
+        "target_sampling_ratio": mask.target_sampling_ratio,
+        "aligned": config.roi.aligned,
+        "loss_weight": mask.loss_weight,
+    }
+    if mask.kind == "mlp":
+        return MlpMaskHead(
+            channels, mask.resolution, num_classes, fcs=mask.fcs, hidden=mask.hidden, **settings
+        )
+    return FcnMaskHead(channels, num_classes, convs=mask.convs, channels=mask.channels, **settings)

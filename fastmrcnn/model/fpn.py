@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from fastmrcnn.model.backbone import Norm
 
-STRIDES = (4, 8, 16, 32, 64)  # of p2..p6
-
 
 class FeaturePyramid(nn.Module):
     """res2..res5 -> p2..p6. p6 is every second pixel of p5, for the proposals only.
@@ -24,6 +22,7 @@ class FeaturePyramid(nn.Module):
     def __init__(self, in_channels: Sequence[int], channels: int, norm: Norm | None = None) -> None:
         super().__init__()
         self.channels = channels
+        self.strides = [4 * 2**index for index in range(len(in_channels) + 1)]  # of p2..p6
         self.lateral = nn.ModuleList(_conv(inputs, channels, 1, norm) for inputs in in_channels)
         self.output = nn.ModuleList(_conv(channels, channels, 3, norm) for _ in in_channels)
 

@@ -1,6 +1,8 @@
-"""Mask head: a small FCN with a sigmoid mask per class (arXiv 1703.06870, section 3)."""
+"""Mask heads: RoI features to a mask per class (arXiv 1703.06870, section 3 and table 2)."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,58 +14,48 @@ from fastmrcnn.structures import Batch, PackedMasks
 
 
 class MaskHead(nn.Module):
-    """
+    """What mask heads share: the loss, and the choice of a class's mask. `forward` is the kind's own.
+
     Args:
-        in_channels: of the RoI features, (F, in_channels, M/2, M/2).
-        num_classes: K; class-agnostic: one mask for all.
+        num_classes: K.
+        class_agnostic: one mask for all classes.
+        loss: sigmoid: a binary mask for each class by itself; softmax: the classes and the background
+            compete for each pixel (table 2b), the last channel is the background.
         target: bitmap (average of the ground truth in each pixel, then >= 0.5) or soft (the average).
         target_sampling_ratio: samples per pixel and axis for that average; 0: adaptive.
         aligned: half-pixel correct sampling of the ground truth.
+
+    Raises:
+        ValueError: softmax with what it cannot mean: class-agnostic masks or soft targets.
     """
 
     def __init__(
         self,
-        in_channels: int,
         num_classes: int,
         *,
-        convs: int = 4,
-        channels: int = 256,
         class_agnostic: bool = False,
+        loss: str = "sigmoid",
         target: str = "bitmap",
         target_sampling_ratio: int = 2,
         aligned: bool = True,
         loss_weight: float = 1.0,
     ) -> None:
         super().__init__()
+        if loss == "softmax" and (class_agnostic or target == "soft"):
+            raise ValueError("a softmax over the classes needs class-specific masks and binary targets")
         self.class_agnostic = class_agnostic
+        self.softmax = loss == "softmax"
         self.target = target
         self.target_sampling_ratio = target_sampling_ratio
         self.aligned = aligned
         self.loss_weight = loss_weight
-        self.convs = nn.ModuleList(
-            nn.Conv2d(in_channels if index == 0 else channels, channels, 3, padding=1)
-            for index in range(convs)
-        )
-        inputs = channels if convs else in_channels
-        self.deconv = nn.ConvTranspose2d(inputs, channels, 2, stride=2)
-        self.predictor = nn.Conv2d(channels, 1 if class_agnostic else num_classes, 1)
-        for layer in (*self.convs, self.deconv):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.normal_(self.predictor.weight, std=0.001)
-        for layer in (*self.convs, self.deconv, self.predictor):
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """RoI features (F, C, M/2, M/2) -> mask logits (F, K or 1, M, M)."""
-        for conv in self.convs:
-            x = F.relu(conv(x), inplace=True)
-        return self.predictor(F.relu(self.deconv(x), inplace=True))
+        self.mask_channels = 1 if class_agnostic else num_classes + self.softmax
 
     def loss(self, logits: Tensor, rois: PackedRois, batch: Batch, masks: PackedMasks) -> Tensor:
-        """Mean sigmoid cross-entropy of the ground-truth class's mask over the foreground.
+        """Mean cross-entropy over the pixels of the foreground.
 
         Args:
-            logits: (T, K or 1, M, M) of the T slots of `rois`.
+            logits: (T, mask_channels, M, M) of the T slots of `rois`.
         """
         with torch.no_grad():
             goal = mask_targets(
@@ -79,11 +71,109 @@ class MaskHead(nn.Module):
             )
             if self.target == "bitmap":
                 goal = (goal >= 0.5).float()
-        return mask_loss(logits, rois.classes, goal, rois.valid.float()) * self.loss_weight
+        if self.softmax:
+            loss = softmax_mask_loss(logits, rois.classes, goal, rois.valid)
+        else:
+            loss = mask_loss(logits, rois.classes, goal, rois.valid.float())
+        return loss * self.loss_weight
 
     def of_class(self, logits: Tensor, classes: Tensor) -> Tensor:
-        """(D, K or 1, M, M) logits of the given classes (D,) -> (D, M, M) probabilities, float32."""
+        """(D, mask_channels, M, M) logits of the given classes (D,) -> (D, M, M) probabilities, float32."""
         if self.class_agnostic:
             return logits[:, 0].float().sigmoid()
+        logits = logits.float()
         index = classes[:, None, None, None].expand(-1, 1, *logits.shape[-2:])
-        return logits.gather(1, index).squeeze(1).float().sigmoid()
+        chosen = logits.gather(1, index).squeeze(1)
+        return (chosen - logits.logsumexp(1)).exp() if self.softmax else chosen.sigmoid()
+
+
+class FcnMaskHead(MaskHead):
+    """3x3 convolutions, a deconvolution to twice the size, and a 1x1 predictor.
+
+    Args:
+        in_channels: of the RoI features, (F, in_channels, M/2, M/2).
+        convs, channels: 3x3 convolutions and their width.
+        **settings: of MaskHead.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        *,
+        convs: int = 4,
+        channels: int = 256,
+        **settings: Any,
+    ) -> None:
+        super().__init__(num_classes, **settings)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(in_channels if index == 0 else channels, channels, 3, padding=1)
+            for index in range(convs)
+        )
+        inputs = channels if convs else in_channels
+        self.deconv = nn.ConvTranspose2d(inputs, channels, 2, stride=2)
+        self.predictor = nn.Conv2d(channels, self.mask_channels, 1)
+        for layer in (*self.convs, self.deconv):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.normal_(self.predictor.weight, std=0.001)
+        for layer in (*self.convs, self.deconv, self.predictor):
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """RoI features (F, C, M/2, M/2) -> mask logits (F, mask_channels, M, M)."""
+        for conv in self.convs:
+            x = F.relu(conv(x), inplace=True)
+        return self.predictor(F.relu(self.deconv(x), inplace=True))
+
+
+class MlpMaskHead(MaskHead):
+    """Fully connected layers over the whole RoI (table 2e).
+
+    Args:
+        in_channels, resolution: of the RoI features, (F, in_channels, resolution, resolution).
+        fcs, hidden: hidden layers and their width.
+        **settings: of MaskHead.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        resolution: int,
+        num_classes: int,
+        *,
+        fcs: int = 2,
+        hidden: int = 1024,
+        **settings: Any,
+    ) -> None:
+        super().__init__(num_classes, **settings)
+        self.side = 2 * resolution
+        inputs = in_channels * resolution * resolution
+        self.fcs = nn.ModuleList(nn.Linear(inputs if i == 0 else hidden, hidden) for i in range(fcs))
+        self.predictor = nn.Linear(hidden if fcs else inputs, self.mask_channels * self.side**2)
+        for index in range(fcs):
+            nn.init.kaiming_uniform_(self.get_parameter(f"fcs.{index}.weight"), a=1)
+            nn.init.zeros_(self.get_parameter(f"fcs.{index}.bias"))
+        nn.init.normal_(self.predictor.weight, std=0.001)
+        nn.init.zeros_(self.predictor.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """RoI features (F, C, M/2, M/2) -> mask logits (F, mask_channels, M, M)."""
+        x = x.flatten(1)
+        for fc in self.fcs:
+            x = F.relu(fc(x), inplace=True)
+        return self.predictor(x).unflatten(1, (-1, self.side, self.side))
+
+
+def softmax_mask_loss(logits: Tensor, classes: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+    """Mean cross-entropy per pixel over K classes and the background, which is the last channel.
+
+    Args:
+        logits: (F, K + 1, M, M).
+        classes: (F,) int64 in 0..K-1.
+        targets: (F, M, M), 0 or 1.
+        valid: (F,) bool.
+    """
+    background = logits.shape[1] - 1
+    goal = torch.where(targets > 0, classes[:, None, None], background)
+    loss = F.cross_entropy(logits.float(), goal, reduction="none").mean((1, 2))
+    return torch.where(valid, loss, 0.0).sum() / valid.sum().clamp(min=1)

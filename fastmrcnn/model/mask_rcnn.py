@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fastmrcnn.kernels import multilevel_roi_align
 from fastmrcnn.model.backbone import ResNet
 from fastmrcnn.model.box_head import BoxHead
-from fastmrcnn.model.fpn import STRIDES, FeaturePyramid
+from fastmrcnn.model.fpn import FeaturePyramid
 from fastmrcnn.model.mask_head import MaskHead
+from fastmrcnn.model.roi_pooler import RoiPooler
 from fastmrcnn.model.roi_sampler import RoiSampler, pack_foreground
 from fastmrcnn.model.rpn import RegionProposalNetwork
 from fastmrcnn.model.sampling import SamplingKeys
-from fastmrcnn.structures import Batch, Detections, Losses, Targets
+from fastmrcnn.structures import Batch, Detections, Losses, Proposals, Targets
 
 if TYPE_CHECKING:
     from fastmrcnn.checkpoint import ModelCard
@@ -26,12 +26,16 @@ class MaskRCNN(nn.Module):
     In training mode `model(batch, keys)` gives Losses, else `model(batch)` gives Detections.
 
     Args:
+        rpn: none: proposals come with the batch.
+        box_head: none: the RPN alone, whose proposals are the detections.
+        fpn: none: everything reads the backbone's last map (C4, C5).
+        pooler: cuts RoI features.
+        res5: stage that the heads share, run on the RoI features (C4); none: there is none.
         mask_head: none: Faster R-CNN.
-        box_resolution, mask_resolution: sides of the RoI features for the two heads.
+        box_resolution, mask_resolution: sides of the RoI features for the two heads. With `res5` both
+            read what it makes of the first.
         mask_slots_per_image: slots of the mask head in training, shared by the images of a batch; none:
             as many as the sampler may give.
-        canonical_size: side of a box whose features come from p4.
-        sampling_ratio, aligned: of RoIAlign.
         channel_order: rgb | bgr, of the network's input; a batch is always RGB.
         pixel_mean, pixel_std: in that order, for pixels in 0..255.
     """
@@ -44,34 +48,36 @@ class MaskRCNN(nn.Module):
         self,
         *,
         backbone: ResNet,
-        fpn: FeaturePyramid,
-        rpn: RegionProposalNetwork,
+        fpn: FeaturePyramid | None,
+        rpn: RegionProposalNetwork | None,
         sampler: RoiSampler,
-        box_head: BoxHead,
+        pooler: RoiPooler,
+        res5: nn.Sequential | None = None,
+        box_head: BoxHead | None,
         mask_head: MaskHead | None,
         box_resolution: int = 7,
         mask_resolution: int = 14,
         mask_slots_per_image: int | None = None,
-        canonical_size: float = 224.0,
-        sampling_ratio: int = 0,
-        aligned: bool = True,
         channel_order: str = "rgb",
         pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53),
         pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375),
     ) -> None:
         super().__init__()
+        if rpn is None and box_head is None:
+            raise ValueError("a model needs an RPN or a box head")
+        if mask_head is not None and box_head is None:
+            raise ValueError("a mask head needs a box head")
         self.backbone = backbone
         self.fpn = fpn
         self.rpn = rpn
         self.sampler = sampler
+        self.pooler = pooler
+        self.res5 = res5
         self.box_head = box_head
         self.mask_head = mask_head
         self.box_resolution = box_resolution
         self.mask_resolution = mask_resolution
         self.mask_slots_per_image = mask_slots_per_image
-        self.canonical_size = canonical_size
-        self.sampling_ratio = sampling_ratio
-        self.aligned = aligned
         self.channel_order = channel_order
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).reshape(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).reshape(3, 1, 1), persistent=False)
@@ -84,52 +90,68 @@ class MaskRCNN(nn.Module):
         return self.losses(batch, batch.targets, keys)
 
     def losses(self, batch: Batch, targets: Targets, keys: SamplingKeys) -> Losses:
+        losses: dict[str, Tensor] = {}
         features = self.features(batch)
-        objectness, deltas = self.rpn.head(features)
-        anchors = self.rpn.anchors(features, batch.pixels.shape[-2:])
-        loss_rpn_cls, loss_rpn_loc = self.rpn.losses(objectness, deltas, anchors, targets, keys.anchors)
+        if self.rpn is not None:
+            objectness, deltas = self.rpn.head(features)
+            anchors = self.rpn.anchors(features, batch.pixels.shape[-2:])
+            losses["loss_rpn_cls"], losses["loss_rpn_loc"] = self.rpn.losses(
+                objectness, deltas, anchors, targets, keys.anchors
+            )
+            if self.box_head is None:
+                return Losses(**losses)
+            proposals = self.rpn.propose(objectness, deltas, anchors, batch.sizes)
+        else:
+            proposals = given_proposals(batch)
 
-        proposals = self.rpn.propose(objectness, deltas, anchors, batch.sizes)
+        assert self.box_head is not None
         rois = self.sampler(proposals, targets, keys.rois)
-        x = self.align(features, rois.boxes, rois.valid, self.box_resolution)
-        logits, deltas_of_class = self.box_head(x)
-        loss_cls, loss_box_reg = self.box_head.losses(logits, deltas_of_class, rois, targets)
-
-        num_fg = rois.is_foreground.sum()
-        if self.mask_head is None:
-            return Losses(loss_rpn_cls, loss_rpn_loc, loss_cls, loss_box_reg, num_fg=num_fg)
-        chosen = pack_foreground(rois, self.sampler.foreground_slots, self.mask_slots_per_image)
-        x = self.align(features, chosen.boxes, chosen.valid, self.mask_resolution, chosen.image)
-        loss_mask = self.mask_head.loss(self.mask_head(x), chosen, batch, targets.masks)
-        dropped = num_fg - chosen.valid.sum()
-        return Losses(
-            loss_rpn_cls,
-            loss_rpn_loc,
-            loss_cls,
-            loss_box_reg,
-            loss_mask,
-            num_fg=num_fg,
-            masks_dropped=dropped,
+        pooled = self.box_features(features, rois.boxes, rois.valid)
+        logits, deltas_of_class = self.box_head(pooled)
+        losses["loss_cls"], losses["loss_box_reg"] = self.box_head.losses(
+            logits, deltas_of_class, rois, targets
         )
+        losses["num_fg"] = rois.is_foreground.sum()
+        if self.mask_head is not None:
+            chosen = pack_foreground(rois, self.sampler.foreground_slots, self.mask_slots_per_image)
+            if self.res5 is None:
+                x = self.pooler(features, chosen.boxes, chosen.valid, self.mask_resolution, chosen.image)
+            else:
+                x = pooled.flatten(0, 1).index_select(0, chosen.slot)
+            losses["loss_mask"] = self.mask_head.loss(self.mask_head(x), chosen, batch, targets.masks)
+            losses["masks_dropped"] = losses["num_fg"] - chosen.valid.sum()
+        return Losses(**losses)
 
     @torch.no_grad()
     def detect(self, batch: Batch) -> Detections:
         features = self.features(batch)
-        objectness, deltas = self.rpn.head(features)
-        anchors = self.rpn.anchors(features, batch.pixels.shape[-2:])
-        proposals = self.rpn.propose(objectness, deltas, anchors, batch.sizes)
-        x = self.align(features, proposals.boxes, proposals.valid, self.box_resolution)
+        proposals = self.propose(features, batch)
+        if self.box_head is None:
+            return as_detections(proposals)
+        x = self.box_features(features, proposals.boxes, proposals.valid)
         logits, deltas_of_class = self.box_head(x)
         found = self.box_head.detect(logits, deltas_of_class, proposals, batch.sizes)
         if self.mask_head is None:
             return found
-        x = self.align(features, found.boxes, found.valid, self.mask_resolution)
+        if self.res5 is None:
+            x = self.pooler(features, found.boxes, found.valid, self.mask_resolution)
+        else:
+            x = self.box_features(features, found.boxes, found.valid)
         masks = self.mask_head.of_class(self.mask_head(x.flatten(0, 1)), found.classes.flatten())
         return found._replace(masks=masks.unflatten(0, found.valid.shape))
 
+    def propose(self, features: list[Tensor], batch: Batch) -> Proposals:
+        """Proposals of the RPN, or those that come with the batch if the model has none."""
+        if self.rpn is None:
+            return given_proposals(batch)
+        objectness, deltas = self.rpn.head(features)
+        anchors = self.rpn.anchors(features, batch.pixels.shape[-2:])
+        return self.rpn.propose(objectness, deltas, anchors, batch.sizes)
+
     def features(self, batch: Batch) -> list[Tensor]:
-        """p2..p6 of a batch."""
-        return self.fpn(self.backbone(self.normalize(batch)))
+        """p2..p6 of a batch, or the one map of a model without a pyramid."""
+        maps = self.backbone(self.normalize(batch))
+        return maps[-1:] if self.fpn is None else self.fpn(maps)
 
     def normalize(self, batch: Batch) -> Tensor:
         """(N, 3, H, W) pixels -> float32, zero mean and unit deviation, zero where padded."""
@@ -143,40 +165,37 @@ class MaskRCNN(nn.Module):
         inside = rows[:, None, :, None] & columns[:, None, None, :]
         return torch.where(inside, pixels, 0.0)
 
-    def align(
-        self,
-        features: list[Tensor],
-        boxes: Tensor,
-        valid: Tensor,
-        resolution: int,
-        image: Tensor | None = None,
-    ) -> Tensor:
-        """RoI features from p2..p5, the level by FPN eq. 1.
-
-        (N, S, C, resolution, resolution) of (N, S, 4) boxes; (T, C, ...) of (T, 4) boxes with their image.
-        """
-        return multilevel_roi_align(
-            features[:4],
-            boxes,
-            resolution,
-            valid=valid,
-            batch_index=image,
-            spatial_scales=[1 / stride for stride in STRIDES[:4]],
-            canonical_size=self.canonical_size,
-            sampling_ratio=self.sampling_ratio,
-            aligned=self.aligned,
-        )
+    def box_features(self, features: list[Tensor], boxes: Tensor, valid: Tensor) -> Tensor:
+        """What the box head reads of (N, S, 4) boxes: (N, S, C, side, side)."""
+        x = self.pooler(features, boxes, valid, self.box_resolution)
+        return x if self.res5 is None else self.res5(x.flatten(0, 1)).unflatten(0, valid.shape)
 
     def draw_keys(self, batch: Batch, generator: torch.Generator) -> SamplingKeys:
         """Fresh sampling keys for a batch, on the generator's device."""
         count, _, height, width = batch.pixels.shape
-        anchors = sum(
-            per_cell * -(-height // stride) * -(-width // stride)
-            for per_cell, stride in zip(self.rpn.anchors.per_cell, STRIDES, strict=True)
-        )
-        objects = 0 if batch.targets is None else batch.targets.boxes.shape[1]
+        anchors = 0 if self.rpn is None else self.rpn.anchors.count(height, width)
+        rois = given_proposals(batch).valid.shape[1] if self.rpn is None else self.rpn.post_nms_top_n[0]
+        if batch.targets is not None:
+            rois += batch.targets.boxes.shape[1]
         device = generator.device
         return SamplingKeys(
             torch.rand(count, anchors, generator=generator, device=device),
-            torch.rand(count, self.rpn.post_nms_top_n[0] + objects, generator=generator, device=device),
+            torch.rand(count, rois, generator=generator, device=device),
         )
+
+
+def given_proposals(batch: Batch) -> Proposals:
+    if batch.proposals is None:
+        raise ValueError("a model without an RPN needs proposals with its batch")
+    return batch.proposals
+
+
+def as_detections(proposals: Proposals) -> Detections:
+    """Proposals as detections of class 0, scored by their objectness."""
+    return Detections(
+        boxes=torch.where(proposals.valid[..., None], proposals.boxes, 0.0),
+        scores=torch.where(proposals.valid, proposals.scores.sigmoid(), 0.0),
+        classes=torch.zeros_like(proposals.valid, dtype=torch.int64),
+        valid=proposals.valid,
+        cut=torch.zeros(len(proposals.valid), dtype=torch.int64, device=proposals.valid.device),
+    )

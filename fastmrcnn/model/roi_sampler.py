@@ -17,6 +17,7 @@ class PackedRois(NamedTuple):
 
     boxes: Tensor  # (T, 4) float32
     image: Tensor  # (T,) int64 in 0..N-1
+    slot: Tensor  # (T,) int64, the RoI's row among the N * S sampled ones
     classes: Tensor  # (T,) int64 in 0..K-1; 0 where not valid
     matched: Tensor  # (T,) int64, ground-truth slot of that image
     valid: Tensor  # (T,) bool
@@ -88,19 +89,19 @@ def pack_foreground(rois: SampledRois, most: int, slots_per_image: int | None = 
             fit is dropped, the last slots of every image first. The sampler's order is random, so a
             random choice stays.
     """
-    images, slots = rois.boxes.shape[0], min(most, rois.boxes.shape[1])
-    boxes, classes, matched, is_foreground = (
-        t[:, :slots] for t in (rois.boxes, rois.classes, rois.matched, rois.is_foreground)
-    )
-    image = torch.arange(images, device=boxes.device)[:, None].expand(-1, slots)
+    images, sampled = rois.valid.shape
+    slots = min(most, sampled)
+    device = rois.boxes.device
+    image = torch.arange(images, device=device)[:, None].expand(-1, slots)
+    slot = image * sampled + torch.arange(slots, device=device)
     if slots_per_image is None or slots_per_image >= slots:
-        flat = (t.flatten(0, 1) for t in (boxes, image, classes, matched, is_foreground))
-        boxes, image, classes, matched, valid = flat
-        return PackedRois(boxes, image, torch.where(valid, classes, 0), matched, valid)
-    # Slot by slot over the images, foreground first: a stable sort keeps that order.
-    order = (~is_foreground).T.flatten().argsort(stable=True)[: images * slots_per_image]
-    boxes, image, classes, matched, valid = (
-        t.transpose(0, 1).flatten(0, 1).index_select(0, order)
-        for t in (boxes, image, classes, matched, is_foreground)
+        image, slot = image.flatten(), slot.flatten()
+    else:
+        # Slot by slot over the images, foreground first: a stable sort keeps that order.
+        order = (~rois.is_foreground[:, :slots]).T.flatten().argsort(stable=True)[: images * slots_per_image]
+        image, slot = image.T.flatten()[order], slot.T.flatten()[order]
+    boxes, classes, matched, valid = (
+        t.flatten(0, 1).index_select(0, slot)
+        for t in (rois.boxes, rois.classes, rois.matched, rois.is_foreground)
     )
-    return PackedRois(boxes, image, torch.where(valid, classes, 0), matched, valid)
+    return PackedRois(boxes, image, slot, torch.where(valid, classes, 0), matched, valid)

@@ -43,7 +43,7 @@ def test_clip_uses_each_images_own_size() -> None:
 
 
 def test_anchors_stand_at_every_stride_in_row_major_order() -> None:
-    anchors = AnchorGenerator([[32], [64], [128], [256], [512]], [0.5, 1.0, 2.0])
+    anchors = AnchorGenerator([[32], [64], [128], [256], [512]], [0.5, 1.0, 2.0], [4, 8, 16, 32, 64])
     shapes = [(32, 24), (16, 12), (8, 6), (4, 3), (2, 2)]
     levels = anchors([torch.zeros(1, 1, *shape) for shape in shapes], (128, 96))
     assert [len(level) for level in levels] == [3 * h * w for h, w in shapes]
