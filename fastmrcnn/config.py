@@ -83,11 +83,11 @@ class BackboneConfig(Section):
         "resnet50"
     )
     weights: str | None = None
-    """File or URL of a torchvision ImageNet checkpoint; none: random weights."""
+    """File or URL of an ImageNet checkpoint (torchvision; detectron2's R-50.pkl); none: random weights."""
     weights_sha256: str | None = None
     """Expected hash (or its first digits) of that file; torchvision's URLs carry it in the name."""
     norm: Literal["frozen_bn", "bn", "sync_bn", "gn"] = "frozen_bn"
-    norm_eps: float = Field(1e-5, gt=0)
+    norm_eps: float = Field(1e-5, ge=0)
     """Epsilon of the backbone's normalisation."""
     width: int = Field(64, gt=0)
     """Channels of the stem; the stages scale with it. 64 is the published network."""
@@ -221,6 +221,13 @@ class ModelConfig(Section):
     """fpn: a pyramid. c4: RPN and RoIs on res4 at stride 16, res5 is the head that boxes and masks share.
     c5: both on res5 at stride 32, undilated (table 2d), with the heads of fpn. c4 and c5 change the
     defaults of anchors.sizes and rpn's numbers of proposals; c4 also those of the heads."""
+    weights: str | None = None
+    """A whole detector to start from instead of `backbone.weights`: file or URL of torchvision or detectron2,
+    a checkpoint of ours, or a run's folder. With another number of classes its last predictors are left out."""
+    weights_sha256: str | None = None
+    """Expected hash (or its first digits) of that file; published files carry some of it in their names."""
+    weights_strict: bool = True
+    """Anything else that does not fit is an error; false: it is left out and listed."""
     channel_order: Literal["rgb", "bgr"] = "rgb"
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     """In `channel_order`, for pixels in 0..255."""
