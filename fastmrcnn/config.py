@@ -222,8 +222,9 @@ class ModelConfig(Section):
     c5: both on res5 at stride 32, undilated (table 2d), with the heads of fpn. c4 and c5 change the
     defaults of anchors.sizes and rpn's numbers of proposals; c4 also those of the heads."""
     weights: str | None = None
-    """A whole detector to start from instead of `backbone.weights`: file or URL of torchvision or detectron2,
-    a checkpoint of ours, or a run's folder. With another number of classes its last predictors are left out."""
+    """A whole detector to start from instead of `backbone.weights`: a file or URL of torchvision or
+    detectron2, a checkpoint of ours, or a run's folder. With another number of classes its last predictors
+    are left out."""
     weights_sha256: str | None = None
     """Expected hash (or its first digits) of that file; published files carry some of it in their names."""
     weights_strict: bool = True
