@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from fastmrcnn.config import Config
 from fastmrcnn.config_file import parse_config
+from fastmrcnn.conversion.files import is_url, read_weights
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.optim import Ema
 from fastmrcnn.output import TEMPORARY_SUFFIX, replacing, write_text
 from fastmrcnn.prepare import choose_device
-from fastmrcnn.weights import as_state, copy_state, read_tensors
+from fastmrcnn.weights import as_state, copy_state
 
 FORMAT = "fastmrcnn checkpoint"
 FORMAT_VERSION = 1
@@ -78,21 +79,9 @@ def save_checkpoint(
         TypeError: `extra` or a state holds what could not be read back.
     """
     folder = Path(folder)
-    payload = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "fastmrcnn_version": _version(),
-        "torch_version": str(torch.__version__),
-        "step": step,
-        "model": dict(model.state_dict()),
-        "optimizer": optimizer.state_dict(),
-        "scaler": None if scaler is None else scaler.state_dict(),
-        "ema": None if ema is None else dict(ema.state_dict()),
-        "config": card.config.model_dump(mode="json"),
-        "class_names": list(card.class_names),
-        "category_ids": list(card.category_ids),
-        "extra": extra or {},
-    }
+    payload = pack(
+        step=step, model=model, optimizer=optimizer, scaler=scaler, ema=ema, card=card, extra=extra
+    )
     _require_plain(payload, "checkpoint")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -102,20 +91,53 @@ def save_checkpoint(
         leftover.unlink(missing_ok=True)
 
     path = folder / f"step_{step:07d}.pt"
-    with replacing(path) as stream:
-        try:
-            torch.save(payload, stream)
-        except RuntimeError as error:
-            # On a full disk torch reports its own bookkeeping, and the reason as the context.
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
+    write_tensors(path, payload)
     write_text(folder / LAST, path.name + "\n")
 
     steps = _steps(folder)
     for old in sorted(s for s in steps if s <= step)[:-keep]:
         steps[old].unlink(missing_ok=True)
     return path
+
+
+def pack(
+    *,
+    step: int,
+    model: nn.Module,
+    card: ModelCard,
+    optimizer: torch.optim.Optimizer | None = None,
+    scaler: HasState | None = None,
+    ema: nn.Module | None = None,
+    extra: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What stands in a checkpoint. Without an optimizer a run can start from it, but not go on."""
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "fastmrcnn_version": _version(),
+        "torch_version": str(torch.__version__),
+        "step": step,
+        "model": dict(model.state_dict()),
+        "optimizer": None if optimizer is None else optimizer.state_dict(),
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "ema": None if ema is None else dict(ema.state_dict()),
+        "config": card.config.model_dump(mode="json"),
+        "class_names": list(card.class_names),
+        "category_ids": list(card.category_ids),
+        "extra": extra or {},
+    }
+
+
+def write_tensors(path: Path, tree: Any) -> None:
+    """torch.save to a file that is whole or not there. Raises UserError if it cannot be written."""
+    with replacing(path) as stream:
+        try:
+            torch.save(tree, stream)
+        except RuntimeError as error:
+            # On a full disk torch reports its own bookkeeping, and the reason as the context.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -158,12 +180,22 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             objects that only running code could restore.
     """
     file = find_checkpoint(path)
-    tree = read_tensors(file)
-    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+    tree = read_weights(file)
+    if not is_checkpoint(tree):
         raise UserError(
             f"{file}: is not a fastmrcnn checkpoint; those are written by training, to "
             "RUN/checkpoints/step_*.pt"
         )
+    return check_format(tree, file)
+
+
+def is_checkpoint(tree: Any) -> bool:
+    """Whether what was read from a file is a checkpoint of ours, whole or not."""
+    return isinstance(tree, dict) and tree.get("format") == FORMAT
+
+
+def check_format(tree: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The same tree; UserError if its format is newer or a part is not there."""
     version = tree.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise UserError(
@@ -202,6 +234,11 @@ def restore(
         average = checkpoint["model"] if checkpoint["ema"] is None else checkpoint["ema"]
         copy_state(ema.model, average, f"{source}, ema")
     saved = checkpoint["optimizer"]
+    if saved is None:
+        raise UserError(
+            f"{source}: holds weights without an optimizer's state (it was converted); start a new run from "
+            "it with model.weights=FILE"
+        )
     options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     if [group.keys() for group in saved["param_groups"]] != [g.keys() for g in optimizer.param_groups]:
         raise UserError(f"{source}: its optimizer state does not fit optim.name and model.backbone.norm")
@@ -219,21 +256,35 @@ def restore(
 def load_checkpoint(path: str | Path, device: str | torch.device = "auto") -> MaskRCNN:
     """A trained model, ready for detection: in eval mode, on `device`, with its `card` set.
 
-    The averaged weights (EMA) are taken if the run kept them. `path` is as in `find_checkpoint`.
+    The averaged weights (EMA) are taken if the run kept them.
 
+    Args:
+        path: as in `find_checkpoint`; or a published detector of torchvision or detectron2, a file or a
+            URL, which is read with its recipe in configs/zoo/.
     Raises:
         UserError: as `read_checkpoint`; or the weights do not fit; or there is no such device.
     """
     place = choose_device(str(device))
-    file = find_checkpoint(path)
-    checkpoint = read_checkpoint(file)
-    card = read_card(checkpoint, file)
+    if not is_url(str(path)):
+        file = find_checkpoint(path)
+        tree = read_weights(file)
+        if is_checkpoint(tree):
+            return model_of(check_format(tree, file), file).to(place)
+    from fastmrcnn.pretrained import as_model, open_detector  # which need this module
+
+    model, lines = as_model(open_detector(path))
+    print("\n".join(lines))
+    return model.to(place)
+
+
+def model_of(checkpoint: Mapping[str, Any], source: str | Path) -> MaskRCNN:
+    """The model that `read_checkpoint` read, on the CPU, in eval mode, with its card."""
+    card = read_card(checkpoint, source)
     model = build_model(card.config.model, len(card.class_names), load_backbone_weights=False)
     weights = checkpoint["model"] if checkpoint["ema"] is None else checkpoint["ema"]
-    copy_state(model, as_state(weights, file), file)
+    copy_state(model, as_state(weights, source), source)
     model.card = card
-    model.eval()
-    return model.to(place)
+    return model.eval()
 
 
 def _steps(folder: Path) -> dict[int, Path]:

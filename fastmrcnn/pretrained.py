@@ -1,0 +1,315 @@
+"""Whole detectors from files: our checkpoints, and state dicts of torchvision and detectron2.
+
+A detector's weights serve in two ways: `load_detector` starts a run from them, `as_model` makes them a
+model with the configuration that gives the numbers of the program they come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmrcnn.checkpoint import ModelCard, check_format, find_checkpoint, is_checkpoint, read_card
+from fastmrcnn.config import Config, ModelConfig
+from fastmrcnn.config_file import load_config
+from fastmrcnn.conversion.classes import ClassTable, known_classes
+from fastmrcnn.conversion.files import find_weights, is_url, read_weights
+from fastmrcnn.conversion.programs import Imported, grouped, import_state, with_statistics
+from fastmrcnn.conversion.rows import class_count
+from fastmrcnn.errors import UserError
+from fastmrcnn.model.build import build_model
+from fastmrcnn.model.mask_rcnn import MaskRCNN
+from fastmrcnn.prepare import RECIPES
+from fastmrcnn.weights import (
+    COUNTER,
+    architecture,
+    as_state,
+    compare_states,
+    copy_state,
+    describe_mismatch,
+    has_statistics,
+    with_counters,
+)
+
+# What depends on the number of classes, or of keypoints.
+_OF_CLASSES = ("box_head.classes.", "box_head.deltas.", "mask_head.predictor.")
+_OF_KEYPOINTS = "keypoint_head.deconv."
+SPARE = "torchvision_rows"  # in a checkpoint's extra: what the way back to torchvision needs
+
+
+class Detector(NamedTuple):
+    """A file's weights, under our names."""
+
+    path: Path
+    imported: Imported
+    card: ModelCard | None  # of our own checkpoints
+    step: int
+
+
+class Kind(NamedTuple):
+    """What a detector's parameters tell of its architecture."""
+
+    architecture: str  # fpn | c4 | c5
+    backbone: str | None
+    masks: bool
+    keypoints: bool
+
+    def __str__(self) -> str:
+        heads = {(True, True): "Mask and Keypoint", (True, False): "Mask", (False, True): "Keypoint"}
+        name = heads.get((self.masks, self.keypoints), "Faster")
+        return f"{name} R-CNN {self.backbone or 'of unknown backbone'}-{self.architecture.upper()}"
+
+
+# The recipe that evaluates a program's published model as that program does.
+_RECIPES: dict[tuple[str, Kind], str] = {
+    ("torchvision", Kind("fpn", "resnet50", True, False)): "torchvision_mask_rcnn_r50_fpn",
+    ("torchvision", Kind("fpn", "resnet50", False, True)): "torchvision_keypoint_rcnn_r50_fpn",
+    ("detectron2", Kind("c4", "resnet50", True, False)): "detectron2_mask_rcnn_r50_c4_3x",
+    ("detectron2", Kind("c4", "resnet101", True, False)): "detectron2_mask_rcnn_r101_c4_3x",
+    ("detectron2", Kind("fpn", "resnet50", True, False)): "detectron2_mask_rcnn_r50_fpn_3x",
+    ("detectron2", Kind("fpn", "resnet101", True, False)): "detectron2_mask_rcnn_r101_fpn_3x",
+    ("detectron2", Kind("fpn", "resnext101_32x8d", True, False)): "detectron2_mask_rcnn_x101_fpn_3x",
+    ("detectron2", Kind("fpn", "resnet50", False, True)): "detectron2_keypoint_rcnn_r50_fpn_3x",
+    ("detectron2", Kind("fpn", "resnet101", False, True)): "detectron2_keypoint_rcnn_r101_fpn_3x",
+    ("detectron2", Kind("fpn", "resnext101_32x8d", False, True)): "detectron2_keypoint_rcnn_x101_fpn_3x",
+}
+
+
+def kind_of(state: Mapping[str, Tensor]) -> Kind:
+    """The architecture of a state dict under our names."""
+    backbone = {key.removeprefix("backbone."): value for key, value in state.items()}
+    backbone |= {f"layer4.{k.removeprefix('res5.')}": v for k, v in state.items() if k.startswith("res5.")}
+
+    def some(start: str) -> bool:
+        return any(key.startswith(start) for key in state)
+
+    return Kind(
+        "fpn" if some("fpn.") else "c4" if some("res5.") else "c5",
+        architecture(backbone),
+        some("mask_head."),
+        some("keypoint_head."),
+    )
+
+
+def open_detector(
+    source: str | Path,
+    sha256: str | None = None,
+    *,
+    num_classes: int | None = None,
+    strict: bool = True,
+    cast: bool = False,
+) -> Detector:
+    """Read a detector's weights.
+
+    Args:
+        source: a file, a URL, or the folder of one of our runs (its last checkpoint).
+        sha256: as in `find_weights`.
+        num_classes: as in `import_state`.
+        strict: parts that no model here has are an error; else they are left out.
+        cast: turn other floating-point types into float32.
+    Raises:
+        UserError: it cannot be had, is damaged, wants to run code, or holds something else.
+    """
+    if not is_url(str(source)) and Path(source).expanduser().is_dir():
+        source = find_checkpoint(source)
+    path = find_weights(source, sha256, "model.weights")
+    tree = read_weights(path)
+    if not is_checkpoint(tree):
+        state = as_state(tree, path, cast=cast)
+        return Detector(path, import_state(state, path, num_classes, strict=strict), None, 0)
+    checkpoint = check_format(tree, path)
+    weights = checkpoint["model"] if checkpoint["ema"] is None else checkpoint["ema"]
+    imported = import_state(as_state(weights, path, cast=cast), path, strict=strict)
+    imported = imported._replace(spare=dict(checkpoint["extra"].get(SPARE) or {}))
+    return Detector(path, imported, read_card(checkpoint, path), int(checkpoint["step"]))
+
+
+def start_model(model: MaskRCNN, config: ModelConfig, class_names: Sequence[str] | None = None) -> None:
+    """Load what `model.weights` names, if anything, and print what was loaded and what was left out."""
+    if config.weights is not None:
+        lines = load_detector(
+            model,
+            config.weights,
+            config.weights_sha256,
+            strict=config.weights_strict,
+            class_names=class_names,
+        )
+        print(*lines, sep="\n")
+
+
+def load_detector(
+    model: MaskRCNN,
+    source: str,
+    sha256: str | None = None,
+    *,
+    strict: bool = True,
+    class_names: Sequence[str] | None = None,
+) -> list[str]:
+    """Start a model from another one's weights, on the CPU.
+
+    With another number of classes (or of keypoints) the last predictors stay as they are, and everything
+    else is loaded.
+
+    Args:
+        strict: whatever else does not fit is an error that lists every key; else it is left out.
+        class_names: of the model's classes.
+    Returns:
+        Lines that say what was loaded and what was left out.
+    Raises:
+        UserError: as `open_detector`; or the weights do not fit. The model is unchanged then.
+    """
+    own = model.state_dict()
+    num_classes = class_count(own)
+    detector = open_detector(source, sha256, num_classes=num_classes, strict=strict)
+    path, imported = detector.path, detector.imported
+    if strict:
+        require_constants(imported.constants, model, path)
+    state = prepared(imported, own)
+
+    predictors = [key for key in state if key in own and _is_predictor(key) and _other_count(key, state, own)]
+    rest = {key: value for key, value in state.items() if key not in predictors}
+    wanted = {key: value for key, value in own.items() if key not in predictors}
+    mismatch = compare_states(rest, wanted)
+    if mismatch and strict:
+        found, built = kind_of(state), kind_of(own)
+        if found != built:
+            raise UserError(
+                f"{path}: holds a {found} ({imported.program}), but the configuration builds a {built}; take "
+                "that model's recipe in configs/zoo/, or model.weights_strict=false for the parts that fit"
+            )
+        text = describe_mismatch(mismatch, rest, wanted, imported.names)
+        raise UserError(f"{path}: does not fit the model: {text}; model.weights_strict=false leaves them out")
+    fitting = {k: v for k, v in rest.items() if k in wanted and k not in mismatch.reshaped}
+    model.load_state_dict({**own, **fitting})
+
+    lines = [
+        f"Starting from {path}: {len(fitting)} of {len(own)} tensors ({imported.program}, {kind_of(state)})"
+    ]
+    if predictors:
+        theirs = class_count(state)
+        reason = f"has {theirs} classes and this model {num_classes}"
+        if theirs == num_classes:
+            reason = "has another number of keypoints"
+        lines.append(f"Left out, since the file {reason}: {grouped(predictors)}")
+    elif detector.card is not None and class_names not in (None, detector.card.class_names):
+        lines.append(f"Its classes were, in this order: {', '.join(detector.card.class_names)}")
+    if mismatch:
+        lines.append(
+            f"Left out, since they do not fit: {describe_mismatch(mismatch, rest, wanted, imported.names)}"
+        )
+    if imported.homeless:
+        lines.append(f"Left out, since no model here has them: {grouped(imported.homeless)}")
+    return lines
+
+
+def prepared(imported: Imported, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights with the bookkeeping of normalisation layers that the model has."""
+    state = with_counters(imported.state, own)
+    if imported.program == "detectron2" and has_statistics(own) and not has_statistics(state):
+        state = with_statistics(state)  # early files have scale and shift only
+    return state
+
+
+def require_constants(constants: Mapping[str, Tensor], model: MaskRCNN, path: Path) -> None:
+    """UserError unless the pixel statistics and anchors in a detectron2 file are those of the model."""
+    faults = []
+    for key, value in constants.items():
+        name = key.rpartition(".")[2]
+        if key in ("pixel_mean", "pixel_std"):
+            ours, place = getattr(model, key).flatten(), f"model.{key}"
+        else:
+            if model.rpn is None or int(name) >= len(model.rpn.anchors.base):
+                continue
+            ours, place = torch.tensor(model.rpn.anchors.base[int(name)]).flatten(), "model.anchors"
+        theirs = value.float().flatten()
+        if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=1e-3, atol=1e-2):
+            shown = [round(number, 3) for number in theirs.tolist()]
+            faults.append(f"{key} is {shown}, {place} gives {[round(n, 3) for n in ours.tolist()]}")
+    if faults:
+        raise UserError(
+            f"{path}: was trained with other settings: {'; '.join(faults)}; take the recipe of that model in "
+            "configs/zoo/, or set them"
+        )
+
+
+def as_model(
+    detector: Detector, config: Config | None = None, classes: ClassTable | None = None
+) -> tuple[MaskRCNN, list[str]]:
+    """The model, on the CPU, in eval mode and with its card; and lines that say what was decided.
+
+    Args:
+        config: of the model; none: the recipe of the published model that the weights look like.
+        classes: names and ids; none: those of COCO for 80 classes, "person" for a keypoint model's one.
+    Raises:
+        UserError: the classes or the recipe are not known; or the weights do not fit the configuration.
+    """
+    path, imported = detector.path, detector.imported
+    kind = kind_of(imported.state)
+    lines = [f"{path}: {imported.program}, {kind}"]
+    if detector.card is not None:
+        config, known = config or detector.card.config, detector.card
+        classes = classes or ClassTable(known.class_names, known.category_ids)
+    if config is None:
+        config, recipe = _recipe(imported, kind, path)
+        lines.append(f"configuration: configs/zoo/{recipe}.yaml")
+    count = class_count(imported.state)
+    if classes is None:
+        classes = known_classes(count or 0, kind.keypoints)
+        if classes is None:
+            raise UserError(
+                f"{path}: has {count} classes and does not tell their names; give --classes FILE with one "
+                "name a line, or a COCO annotation file"
+            )
+    if len(classes.names) != count:
+        raise UserError(f"{path}: has {count} classes, but {len(classes.names)} names were given")
+    model = build_model(config.model, len(classes.names), load_backbone_weights=False)
+    require_constants(imported.constants, model, path)
+    state = prepared(imported, model.state_dict())
+    built = kind_of(model.state_dict())
+    if built != kind:
+        raise UserError(
+            f"{path}: holds a {kind} ({imported.program}), but the configuration builds a {built}; give the "
+            "recipe of that model as --config"
+        )
+    copy_state(model, state, path)
+    start = config.model.model_copy(update={"weights": None, "weights_sha256": None})
+    card = ModelCard(config.model_copy(update={"model": start}), list(classes.names), list(classes.ids))
+    lines.append(f"classes: {_listed(classes.names)}")
+    model.card = card
+    return model.eval(), lines
+
+
+def _recipe(imported: Imported, kind: Kind, path: Path) -> tuple[Config, str]:
+    name = _RECIPES.get((imported.program, kind))
+    if name is None:
+        raise UserError(
+            f"{path}: holds a {kind} ({imported.program}), for which there is no recipe in configs/zoo/; "
+            "give its configuration as --config"
+        )
+    overrides = []
+    if imported.program == "torchvision" and any(key.endswith(COUNTER) for key in imported.names.values()):
+        # The published weights come with eps=0 and frozen norms; a file with counters was trained without.
+        overrides.append("model.backbone.norm_eps=1e-5")
+    return load_config(RECIPES / "zoo" / f"{name}.yaml", overrides), name
+
+
+def _is_predictor(key: str) -> bool:
+    return key.startswith((*_OF_CLASSES, _OF_KEYPOINTS))
+
+
+def _other_count(key: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
+    """Whether two predictors differ by their number of classes or keypoints, and by nothing else."""
+    axis = 1 if key == f"{_OF_KEYPOINTS}weight" else 0
+    ours, theirs = list(own[key].shape), list(state[key].shape)
+    if len(ours) != len(theirs) or ours == theirs:
+        return False
+    del ours[axis], theirs[axis]
+    return ours == theirs
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:3])}, ... ({len(names)})"
