@@ -14,6 +14,7 @@ from fastmrcnn.data.loader import TrainLoader
 from fastmrcnn.model.build import build_model
 from fastmrcnn.optim import GatedStep, build_optimizer
 from fastmrcnn.prepare import choose_device, choose_precision
+from fastmrcnn.pretrained import start_model
 from fastmrcnn.structures import to_device
 
 STEPS = 2
@@ -42,6 +43,7 @@ def dry_run(config: Config, train_set: CocoDataset) -> None:
         max_objects=config.data.max_objects,
     )
     model = build_model(config.model, len(train_set.class_names), load_backbone_weights=False)
+    start_model(model, config.model, train_set.class_names)
     model = model.to(device).train()
     optimizer = build_optimizer(model, config.optim)
     update = GatedStep(model, optimizer, clip_norm=config.optim.clip_norm, loss_scale=precision.loss_scale)

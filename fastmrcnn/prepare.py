@@ -50,13 +50,16 @@ def check_trainable(config: Config) -> None:
                 )
     if (config.data.val.images is None) != (config.data.val.annotations is None):
         problems.append("data.val needs both images and annotations, or neither")
-    if backbone.weights is None and backbone.norm == "frozen_bn":
+    random = backbone.weights is None and config.model.weights is None
+    if random and backbone.norm == "frozen_bn":
         problems.append(
-            "model.backbone.norm=frozen_bn needs model.backbone.weights; from random weights use gn or bn"
+            "model.backbone.norm=frozen_bn needs model.backbone.weights or model.weights; from random weights "
+            "use gn or bn"
         )
-    if backbone.weights is None and backbone.frozen_stages > 0:
+    if random and backbone.frozen_stages > 0:
         problems.append(
-            "model.backbone.frozen_stages needs model.backbone.weights; from random weights set it to 0"
+            "model.backbone.frozen_stages needs model.backbone.weights or model.weights; from random weights "
+            "set it to 0"
         )
     if problems:
         raise UserError("; ".join(problems))

@@ -42,6 +42,7 @@ from fastmrcnn.prepare import (
     run_folder_of,
     starting_config,
 )
+from fastmrcnn.pretrained import start_model
 from fastmrcnn.structures import Batch, Losses, to_device
 from fastmrcnn.visualize import plot_losses
 
@@ -121,6 +122,8 @@ def train(
     card = ModelCard(config, train_set.class_names, train_set.category_ids)
     torch.manual_seed(config.train.seed)
     model = build_model(config.model, len(card.class_names), load_backbone_weights=state is None)
+    if state is None:
+        start_model(model, config.model, card.class_names)
     # On a GPU channels_last is the fast layout; on a CPU it is no faster and batch norm loses digits.
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     model = model.to(device, memory_format=layout).train()  # type: ignore[call-overload]

@@ -29,7 +29,8 @@ def build_model(config: ModelConfig, num_classes: int, load_backbone_weights: bo
         frozen_stages=config.backbone.frozen_stages,
     )
     res5 = _res5(config, norm) if c4 and config.box_head.enabled else None
-    if load_backbone_weights and config.backbone.weights is not None:
+    # A whole detector's weights, which the entry points load, are the backbone's too.
+    if load_backbone_weights and config.weights is None and config.backbone.weights is not None:
         from fastmrcnn.weights import load_backbone
 
         whole = _classifier_without_fc(backbone, res5 or _res5(config, norm)) if c4 else backbone
