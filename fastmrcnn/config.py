@@ -38,6 +38,8 @@ class SplitConfig(Section):
     """Folder of images; `file_name` in the annotations is relative to it."""
     annotations: str | None = None
     """COCO-format JSON file."""
+    proposals: str | None = None
+    """File from `python -m fastmrcnn.propose`, for model.rpn.enabled=false."""
 
 
 class AugmentConfig(Section):
@@ -73,6 +75,14 @@ class DataConfig(Section):
     """Most objects an image may have; ground-truth slots come in powers of two up to this."""
     min_box_side: float = Field(1.0, ge=0)
     """Objects with a side below this, in annotation pixels after clipping to the image, are skipped."""
+    keypoint_flip_pairs: list[tuple[str, str]] | None = None
+    """Keypoints that swap in a mirror image, such as [[left_eye, right_eye]]; none: those whose names
+    differ in the word left or right."""
+    keypoint_offset: float = 0.5
+    """Added to x and y of annotated keypoints, and taken off again in results: COCO numbers pixels, whose
+    centres lie half a pixel further (detectron2). 0: as they are (torchvision)."""
+    min_keypoints: int = Field(0, ge=0)
+    """Training images with fewer labelled keypoints are left out, where keypoints are learnt."""
     workers: int = Field(2, ge=0)
     """Loader processes; 0 loads in the training process."""
     augment: AugmentConfig = AugmentConfig()
@@ -205,6 +215,24 @@ class MaskHeadConfig(Section):
     loss_weight: float = Field(1.0, ge=0)
 
 
+class KeypointHeadConfig(Section):
+    enabled: bool = False
+    """The annotations name the keypoints (COCO's person_keypoints format)."""
+    resolution: int = Field(14, gt=0)
+    """Side of the RoI features, cut from the pyramid or the one map; the heatmap is four times as large."""
+    convs: int = Field(8, ge=0)
+    channels: int = Field(512, gt=0)
+    slots_per_image: int | None = Field(None, gt=0)
+    """The keypoint head trains on this many foreground RoIs an image that hold a labelled keypoint, pooled
+    over the batch; those beyond are dropped and counted (keypoints_dropped). None: as many as can be
+    sampled."""
+    loss_normalizer: Literal["visible", "static"] = "visible"
+    """visible: mean over the keypoints that are labelled and within their RoI (torchvision, and
+    detectron2's recipes); static: divided by the most that there could be in the batch (detectron2's
+    NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS=False)."""
+    loss_weight: float = Field(1.0, ge=0)
+
+
 # What an architecture without a pyramid takes as default (detectron2's C4): one map carries every anchor.
 _ONE_MAP: dict[str, dict[str, Any]] = {
     "anchors": {"sizes": [[32, 64, 128, 256, 512]]},
@@ -242,6 +270,7 @@ class ModelConfig(Section):
     roi: RoiConfig = RoiConfig()
     box_head: BoxHeadConfig = BoxHeadConfig()
     mask_head: MaskHeadConfig = MaskHeadConfig()
+    keypoint_head: KeypointHeadConfig = KeypointHeadConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -269,6 +298,8 @@ class ModelConfig(Section):
             raise ValueError("model.rpn.enabled and model.box_head.enabled cannot both be false")
         if self.mask_head.enabled and not self.box_head.enabled:
             raise ValueError("model.mask_head.enabled needs model.box_head.enabled")
+        if self.keypoint_head.enabled and not self.box_head.enabled:
+            raise ValueError("model.keypoint_head.enabled needs model.box_head.enabled")
         mask = self.mask_head
         if mask.loss == "softmax" and (mask.class_agnostic or mask.target == "soft"):
             raise ValueError(
@@ -328,6 +359,9 @@ class EvaluateConfig(Section):
     batch: int = Field(1, gt=0)
     pictures: int = Field(8, ge=0)
     """Validation images drawn with ground truth beside predictions."""
+    oks_sigmas: list[Side] | None = None
+    """How far each keypoint may be off, in units of the square root of its object's area; none: COCO's own
+    for 17 keypoints, else 0.05 for each."""
 
 
 class Config(Section):

@@ -21,12 +21,14 @@ from fastmrcnn.config_file import load_config
 from fastmrcnn.data.coco import CocoDataset, ImageRecord, align_classes, object_bitmap, read_coco
 from fastmrcnn.data.images import read_image
 from fastmrcnn.data.loader import EvalLoader
+from fastmrcnn.data.proposals import attach_proposals, write_proposals
 from fastmrcnn.errors import UserError, run_main
 from fastmrcnn.inference import ImageDetections, card_of, coco_results, run_model, split_detections
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.output import new_run_folder, replacing, write_json
 from fastmrcnn.paste import paste_masks
+from fastmrcnn.proposal_eval import collect_proposals, proposal_recall
 from fastmrcnn.visualize import Instances, draw_comparison
 from fastmrcnn.weights import copy_state
 
@@ -85,10 +87,17 @@ def run_evaluation(
         device: of the model; none: that of its first parameter.
         progress: show a progress bar and COCO's tables.
     Returns:
-        As `evaluate_coco`; and "candidates_cut" if class scores were cut before NMS.
+        As `evaluate_coco`, or as `proposal_recall` of a model that is an RPN alone, whose proposals go to
+        proposals.npz instead; and "candidates_cut" if class scores were cut before NMS.
     Raises:
         UserError: an image cannot be read; a file cannot be written.
     """
+    if not config.model.box_head.enabled:
+        assert isinstance(model, MaskRCNN)
+        proposals = collect_proposals(model, dataset, config, device=device, progress=progress)
+        make_folder(output)
+        write_proposals(output / "proposals.npz", proposals)
+        return proposal_recall(dataset.annotations, proposals, show=progress)
     chosen = choose_pictures(dataset, config.evaluate.pictures if pictures is None else pictures)
     data, threshold = config.data, config.model.mask_head.threshold
     loader = EvalLoader(
@@ -114,10 +123,7 @@ def run_evaluation(
                 if image_id in chosen:
                     kept[image_id] = one
             bar.update(loaded.real)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{output}: cannot be made ({error.strerror}); choose another --output") from None
+    make_folder(output)
     write_json(output / RESULTS, results)
     values = evaluate_coco(
         dataset.annotations,
@@ -165,6 +171,13 @@ def read_validation_set(config: Config, model: nn.Module, checkpoint: str) -> Co
         require_masks=config.model.mask_head.enabled,
         key="data.val",
     )
+    if (split.proposals is None) != config.model.rpn.enabled:
+        raise UserError(
+            "data.val.proposals goes with a model without an RPN, and that with it; "
+            "python -m fastmrcnn.propose writes the file"
+        )
+    if split.proposals is not None:
+        dataset = attach_proposals(dataset, split.proposals, config.model.rpn.post_nms_top_n_test)
     return align_classes(dataset, card.class_names, card.category_ids, checkpoint)
 
 
@@ -176,11 +189,15 @@ def evaluation_folder(checkpoint: str, output: str | None) -> Path:
     folder = Path(output)
     if (folder / RESULTS).exists():
         raise UserError(f"{folder}: holds the results of an earlier evaluation; choose another --output")
+    make_folder(folder)
+    return folder
+
+
+def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another --output") from None
-    return folder
 
 
 def choose_pictures(dataset: CocoDataset, count: int) -> dict[int, ImageRecord]:

@@ -147,9 +147,17 @@ def predict(
 def detect(model: nn.Module, pixels: NDArray[np.uint8], score: float) -> ImageDetections:
     """The detections in (h, w, 3) RGB pixels, resized by the rule in the model's card."""
     config = card_of(model).config
+    require_detector(model)
     batch, affine = prepare_image(pixels, config.data.short_side_test, config.data.long_side_max)
     detections = run_model(model, batch, config.train.precision)
     return split_detections(detections, torch.from_numpy(affine)[None], [pixels.shape[:2]], score)[0]
+
+
+def require_detector(model: nn.Module) -> None:
+    """UserError for a model that needs proposals from a file, or makes nothing else."""
+    parts = card_of(model).config.model
+    if not (parts.rpn.enabled and parts.box_head.enabled):
+        raise UserError("this model is half a detector (its RPN or its heads alone) and finds no objects")
 
 
 def run_model(

@@ -14,7 +14,15 @@ from fastmrcnn.checkpoint import load_checkpoint
 from fastmrcnn.command import Parser
 from fastmrcnn.data.images import read_pixels
 from fastmrcnn.errors import UserError, run_main
-from fastmrcnn.inference import Prediction, as_prediction, card_of, coco_results, detect, predict
+from fastmrcnn.inference import (
+    Prediction,
+    as_prediction,
+    card_of,
+    coco_results,
+    detect,
+    predict,
+    require_detector,
+)
 from fastmrcnn.output import write_json
 
 __all__ = ["Prediction", "main", "predict"]
@@ -45,6 +53,7 @@ def main(argv: list[str]) -> None:
         read_pixels(path)
     model = load_checkpoint(arguments.checkpoint, arguments.device)
     card = card_of(model)
+    require_detector(model)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -13,6 +13,7 @@ import torch
 from fastmrcnn.config import Config, SplitConfig
 from fastmrcnn.config_file import load_config
 from fastmrcnn.data.coco import CocoDataset, check_same_classes, read_coco
+from fastmrcnn.data.proposals import attach_proposals
 from fastmrcnn.data.shapes import write_shapes
 from fastmrcnn.errors import UserError
 from fastmrcnn.output import new_run_folder
@@ -61,6 +62,13 @@ def check_trainable(config: Config) -> None:
             "model.backbone.frozen_stages needs model.backbone.weights or model.weights; from random weights "
             "set it to 0"
         )
+    for name, own in (("train", split), ("val", config.data.val)):
+        used = name == "train" or own.annotations is not None
+        if used and (own.proposals is None) != config.model.rpn.enabled:
+            problems.append(
+                f"data.{name}.proposals goes with model.rpn.enabled=false, and that with it; "
+                "python -m fastmrcnn.propose writes the file"
+            )
     if problems:
         raise UserError("; ".join(problems))
 
@@ -113,7 +121,7 @@ def prepare_run(config: Config, folder: Path | None) -> tuple[Config, Path, Coco
     tree = config.model_dump()
     for split in ("train", "val"):
         images, annotations = paths[f"{split}_images"], paths[f"{split}_annotations"]
-        tree["data"][split] = {"images": str(images), "annotations": str(annotations)}
+        tree["data"][split] |= {"images": str(images), "annotations": str(annotations)}
     config = Config.model_validate(tree)
     return config, folder, *read_sets(config)
 
@@ -142,19 +150,22 @@ def run_folder_of(checkpoint: Path) -> Path:
 def read_sets(config: Config) -> tuple[CocoDataset, CocoDataset | None]:
     data = config.data
 
-    def read(split: SplitConfig, key: str) -> CocoDataset:
+    def read(split: SplitConfig, key: str, most: int) -> CocoDataset:
         assert split.images is not None, "check_trainable() comes first"
         assert split.annotations is not None, "check_trainable() comes first"
-        return read_coco(
+        dataset = read_coco(
             split.images,
             split.annotations,
             max_objects=data.max_objects,
             min_box_side=data.min_box_side,
+            require_masks=config.model.mask_head.enabled,
             key=key,
         )
+        return dataset if split.proposals is None else attach_proposals(dataset, split.proposals, most)
 
-    train_set = read(data.train, "data.train")
+    rpn = config.model.rpn
+    train_set = read(data.train, "data.train", rpn.post_nms_top_n)
     if data.val.images is None or data.val.annotations is None:
         return train_set, None
-    val_set = read(data.val, "data.val")
+    val_set = read(data.val, "data.val", rpn.post_nms_top_n_test)
     return train_set, check_same_classes(train_set, val_set)

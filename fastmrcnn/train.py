@@ -276,7 +276,14 @@ def how_to_go_on(folder: Path) -> str:
 def print_next(folder: Path, checkpoint: Path | None, config: Config, val_set: CocoDataset | None) -> None:
     checkpoint = checkpoint or find_checkpoint(folder)
     print(f"\nEverything is in {folder}")
-    if val_set is not None:
+    parts = config.model
+    if not parts.box_head.enabled:
+        print("Write its proposals to a file, to train heads on them with model.rpn.enabled=false:")
+        print(
+            f"  python -m fastmrcnn.propose --checkpoint {shlex.quote(str(checkpoint))} "
+            "--images DIR --annotations FILE --output proposals.npz"
+        )
+    elif val_set is not None and parts.rpn.enabled:
         image = val_set.records[0].path
         print("Look at its pictures, or run the model on an image:")
         words = [str(image), "--checkpoint", str(checkpoint), "--output", f"{folder}/predictions"]

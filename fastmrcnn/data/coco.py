@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from fastmrcnn.data.keypoints import (
     read_schema,
 )
 from fastmrcnn.data.masks import Window, all_finite, bitmap, mask_area, pack_polygons, segmentation_problem
-from fastmrcnn.data.records import Box, ImageRecord, ObjectRecord, Problems
+from fastmrcnn.data.records import Box, ImageProposals, ImageRecord, ObjectRecord, Problems
 from fastmrcnn.errors import UserError
 
 __all__ = [
@@ -57,6 +57,10 @@ class CocoDataset:
     """What the keypoints of the objects are; none: they were not read."""
     unlabelled: int = 0
     """Images left out for want of labelled keypoints."""
+    proposals: Mapping[int, ImageProposals] | None = None
+    """By image id, for a model without an RPN."""
+    proposal_slots: int = 0
+    """P: most proposals of an image."""
 
     def __len__(self) -> int:
         return len(self.records)

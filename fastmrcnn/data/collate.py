@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fastmrcnn.data.keypoints import KeypointSchema
 from fastmrcnn.data.masks import Window, bitmap
-from fastmrcnn.data.records import ImageRecord
+from fastmrcnn.data.records import ImageProposals, ImageRecord
 from fastmrcnn.data.transforms import (
     Plan,
     Size,
@@ -21,7 +21,7 @@ from fastmrcnn.data.transforms import (
     transform_boxes,
     transform_keypoints,
 )
-from fastmrcnn.structures import Batch, PackedMasks, Targets
+from fastmrcnn.structures import Batch, PackedMasks, Proposals, Targets
 
 MIN_SLOTS = 8
 MIN_MASK_BYTES = 4096
@@ -45,6 +45,7 @@ class Sample(NamedTuple):
     boxes: NDArray[np.float32] | None = None  # (n, 4) in pixels of the sample
     objects: Objects | None = None
     keypoints: NDArray[np.float32] | None = None  # (n, J, 3) in pixels of the sample
+    proposals: ImageProposals | None = None  # boxes in pixels of the sample
 
 
 def read_objects(record: ImageRecord, schema: KeypointSchema | None = None) -> Objects:
@@ -84,17 +85,24 @@ def make_sample(
     annotated: Size,
     objects: Objects | None = None,
     schema: KeypointSchema | None = None,
+    proposals: ImageProposals | None = None,
 ) -> Sample:
-    """Carry out a plan on a resized image, its boxes and keypoints; bitmaps stay as they are."""
+    """Carry out a plan on a resized image, its boxes, keypoints and proposals; bitmaps stay as they are."""
+
+    def move(boxes: NDArray[np.float32]) -> NDArray[np.float32]:
+        height, width = plan.size
+        moved = transform_boxes(boxes, from_annotation(plan, *annotated)).astype(np.float32)
+        return moved.clip(0, np.array([width, height, width, height], np.float32))
+
     boxes = keypoints = None
     if objects is not None:
-        boxes = transform_boxes(objects.boxes, from_annotation(plan, *annotated)).astype(np.float32)
-        height, width = plan.size
-        boxes = boxes.clip(0, np.array([width, height, width, height], np.float32))
+        boxes = move(objects.boxes)
         if objects.keypoints is not None and schema is not None:
             keypoints = transform_keypoints(objects.keypoints, plan, *annotated, schema.mirror)
+    if proposals is not None:
+        proposals = proposals._replace(boxes=move(proposals.boxes))
     affine = to_annotation(plan, *annotated)
-    return Sample(apply_plan(resized, plan), affine, annotated, boxes, objects, keypoints)
+    return Sample(apply_plan(resized, plan), affine, annotated, boxes, objects, keypoints, proposals)
 
 
 def collate(
@@ -103,12 +111,14 @@ def collate(
     *,
     min_slots: int = MIN_SLOTS,
     min_mask_bytes: int = MIN_MASK_BYTES,
+    proposal_slots: int = 0,
 ) -> Batch:
-    """Pad samples into a bucket; targets where the samples have objects.
+    """Pad samples into a bucket; targets where the samples have objects, proposals where they have those.
 
     Args:
         bucket: (H, W); every sample must fit.
         min_slots, min_mask_bytes: lower limits of G and of the mask buffer, for equal shapes.
+        proposal_slots: P.
     Returns:
         pixels (N, 3, H, W) uint8 in channels_last memory format; G and the mask buffer are powers of
         two.
@@ -124,7 +134,21 @@ def collate(
     targets = None
     if all(sample.objects is not None for sample in samples):
         targets = _collate_targets(samples, min_slots, min_mask_bytes)
-    return Batch(torch.from_numpy(pixels).permute(0, 3, 1, 2), sizes, targets)
+    proposals = None
+    if all(sample.proposals is not None for sample in samples):
+        proposals = _collate_proposals(samples, proposal_slots)
+    return Batch(torch.from_numpy(pixels).permute(0, 3, 1, 2), sizes, targets, proposals)
+
+
+def _collate_proposals(samples: Sequence[Sample], slots: int) -> Proposals:
+    boxes = np.zeros((len(samples), slots, 4), np.float32)
+    scores = np.zeros((len(samples), slots), np.float32)
+    for row, sample in enumerate(samples):
+        assert sample.proposals is not None
+        count = len(sample.proposals.scores)
+        boxes[row, :count], scores[row, :count] = sample.proposals
+    valid = (boxes[..., 2:] > boxes[..., :2]).all(axis=-1)
+    return Proposals(torch.from_numpy(boxes), torch.from_numpy(scores), torch.from_numpy(valid))
 
 
 def _collate_targets(samples: Sequence[Sample], min_slots: int, min_mask_bytes: int) -> Targets:

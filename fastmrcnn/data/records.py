@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,13 @@ class ImageRecord:
     objects: list[ObjectRecord]
     annotations: Path
     """The file that lists this image, for messages."""
+
+
+class ImageProposals(NamedTuple):
+    """Of one image, by falling score."""
+
+    boxes: NDArray[np.float32]  # (n, 4) xyxy in pixels of the original image
+    scores: NDArray[np.float32]  # (n,) objectness
 
 
 class Problems:

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.collate import Objects, Sample, affines, collate, make_sample, read_objects
 from fastmrcnn.data.images import read_image
+from fastmrcnn.data.records import ImageProposals
 from fastmrcnn.data.sampler import BatchPlan
 from fastmrcnn.data.transforms import Augment, Plan, Size, draws, plan_image, resize, resized_size
 from fastmrcnn.errors import UserError
@@ -42,6 +43,7 @@ class SampleStore:
     def __init__(self, dataset: CocoDataset, short_sides: Sequence[int], long_side_max: int) -> None:
         self.records = dataset.records
         self.schema = dataset.keypoints
+        self.proposals, self.proposal_slots = dataset.proposals, dataset.proposal_slots
         sizes = [
             resized_size(record.height, record.width, side, long_side_max)
             for record in dataset.records
@@ -60,6 +62,9 @@ class SampleStore:
             if self.keep_pixels:
                 self._pixels[index, size] = found
         return found
+
+    def proposed(self, index: int) -> ImageProposals | None:
+        return None if self.proposals is None else self.proposals[self.records[index].image_id]
 
     def objects(self, index: int) -> Objects:
         found = self._objects.get(index)
@@ -91,7 +96,13 @@ class TrainSamples(Dataset[LoadedBatch | Failure]):
             samples = [self._sample(index, number) for index, number in plan.samples]
         except UserError as error:
             return Failure(str(error))
-        batch = collate(samples, plan.bucket, min_slots=self.min_slots, min_mask_bytes=self.min_mask_bytes)
+        batch = collate(
+            samples,
+            plan.bucket,
+            min_slots=self.min_slots,
+            min_mask_bytes=self.min_mask_bytes,
+            proposal_slots=self.store.proposal_slots,
+        )
         return _loaded(batch, samples, [self.store.records[index].image_id for index, _ in plan.samples])
 
     def _sample(self, index: int, number: int) -> Sample:
@@ -105,7 +116,8 @@ class TrainSamples(Dataset[LoadedBatch | Failure]):
             self.augment,
         )
         resized, objects = self.store.resized(index, plan.resized), self.store.objects(index)
-        return make_sample(resized, plan, (record.height, record.width), objects, self.store.schema)
+        size, schema = (record.height, record.width), self.store.schema
+        return make_sample(resized, plan, size, objects, schema, self.store.proposed(index))
 
 
 class EvalSamples(Dataset[LoadedBatch | Failure]):
@@ -119,14 +131,14 @@ class EvalSamples(Dataset[LoadedBatch | Failure]):
         except UserError as error:
             return Failure(str(error))
         ids = [self.store.records[index].image_id for index, _ in plan.samples]
-        return _loaded(
-            collate([*samples, *[samples[-1]] * (self.batch - len(samples))], plan.bucket), samples, ids
-        )
+        filled = [*samples, *[samples[-1]] * (self.batch - len(samples))]
+        return _loaded(collate(filled, plan.bucket, proposal_slots=self.store.proposal_slots), samples, ids)
 
     def _sample(self, index: int) -> Sample:
         record = self.store.records[index]
         plan = Plan(resized_size(record.height, record.width, self.short_side, self.long_side_max))
-        return make_sample(self.store.resized(index, plan.resized), plan, (record.height, record.width))
+        resized, size = self.store.resized(index, plan.resized), (record.height, record.width)
+        return make_sample(resized, plan, size, proposals=self.store.proposed(index))
 
 
 def _loaded(batch: Batch, samples: Sequence[Sample], image_ids: list[int]) -> LoadedBatch:

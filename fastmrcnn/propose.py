@@ -1,0 +1,56 @@
+"""python -m fastmrcnn.propose: write an RPN's proposals to a file, to train heads by themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastmrcnn.command import Parser
+from fastmrcnn.data.coco import read_coco
+from fastmrcnn.data.proposals import write_proposals
+from fastmrcnn.errors import UserError, run_main
+from fastmrcnn.evaluate import load_overridden
+from fastmrcnn.proposal_eval import collect_proposals, proposal_recall
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser("propose", "Write the proposals of a model's RPN for all images of a data set.")
+    parser.add_argument(
+        "--checkpoint", required=True, help="checkpoint file, or folder of a run (its last one)"
+    )
+    parser.add_argument("--images", required=True, help="folder of images")
+    parser.add_argument("--annotations", required=True, help="COCO-format JSON file")
+    parser.add_argument("--output", required=True, help="file to write, .npz")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:0")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="of the checkpoint's configuration, such as model.rpn.post_nms_top_n_test=2000",
+    )
+    arguments = parser.parse_intermixed_args(argv)
+    output = Path(arguments.output)
+    if output.suffix != ".npz":
+        raise UserError(f"--output {output}: must end in .npz")
+    if output.exists():
+        raise UserError(f"{output}: is there already; choose another --output")
+    model, config = load_overridden(arguments.checkpoint, arguments.device, arguments.overrides)
+    if model.rpn is None:
+        raise UserError(f"{arguments.checkpoint}: this model has no RPN that could propose")
+    dataset = read_coco(
+        arguments.images,
+        arguments.annotations,
+        max_objects=config.data.max_objects,
+        min_box_side=config.data.min_box_side,
+        require_masks=False,
+        key="--annotations",
+    )
+    found = collect_proposals(model, dataset, config)
+    write_proposals(output, found)
+    print(
+        f"{sum(len(one.scores) for one in found.values())} proposals of {len(found)} images are in {output}"
+    )
+    proposal_recall(dataset.annotations, found)
+
+
+if __name__ == "__main__":
+    run_main(main)
