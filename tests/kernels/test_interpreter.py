@@ -11,7 +11,13 @@ import pytest
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
-MODULES = ("test_level_assign.py", "test_mask_loss.py", "test_nms.py", "test_roi_align.py")
+MODULES = (
+    "test_level_assign.py",
+    "test_mask_loss.py",
+    "test_nms.py",
+    "test_polygon_targets.py",
+    "test_roi_align.py",
+)
 
 
 @pytest.mark.parametrize("module", MODULES)
