@@ -18,6 +18,7 @@ from fastmrcnn.coco_eval import evaluate_coco
 from fastmrcnn.command import Parser
 from fastmrcnn.config import Config
 from fastmrcnn.config_file import load_config
+from fastmrcnn.conversion.files import is_url
 from fastmrcnn.data.coco import CocoDataset, ImageRecord, align_classes, object_bitmap, read_coco
 from fastmrcnn.data.images import read_image
 from fastmrcnn.data.loader import EvalLoader
@@ -28,6 +29,7 @@ from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.output import new_run_folder, replacing, write_json
 from fastmrcnn.paste import paste_masks
+from fastmrcnn.pretrained import load_recipe
 from fastmrcnn.proposal_eval import collect_proposals, proposal_recall
 from fastmrcnn.visualize import Instances, draw_comparison
 from fastmrcnn.weights import copy_state
@@ -39,7 +41,11 @@ PICTURE_SCORE = 0.5  # detections below it are not drawn
 def main(argv: list[str]) -> None:
     parser = Parser("evaluate", "COCO's average precision of a checkpoint, for boxes and masks.")
     parser.add_argument(
-        "--checkpoint", required=True, help="checkpoint file, or folder of a run (its last one)"
+        "--checkpoint",
+        help="checkpoint, run folder (its last one), or file or URL of a torchvision or detectron2 model",
+    )
+    parser.add_argument(
+        "--config", help="instead: recipe whose model.weights are to be judged; see configs/zoo/"
     )
     parser.add_argument("--output", help="new folder (default: evaluation_001, ... beside the checkpoints)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:0")
@@ -50,12 +56,17 @@ def main(argv: list[str]) -> None:
         help="of the checkpoint's configuration, such as data.val.images=DIR data.val.annotations=FILE",
     )
     arguments = parser.parse_intermixed_args(argv)
-    model, config = load_overridden(arguments.checkpoint, arguments.device, arguments.overrides)
-    dataset = read_validation_set(config, model, arguments.checkpoint)
+    if (arguments.checkpoint is None) == (arguments.config is None):
+        raise UserError("give either --checkpoint or --config (a recipe with model.weights)")
+    if arguments.config is None:
+        model, config = load_overridden(arguments.checkpoint, arguments.device, arguments.overrides)
+    else:
+        model, config = load_recipe(arguments.config, arguments.device, arguments.overrides)
+    dataset = read_validation_set(config, model, arguments.checkpoint or arguments.config)
     print(*dataset.summary(), sep="\n")
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    folder = evaluation_folder(arguments.checkpoint, arguments.output)
+    folder = evaluation_folder(arguments.checkpoint, arguments.output, config.output)
     try:
         values = run_evaluation(model, dataset, config, output=folder)
         write_json(folder / "metrics.json", {k: v if math.isfinite(v) else None for k, v in values.items()})
@@ -148,6 +159,8 @@ def load_overridden(checkpoint: str, device: str, overrides: Sequence[str]) -> t
     model = load_checkpoint(checkpoint, device)
     card = card_of(model)
     config = load_config(overrides=overrides, base=card.config.model_dump(mode="json"))
+    if config.model.weights != card.config.model.weights:
+        raise UserError("model.weights goes with --config; --checkpoint brings weights of its own")
     if config.model != card.config.model:
         changed = build_model(config.model, len(card.class_names), load_backbone_weights=False)
         copy_state(changed, model.state_dict(), checkpoint)
@@ -181,9 +194,15 @@ def read_validation_set(config: Config, model: nn.Module, checkpoint: str) -> Co
     return align_classes(dataset, card.class_names, card.category_ids, checkpoint)
 
 
-def evaluation_folder(checkpoint: str, output: str | None) -> Path:
-    """The folder that was asked for, or a new one beside the checkpoints; never one with results."""
+def evaluation_folder(checkpoint: str | None, output: str | None, root: str = "runs") -> Path:
+    """The folder that was asked for, or a new one beside the checkpoints; never one with results.
+
+    Args:
+        root: where the new one comes if the weights are no file here.
+    """
     if output is None:
+        if checkpoint is None or is_url(checkpoint):
+            return new_run_folder(root, "evaluation")
         parent = find_checkpoint(checkpoint).parent
         return new_run_folder(parent.parent if parent.name == "checkpoints" else parent, "evaluation")
     folder = Path(output)

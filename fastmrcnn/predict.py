@@ -37,7 +37,9 @@ def main(argv: list[str]) -> None:
         "images", nargs="+", metavar="IMAGE_OR_FOLDER", help="image files, and folders of them"
     )
     parser.add_argument(
-        "--checkpoint", required=True, help="checkpoint file, or folder of a run (its last one)"
+        "--checkpoint",
+        required=True,
+        help="checkpoint, run folder (its last one), or file or URL of a torchvision or detectron2 model",
     )
     parser.add_argument("--output", required=True, help="folder for the overlays and predictions.json")
     parser.add_argument("--score", type=float, default=0.5, help="least score of an object, in 0..1 (0.5)")

@@ -23,7 +23,7 @@ from fastmrcnn.conversion.rows import class_count
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
-from fastmrcnn.prepare import RECIPES
+from fastmrcnn.prepare import RECIPES, choose_device
 from fastmrcnn.weights import (
     COUNTER,
     architecture,
@@ -261,8 +261,8 @@ def as_model(
         classes = known_classes(count or 0, kind.keypoints)
         if classes is None:
             raise UserError(
-                f"{path}: has {count} classes and does not tell their names; give --classes FILE with one "
-                "name a line, or a COCO annotation file"
+                f"{path}: has {count} classes and does not tell their names; convert it with python -m "
+                "fastmrcnn.convert IN OUT --classes FILE (one name a line, or a COCO annotation file)"
             )
     if len(classes.names) != count:
         raise UserError(f"{path}: has {count} classes, but {len(classes.names)} names were given")
@@ -281,6 +281,22 @@ def as_model(
     lines.append(f"classes: {_listed(classes.names)}")
     model.card = card
     return model.eval(), lines
+
+
+def load_recipe(path: str, device: str, overrides: Sequence[str]) -> tuple[MaskRCNN, Config]:
+    """The model of a recipe's `model.weights`, ready for detection, and its configuration.
+
+    Raises:
+        UserError: the recipe names no weights; or as `open_detector` and `as_model`.
+    """
+    config = load_config(path, overrides)
+    place = choose_device(device)
+    if config.model.weights is None:
+        raise UserError(f"{path}: names no model.weights to judge; give model.weights=FILE, or --checkpoint")
+    detector = open_detector(config.model.weights, config.model.weights_sha256)
+    model, lines = as_model(detector, config)
+    print(*lines, sep="\n")
+    return model.to(place), config
 
 
 def _recipe(imported: Imported, kind: Kind, path: Path) -> tuple[Config, str]:
