@@ -6,7 +6,7 @@ Triton too. Needs torch and, where Triton runs, triton; importing needs torch al
 
 from .level_assign.op import assign_levels
 from .mask_loss.op import mask_loss
-from .mask_targets import mask_targets
+from .mask_targets.op import mask_targets
 from .nms.op import batched_nms, nms, padded_nms
 from .patch import patch, unpatch
 from .roi_align.op import MultiScaleRoIAlign, multilevel_roi_align, roi_align

@@ -1,3 +1,1 @@
-from .reference import mask_targets
-
-__all__ = ["mask_targets"]
+"""Mask targets: the share of each mask pixel that the ground truth covers, read from packed bitmaps."""

@@ -1,73 +1,108 @@
-"""Mask targets: the share of each mask pixel that the ground truth covers, read from packed bitmaps."""
+"""Mask targets cut from packed bitmaps, in PyTorch; what CPU tensors run."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-def mask_targets(
-    boxes: Tensor,
-    image: Tensor,
-    matched: Tensor,
-    buffer: Tensor,
-    offset: Tensor,
-    window: Tensor,
-    to_annotation: Tensor,
-    size: Tensor,
-    *,
-    image_sizes: Tensor,
-    image_shape: tuple[int, int],
-    resolution: int,
-    sampling_ratio: int = 2,
-    aligned: bool = True,
-) -> Tensor:
-    """RoIAlign average of the matched object's bitmap within each box.
+class Bitmaps(NamedTuple):
+    """The ground truth of N images with G slots each; see `op.mask_targets`."""
 
-    Args:
-        boxes: (F, 4) float32 xyxy in input pixels, within the image.
-        image: (F,) int64 in 0..N-1.
-        matched: (F,) int64 in 0..G-1, slot of the object in the tables below.
-        buffer: (B,) uint8, the objects' bitmaps (0 or 1), each cropped to its window, end to end.
-        offset: (N, G) int64, first byte of each crop.
-        window: (N, G, 4) int32 x, y, width, height of each crop in annotation pixels.
-        to_annotation: (N, 2, 3) affine map from input pixels to annotation pixels.
-        size: (N, 2) int32 height and width of the annotated image.
-        image_sizes: (N, 2) height and width of the image within the padded input.
-        image_shape: (H, W) of the padded input.
-        resolution: M, side of the masks.
-        sampling_ratio: samples per mask pixel and axis, each read bilinearly in the annotation's own
-            resolution. 0 or less: adaptive, ceil(side / M) samples, read in the input's resolution;
-            for an input that is not resized, the numbers of torchvision and detectron2.
-        aligned: half-pixel correct sampling (detectron2); false: torchvision.
-    Returns:
-        (F, M, M) float32 in 0..1. An object without a window gives zeros.
-    """
-    row = image * offset.shape[1] + matched
-    offset = offset.flatten().index_select(0, row)  # (F,)
-    window = window.flatten(0, 1).index_select(0, row).long()  # (F, 4)
-    affine = to_annotation.index_select(0, image)[..., None, None]  # (F, 2, 3, 1, 1)
-    start, pixel = _grid(boxes, resolution, aligned)
-    if sampling_ratio <= 0:
-        image_sizes = image_sizes.index_select(0, image)
-        return _adaptive(start, pixel, buffer, offset, window, affine, image_sizes, image_shape, resolution)
-    steps = (torch.arange(resolution * sampling_ratio, device=boxes.device) + 0.5) / sampling_ratio
-    position = start[..., None] + steps * pixel[..., None] + 0.5  # (F, 2, M*s), continuous x and y
+    buffer: Tensor  # (B,) uint8
+    offset: Tensor  # (N, G) integer
+    window: Tensor  # (N, G, 4) integer x, y, width, height
+    to_annotation: Tensor  # (N, 2, 3)
+    size: Tensor  # (N, 2) height, width of the annotated image
+    image_sizes: Tensor  # (N, 2) height, width of the image within the padded input
+
+
+class Sampling(NamedTuple):
+    """Where the ground truth is read, and what is made of it; see `op.mask_targets`."""
+
+    image_shape: tuple[int, int]  # height, width of the padded input
+    resolution: int
+    sampling_ratio: int  # 0: adaptive
+    aligned: bool
+    bitmap: bool
+
+
+def position_dtype(boxes: Tensor) -> torch.dtype:
+    return torch.float64 if boxes.dtype == torch.float64 else torch.float32
+
+
+def is_real(boxes: Tensor, image: Tensor, matched: Tensor, valid: Tensor | None, offset: Tensor) -> Tensor:
+    """(F,) bool: there is something to read for this RoI."""
+    images, objects = offset.shape
+    real = (image >= 0) & (image < images) & (matched >= 0) & (matched < objects)
+    real &= boxes.isfinite().all(1)
+    return real if valid is None else real & (valid != 0)
+
+
+def mask_targets(
+    boxes: Tensor, image: Tensor, matched: Tensor, valid: Tensor | None, bitmaps: Bitmaps, how: Sampling
+) -> Tensor:
+    """See `op.mask_targets`. Positions, weights and result are float64 for float64 boxes, else float32."""
+    dtype, resolution = position_dtype(boxes), how.resolution
+    real = is_real(boxes, image, matched, valid, bitmaps.offset)
+    soft = torch.zeros((len(boxes), resolution, resolution), dtype=dtype, device=boxes.device)
+    if len(boxes) and bitmaps.offset.numel() and bitmaps.buffer.numel():
+        boxes = boxes.to(dtype).where(real[:, None], 0)
+        image, matched = image.long().where(real, 0), matched.long().where(real, 0)
+        sample = _fixed if how.sampling_ratio > 0 else _adaptive
+        soft = torch.where(real[:, None, None], sample(boxes, image, matched, bitmaps, how), soft)
+    return soft >= 0.5 if how.bitmap else soft
+
+
+def _fixed(boxes: Tensor, image: Tensor, matched: Tensor, bitmaps: Bitmaps, how: Sampling) -> Tensor:
+    """Samples read in the annotation's resolution."""
+    samples = how.sampling_ratio
+    affine = _affine(bitmaps, image, boxes.dtype)
+    start, pixel = _grid(boxes, how)
+    steps = torch.arange(how.resolution * samples, dtype=boxes.dtype, device=boxes.device)
+    position = start[..., None] + (steps + 0.5) / samples * pixel[..., None] + 0.5  # (F, 2, M*s), x and y
     u, v = _annotation_position(affine, position[:, 0, None, :], position[:, 1, :, None])
     u, v = u - 0.5, v - 0.5  # (F, M*s, M*s) column and row, as pixel indices
-    height, width = size.index_select(0, image).unsqueeze(-1).unsqueeze(-1).unbind(1)
+    height, width = bitmaps.size.index_select(0, image)[..., None, None].unbind(1)
     inside = (u >= -1) & (u <= width) & (v >= -1) & (v <= height)
     u0, u1, du = _neighbours(u, width)
     v0, v1, dv = _neighbours(v, height)
-
-    def read(column: Tensor, row: Tensor) -> Tensor:
-        return _read(buffer, offset, window, column, row).float()
-
-    top = read(u0, v0) * (1 - du) + read(u1, v0) * du
-    bottom = read(u0, v1) * (1 - du) + read(u1, v1) * du
+    crop = _crop(bitmaps, image, matched)
+    top = _read(*crop, u0, v0) * (1 - du) + _read(*crop, u1, v0) * du
+    bottom = _read(*crop, u0, v1) * (1 - du) + _read(*crop, u1, v1) * du
     value = torch.where(inside, top * (1 - dv) + bottom * dv, 0.0)
-    split = (resolution, sampling_ratio)
+    split = (how.resolution, samples)
     return value.unflatten(2, split).unflatten(1, split).mean((2, 4))
+
+
+def _adaptive(boxes: Tensor, image: Tensor, matched: Tensor, bitmaps: Bitmaps, how: Sampling) -> Tensor:
+    """Samples read in the input's resolution, of which each pixel is the annotation pixel at its centre.
+
+    The average of bilinear samples is separable: weights over rows x bitmap x weights over columns.
+    """
+    height, width = how.image_shape
+    start, pixel = _grid(boxes, how)
+    sizes = bitmaps.image_sizes.index_select(0, image)
+    rows = _axis_weights(start[:, 1], pixel[:, 1], sizes[:, 0], height, how.resolution)
+    columns = _axis_weights(start[:, 0], pixel[:, 0], sizes[:, 1], width, how.resolution)
+    affine = _affine(bitmaps, image, boxes.dtype)
+    buffer, offset, window = _crop(bitmaps, image, matched)
+    y = torch.arange(height, dtype=boxes.dtype, device=boxes.device)[:, None] + 0.5
+    x = torch.arange(width, dtype=boxes.dtype, device=boxes.device)[None, :] + 0.5
+    masks = []
+    for slot in range(len(boxes)):  # one at a time: a whole bitmap in the input's resolution each
+        one = slice(slot, slot + 1)
+        u, v = (t.floor().long() for t in _annotation_position(affine[one], x, y))
+        bitmap = _read(buffer, offset[one], window[one], u, v).to(boxes.dtype)
+        masks.append(rows[one] @ bitmap @ columns[one].mT)
+    return torch.cat(masks)
+
+
+def _affine(bitmaps: Bitmaps, image: Tensor, dtype: torch.dtype) -> Tensor:
+    """(F, 2, 3, 1, 1)"""
+    return bitmaps.to_annotation.to(dtype).index_select(0, image)[..., None, None]
 
 
 def _annotation_position(affine: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,21 +111,27 @@ def _annotation_position(affine: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, 
     return u, v
 
 
-def _grid(boxes: Tensor, resolution: int, aligned: bool) -> tuple[Tensor, Tensor]:
+def _grid(boxes: Tensor, how: Sampling) -> tuple[Tensor, Tensor]:
     """First corner, in pixel-index coordinates, and side of a mask pixel: both (F, 2) as x, y."""
-    extent = boxes[..., 2:] - boxes[..., :2]
-    if aligned:
-        return boxes[..., :2] - 0.5, extent / resolution
-    return boxes[..., :2], extent.clamp(min=1.0) / resolution
+    extent = boxes[:, 2:] - boxes[:, :2]
+    if how.aligned:
+        return boxes[:, :2] - 0.5, extent / how.resolution
+    return boxes[:, :2], extent.clamp(min=1.0) / how.resolution
 
 
 def _neighbours(position: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The two pixels about an index position, clamped to 0..size-1, and the second one's weight."""
-    position = position.clamp(min=0)
-    last = size - 1
-    low = torch.minimum(position.floor().long(), last.long())
-    high = torch.minimum(low + 1, last.long())
-    return low, high, torch.where(low < last, position - low, 0.0)
+    last = (size - 1).clamp(min=0)
+    position = torch.minimum(position.clamp(min=0), last)
+    low = position.floor().long()
+    return low, torch.minimum(low + 1, last.long()), position - low
+
+
+def _crop(bitmaps: Bitmaps, image: Tensor, matched: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The buffer, and of each RoI's object the first byte (F,) and the window (F, 4)."""
+    row = image * bitmaps.offset.shape[1] + matched
+    offset = bitmaps.offset.flatten().index_select(0, row).long()
+    return bitmaps.buffer, offset, bitmaps.window.flatten(0, 1).index_select(0, row).long()
 
 
 def _read(buffer: Tensor, offset: Tensor, window: Tensor, column: Tensor, row: Tensor) -> Tensor:
@@ -98,48 +139,27 @@ def _read(buffer: Tensor, offset: Tensor, window: Tensor, column: Tensor, row: T
     left, top, width, height = window[..., None, None].unbind(1)
     column, row = column - left, row - top
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-    address = torch.where(inside, offset[:, None, None] + row * width + column, 0)
-    return torch.where(inside, buffer[address], 0)
-
-
-def _adaptive(
-    start: Tensor,
-    pixel: Tensor,
-    buffer: Tensor,
-    offset: Tensor,
-    window: Tensor,
-    affine: Tensor,
-    image_sizes: Tensor,
-    image_shape: tuple[int, int],
-    resolution: int,
-) -> Tensor:
-    """The average of bilinear samples is separable: weights over rows x bitmap x weights over columns."""
-    height, width = image_shape
-    rows = _axis_weights(start[:, 1], pixel[:, 1], image_sizes[:, 0], height, resolution)
-    columns = _axis_weights(start[:, 0], pixel[:, 0], image_sizes[:, 1], width, resolution)
-    y = torch.arange(height, device=start.device)[:, None] + 0.5
-    x = torch.arange(width, device=start.device)[None, :] + 0.5
-    masks = [start.new_zeros(0, resolution, resolution)]
-    for slot in range(len(start)):  # one at a time: a whole bitmap in the input's resolution each
-        one = slice(slot, slot + 1)
-        u, v = (t.floor().long() for t in _annotation_position(affine[one], x, y))
-        bitmap = _read(buffer, offset[one], window[one], u, v).float()
-        masks.append(rows[one] @ bitmap @ columns[one].mT)
-    return torch.cat(masks)
+    address = offset[:, None, None] + row * width + column
+    inside = inside & (address >= 0) & (address < len(buffer))
+    return torch.where(inside, buffer[address.where(inside, 0)], 0)
 
 
 def _axis_weights(start: Tensor, pixel: Tensor, size: Tensor, length: int, resolution: int) -> Tensor:
     """(F, M, length): how much each input row (or column) counts in each mask row (or column)."""
     count = pixel.ceil().clamp(min=1)
-    most = -(-length // resolution) + 1
-    k = torch.arange(most, device=start.device)
+    k = torch.arange(most_samples(length, resolution), device=start.device)
     i = torch.arange(resolution, device=start.device)[:, None]
     step = (pixel / count)[..., None, None]
     position = start[..., None, None] + i * pixel[..., None, None] + (k + 0.5) * step  # (F, M, most)
     size = size[..., None, None]
     real = (k < count[..., None, None]) & (position >= -1) & (position <= size)
-    low, high, weight = _neighbours(position, size)
+    low, high, weight = _neighbours(position, size.clamp(max=length))
     share = torch.where(real, 1 / count[..., None, None], 0.0)
-    weights = torch.zeros(*position.shape[:2], length, device=start.device)
-    weights.scatter_add_(2, low.clamp(max=length - 1), share * (1 - weight))
-    return weights.scatter_add_(2, high.clamp(max=length - 1), share * weight)
+    weights = torch.zeros(*position.shape[:2], length, dtype=start.dtype, device=start.device)
+    weights.scatter_add_(2, low, share * (1 - weight))
+    return weights.scatter_add_(2, high, share * weight)
+
+
+def most_samples(length: int, resolution: int) -> int:
+    """Adaptive samples a mask pixel can have along an axis, of a box within an image of this length."""
+    return -(-length // resolution) + 1

@@ -1,4 +1,7 @@
-"""Mask targets against a computation pixel by pixel, and against torchvision's on the same bitmaps."""
+"""Mask targets against a computation pixel by pixel, and against torchvision's on the same bitmaps.
+
+CPU tensors run the reference, or Triton's kernel if TRITON_INTERPRET=1; the tests are the same.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,16 @@ import golden_models as peers
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from fastmrcnn.kernels.mask_targets import mask_targets
+from fastmrcnn.kernels import mask_targets
+from fastmrcnn.kernels._library import interpreting
+from fastmrcnn.kernels.mask_targets import op, reference
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 Matrix = list[list[float]]
 HEIGHT, WIDTH = 37, 53  # of the annotated image
 
@@ -72,6 +81,10 @@ def tables(case: Case, seed: int = 0) -> Tables:
     )
 
 
+def moved(value: Any, device: str) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
 def boxes_of(case: Case) -> Tensor:
     """In the middle, the whole image, at its borders, thin, and of no area."""
     height, width = case.size
@@ -120,42 +133,42 @@ def by_pixel(
     return out
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("aligned", [True, False])
-@pytest.mark.parametrize("name", CASES)
-def test_each_pixel(name: str, aligned: bool) -> None:
+@pytest.mark.parametrize("name", ["flipped", "turned-enlarged"] if interpreting() else list(CASES))
+def test_each_pixel(name: str, aligned: bool, device: str) -> None:
     case = CASES[name]
-    boxes = boxes_of(case)
     bitmaps, arguments = tables(case)
+    arguments = {key: moved(value, device) for key, value in arguments.items()}
     for image, matched in ((0, 0), (0, 1), (0, 2), (1, 0)):
-        count = len(boxes)
-        found = mask_targets(
-            boxes,
-            torch.full((count,), image),
-            torch.full((count,), matched),
-            **arguments,
-            resolution=5,
-            sampling_ratio=2,
-            aligned=aligned,
-        )
+        boxes = boxes_of(case).to(device)
+        rows = torch.full((len(boxes),), image, device=device), torch.full((6,), matched, device=device)
+        options = {"resolution": 5, "sampling_ratio": 2, "aligned": aligned}
+        found = mask_targets(boxes, *rows, **arguments, **options)
         assert found.dtype == torch.float32
-        for box, target in zip(boxes.tolist(), found.numpy(), strict=True):
+        exact = mask_targets(boxes.double(), *rows, **arguments, **options)
+        assert exact.dtype == torch.float64
+        for box, target, double in zip(boxes.tolist(), found.cpu(), exact.cpu(), strict=True):
             expected = by_pixel(bitmaps[image, matched], box, case.affine, 5, 2, aligned)
-            np.testing.assert_allclose(target, expected, atol=2e-4)
+            np.testing.assert_allclose(target.numpy(), expected, atol=2e-4)
+            affine = torch.tensor(case.affine).double().tolist()  # as it is in the table, in float32
+            expected = by_pixel(bitmaps[image, matched], box, affine, 5, 2, aligned)
+            np.testing.assert_allclose(double.numpy(), expected, atol=1e-12)
         if matched == 2:
             assert not found.any()  # an object without a window
 
 
 @pytest.mark.parametrize("ratio", [1, 2, 3, 0])
 def test_rois_of_both_images_in_any_order(ratio: int) -> None:
-    case = CASES["enlarged"]
+    case = CASES["shrunk"]
     boxes = boxes_of(case)[[3, 0, 1, 2, 0]]
     image, matched = torch.tensor([1, 0, 0, 1, 0]), torch.tensor([0, 1, 0, 0, 2])
     arguments = tables(case).arguments
-    together = mask_targets(boxes, image, matched, **arguments, resolution=7, sampling_ratio=ratio)
+    together = mask_targets(boxes, image, matched, **arguments, resolution=4, sampling_ratio=ratio)
     for row in range(5):
         one = slice(row, row + 1)
         alone = mask_targets(
-            boxes[one], image[one], matched[one], **arguments, resolution=7, sampling_ratio=ratio
+            boxes[one], image[one], matched[one], **arguments, resolution=4, sampling_ratio=ratio
         )
         assert torch.equal(alone[0], together[row])
 
@@ -168,12 +181,13 @@ def test_rois_of_both_images_in_any_order(ratio: int) -> None:
         ("upside-down", lambda mask: mask.flip(-2)),
         ("turned", lambda mask: mask.mT.flip(-1)),
     ],
+    ids=["flipped", "upside-down", "turned"],
 )
 def test_a_flipped_input_has_the_flipped_target(name: str, flip: Any, ratio: int) -> None:
     """Boxes at multiples of a mask pixel's quarter, so that not even rounding differs."""
     boxes = torch.tensor([[4.0, 8.0, 18.0, 36.0], [0.0, 0.0, 28.0, 28.0], [32.0, 8.0, 53.0, 29.0]])
     x0, y0, x1, y1 = boxes.unbind(1)
-    moved = {
+    there = {
         "flipped": torch.stack([WIDTH - x1, y0, WIDTH - x0, y1], 1),
         "upside-down": torch.stack([x0, HEIGHT - y1, x1, HEIGHT - y0], 1),
         "turned": torch.stack([HEIGHT - y1, x0, HEIGHT - y0, x1], 1),
@@ -181,7 +195,7 @@ def test_a_flipped_input_has_the_flipped_target(name: str, flip: Any, ratio: int
     image, matched = torch.tensor([0, 1, 0]), torch.tensor([0, 0, 1])
     options = {"resolution": 14, "sampling_ratio": ratio}
     straight = mask_targets(boxes, image, matched, **tables(IDENTITY).arguments, **options)
-    turned = mask_targets(moved, image, matched, **tables(CASES[name]).arguments, **options)
+    turned = mask_targets(there, image, matched, **tables(CASES[name]).arguments, **options)
     assert straight.std() > 0.1
     torch.testing.assert_close(turned, flip(straight), rtol=0, atol=0)
 
@@ -228,12 +242,21 @@ def golden_case() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return data, arguments
 
 
-def test_torchvisions_targets() -> None:
+slow_when_interpreted = pytest.mark.skipif(interpreting(), reason="28 x 28, a second for each RoI")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_torchvisions_targets(device: str) -> None:
     data, arguments = golden_case()
-    found = mask_targets(**arguments, aligned=False)
-    np.testing.assert_allclose(found.numpy(), data["mask/target_bitmap_roialign"], atol=2e-5)
+    kept = slice(2 if interpreting() else None)
+    for name in ("boxes", "image", "matched"):
+        arguments[name] = arguments[name][kept]
+    found = mask_targets(**{key: moved(value, device) for key, value in arguments.items()}, aligned=False)
+    expected = data["mask/target_bitmap_roialign"][kept]
+    np.testing.assert_allclose(found.cpu().numpy(), expected, atol=2e-5)
 
 
+@slow_when_interpreted
 def test_the_two_peers_differ_and_so_do_ours() -> None:
     """detectron2 shifts by half a pixel and then asks for a half: another target, at the borders only."""
     data, arguments = golden_case()
@@ -249,3 +272,159 @@ def test_no_roi() -> None:
     for ratio in (2, 0):
         found = mask_targets(torch.zeros(0, 4), empty, empty, **arguments, resolution=4, sampling_ratio=ratio)
         assert found.shape == (0, 4, 4)
+
+
+def scene(rois: int, seed: int, device: str) -> dict[str, Any]:
+    """Polygons of two photographs, resized to 800 pixels and one of them flipped; boxes about them."""
+    r = np.random.default_rng(seed)
+    sizes, objects = [(427, 640), (333, 251)], 6
+    chunks, window, affine, inputs, boxes, rows = [], [], [], [], [], []
+    for image, (height, width) in enumerate(sizes):
+        scale = 800 / min(height, width)
+        extent = np.array([round(width * scale), round(height * scale)])
+        inputs.append([int(extent[1]), int(extent[0])])
+        ratio_x, ratio_y = width / extent[0], height / extent[1]
+        affine.append([[-ratio_x if image else ratio_x, 0, width * image], [0, ratio_y, 0]])
+        for slot in range(objects):
+            centre, radius = r.uniform(0.2, 0.8, 2) * (width, height), r.uniform(8, 150)
+            angle = np.sort(r.uniform(0, 2 * np.pi, r.integers(5, 30)))
+            length = radius * r.uniform(0.4, 1, len(angle))
+            points = centre + length[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
+            bitmap = coco_mask.decode(coco_mask.frPyObjects([points.ravel().tolist()], height, width))[..., 0]
+            y, x = (np.flatnonzero(bitmap.any(axis)) for axis in (1, 0))
+            window.append([x[0], y[0], x[-1] + 1 - x[0], y[-1] + 1 - y[0]])
+            chunks.append(bitmap[y[0] : y[-1] + 1, x[0] : x[-1] + 1].ravel())
+            low, high = points.min(0) / (ratio_x, ratio_y), points.max(0) / (ratio_x, ratio_y)
+            if image:
+                low[0], high[0] = extent[0] - high[0], extent[0] - low[0]
+            for _ in range(rois // (objects * len(sizes))):
+                jitter = r.normal(0, 0.1, 4) * np.tile(high - low, 2)
+                box = np.clip(np.concatenate([low, high]) + jitter, 0, np.tile(extent, 2))
+                boxes.append(box)
+                rows.append([image, slot])
+    offset = np.cumsum([0, *map(len, chunks)])[:-1].reshape(2, objects)
+    image, matched = torch.tensor(rows).T.contiguous()
+    arguments = {
+        "boxes": torch.tensor(np.array(boxes), dtype=torch.float32),
+        "image": image,
+        "matched": matched,
+        "buffer": torch.from_numpy(np.concatenate(chunks)),
+        "offset": torch.from_numpy(offset),
+        "window": torch.tensor(window, dtype=torch.int32).view(2, objects, 4),
+        "to_annotation": torch.tensor(affine, dtype=torch.float32),
+        "size": torch.tensor(sizes, dtype=torch.int32),
+        "image_sizes": torch.tensor(inputs),
+        "image_shape": (1216, 1216),
+    }
+    return {key: moved(value, device) for key, value in arguments.items()}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("ratio", [2, pytest.param(0, marks=slow_when_interpreted)])
+def test_bits_are_those_of_float64(ratio: int, device: str) -> None:
+    """At most one in 10,000 differs."""
+    quick = device == "cuda" or not (interpreting() or ratio == 0)
+    arguments = scene(480 if quick else 12, 0, device)
+    options = {"resolution": 28, "sampling_ratio": ratio, "bitmap": True}
+    found = mask_targets(**arguments, **options)
+    assert found.dtype == torch.bool
+    assert 0.2 < found.float().mean() < 0.8
+    bitmaps = reference.Bitmaps(*(arguments[name].cpu() for name in reference.Bitmaps._fields))
+    boxes, image, matched = (arguments[name].cpu() for name in ("boxes", "image", "matched"))
+    how = reference.Sampling(arguments["image_shape"], 28, ratio, True, True)
+    exact = reference.mask_targets(boxes.double(), image, matched, None, bitmaps, how)
+    assert (found.cpu() != exact).sum() <= found.numel() / 10_000
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("ratio", [2, 0])
+def test_what_is_not_there_gives_zeros(ratio: int, device: str) -> None:
+    """Slots that are not valid, indices and boxes that make no sense, and tables that point outside."""
+    arguments = {key: moved(value, device) for key, value in tables(IDENTITY).arguments.items()}
+    options = {"resolution": 3, "sampling_ratio": ratio, "bitmap": False}
+    boxes = torch.tensor([[5.0, 6, 20, 20]]).repeat(10, 1)
+    image, matched = torch.zeros(10, dtype=torch.int64), torch.zeros(10, dtype=torch.int64)
+    valid = torch.ones(10, dtype=torch.bool)
+    valid[1] = False
+    image[2], image[3], matched[4], matched[5] = -1, 2, -1, 3
+    boxes[6, 0], boxes[7, 3], boxes[8] = torch.nan, torch.inf, 1e30
+    compiled = torch.compile(mask_targets, fullgraph=True, backend="aot_eager")  # eager CPU would raise
+    rois = (t.to(device) for t in (boxes, image, matched))
+    found = compiled(*rois, **arguments, **options, valid=valid.to(device)).cpu()
+    assert found[0].any()
+    assert found[9].equal(found[0])
+    assert found[1:9].eq(0).all()
+    one = [t[:1].to(device) for t in (boxes, image, matched)]
+    for name, wrong in (("offset", 1 << 40), ("offset", -(1 << 40)), ("window", 1 << 20)):
+        table = arguments[name].clone()
+        table[0, 0] = wrong
+        assert mask_targets(*one, **{**arguments, name: table}, **options).eq(0).all()
+    nothing = {**arguments, "buffer": arguments["buffer"][:0]}
+    assert mask_targets(*one, **nothing, **options).eq(0).all()
+    no_objects = {**arguments, "offset": arguments["offset"][:, :0], "window": arguments["window"][:, :0]}
+    unreal = torch.zeros(1, dtype=torch.bool, device=device)
+    assert mask_targets(*one, **no_objects, **options, valid=unreal).eq(0).all()
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(
+    corners=st.lists(
+        st.one_of(st.floats(-20, 90, width=32), st.sampled_from([0.0, 37.0, 53.0, 1e6])),
+        min_size=8,
+        max_size=8,
+    ),
+    matched=st.integers(0, 2),
+    ratio=st.integers(0, 2),
+    name=st.sampled_from(sorted(CASES)),
+    aligned=st.booleans(),
+)
+def test_any_box(corners: list[float], matched: int, ratio: int, name: str, aligned: bool) -> None:
+    """Inverted, empty, outside and huge ones are shares too, the same as in float64."""
+    boxes = torch.tensor(corners).view(2, 4)
+    arguments = tables(CASES[name]).arguments
+    rows = torch.tensor([0, 1]), torch.tensor([matched, 0])
+    options = {"resolution": 3, "sampling_ratio": ratio, "aligned": aligned}
+    found = mask_targets(boxes, *rows, **arguments, **options)
+    assert ((found >= 0) & (found <= 1 + 1e-5)).all()
+    bitmaps = reference.Bitmaps(*(arguments[field] for field in reference.Bitmaps._fields))
+    how = reference.Sampling(arguments["image_shape"], 3, ratio, aligned, False)
+    same_dtype = reference.mask_targets(boxes, *rows, None, bitmaps, how)
+    torch.testing.assert_close(found, same_dtype, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_registration(device: str) -> None:
+    """opcheck, one graph, and the same bits in every run."""
+    arguments = {key: moved(value, device) for key, value in tables(CASES["turned"]).arguments.items()}
+    boxes = boxes_of(CASES["turned"]).to(device)
+    rows = (torch.tensor([0, 1, 0, 0, 0, 1]).to(device), torch.tensor([0, 0, 1, 2, 1, 0]).to(device))
+    for bitmap in (False, True):
+        names = reference.Bitmaps._fields
+        tables_ = [arguments[name] for name in names]
+        how = (list(arguments["image_shape"]), 4, 2, True, bitmap)
+        torch.library.opcheck(op._mask_targets, (boxes, *rows, None, *tables_, *how))
+        options = {"resolution": 4, "bitmap": bitmap}
+        eager = mask_targets(boxes, *rows, **arguments, **options)
+        compiled = torch.compile(mask_targets, fullgraph=True, backend="aot_eager")
+        assert compiled(boxes, *rows, **arguments, **options).equal(eager)
+        assert mask_targets(boxes, *rows, **arguments, **options).equal(eager)
+
+
+def test_bad_input() -> None:
+    arguments = {"boxes": boxes_of(IDENTITY), "image": torch.zeros(6, dtype=torch.int64)}
+    arguments |= {"matched": torch.zeros(6, dtype=torch.int64), **tables(IDENTITY).arguments, "resolution": 4}
+    for change, message in (
+        ({"boxes": torch.zeros(6, 5)}, r"boxes must be \(F, 4\), got \(6, 5\)"),
+        ({"boxes": torch.zeros(6, 4, dtype=torch.int64)}, "boxes must be floating point, got torch.int64"),
+        ({"image": torch.zeros(5, dtype=torch.int64)}, r"image must be \(6,\), got \(5,\)"),
+        ({"matched": torch.zeros(6)}, "matched must be of an integer dtype, got torch.float32"),
+        ({"matched": torch.full((6,), 3)}, r"matched of valid slots must be in 0..2, got \[3, 3"),
+        ({"image": torch.full((6,), -1)}, r"image of valid slots must be in 0..1, got \[-1, -1"),
+        ({"buffer": torch.zeros(9)}, "buffer must be uint8, got torch.float32"),
+        ({"window": torch.zeros(2, 3, 2)}, r"window must be \(2, 3, 4\), got \(2, 3, 2\)"),
+        ({"size": torch.zeros(2, 2, device="meta")}, "size must be on cpu as boxes are, got meta"),
+        ({"image_shape": (0, 5)}, r"image_shape must be a height and a width, got \(0, 5\)"),
+        ({"resolution": 0}, "resolution must be at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mask_targets(**{**arguments, **change})
