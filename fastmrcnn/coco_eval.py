@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -20,6 +21,9 @@ from tqdm import tqdm
 from fastmrcnn.errors import UserError
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+KEYPOINT_METRICS = ("AP", "AP50", "AP75", "APm", "APl")  # COCO labels no keypoints on small objects
+COCO_KEYPOINTS = 17  # of a person; pycocotools has their sigmas
+UNIFORM_SIGMA = 0.05  # of other keypoints, unless given
 
 
 def evaluate_coco(
@@ -29,6 +33,7 @@ def evaluate_coco(
     max_dets: int = 100,
     image_ids: Sequence[int] | None = None,
     show: bool = True,
+    oks_sigmas: Sequence[float] | None = None,
 ) -> dict[str, float]:
     """Average precision of results against an annotation file.
 
@@ -39,23 +44,30 @@ def evaluate_coco(
     Args:
         annotations: COCO-format file, or what `load_ground_truth` made of it.
         results: entries as `coco_results` makes them; may be empty. They are left as they are.
-        iou_types: of "bbox" and "segm".
-        max_dets: best detections that count in each image; more than 10.
+        iou_types: of "bbox", "segm" and "keypoints".
+        max_dets: best detections that count in each image; more than 10. For keypoints it is 20.
         image_ids: images that were evaluated; none: all of the file.
         show: print COCO's table of each type.
+        oks_sigmas: how far each keypoint may be off, as `choose_sigmas` takes them.
     Returns:
         "bbox/AP", "bbox/AP50", ... "segm/APl" in 0..100, and "bbox/AP-<class>" where there are several
-        classes. NaN where there is no object to find.
+        classes. NaN where there is no object to find. Keypoints have no APs.
     Raises:
-        UserError: the file is missing or not COCO format.
+        UserError: the file is missing or not COCO format; sigmas that do not fit.
     """
     truth = annotations if isinstance(annotations, COCO) else load_ground_truth(annotations)
     names = [category["name"] for category in truth.loadCats(sorted(truth.getCatIds()))]
     values: dict[str, float] = {}
     for kind in iou_types:
-        judge, table = _judge(truth, results, kind, max_dets, image_ids)
+        judge = _new_judge(truth, results, kind)
+        if kind == "keypoints":
+            count = keypoint_count(truth.dataset)
+            judge.params.kpt_oks_sigmas = choose_sigmas(count, oks_sigmas, judge.params.kpt_oks_sigmas)
+        else:
+            judge.params.maxDets = [1, 10, max_dets]
+        table = _run(judge, image_ids)
         if show:
-            what = {"bbox": "box", "segm": "mask"}[kind]
+            what = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}[kind]
             tqdm.write(f"COCO evaluation, {what} ({len(judge.params.imgIds)} images)\n{table}")
         values.update({f"{kind}/{name}": value for name, value in _metrics(judge, names).items()})
     return values
@@ -65,7 +77,8 @@ def load_ground_truth(path: str | Path) -> COCO:
     """Read an annotation file, and fill in what pycocotools needs and files often lack.
 
     `area` is the mask's, or the box's where there is no mask; `iscrowd` is 0; a region without a
-    mask has the mask of its box.
+    mask has the mask of its box. Where categories name keypoints, an object without any has them
+    unlabelled.
     """
     try:
         tree = json.loads(Path(path).read_text(encoding="utf-8-sig"))
@@ -75,8 +88,12 @@ def load_ground_truth(path: str | Path) -> COCO:
     if not isinstance(tree, dict) or any(not isinstance(tree.get(part), list) for part in parts):
         raise UserError(f"{path}: not COCO format: it must hold lists of {', '.join(parts)}")
     sizes = {image["id"]: (image["height"], image["width"]) for image in tree["images"]}
+    count = keypoint_count(tree)
     for entry in tree["annotations"]:
         entry.setdefault("iscrowd", 0)
+        if count:
+            entry["keypoints"] = entry.get("keypoints") or [0] * 3 * count
+            entry.setdefault("num_keypoints", sum(flag > 0 for flag in entry["keypoints"][2::3]))
         x, y, w, h = entry["bbox"]
         shape = entry.get("segmentation") or None
         if entry.get("area") is None:
@@ -96,6 +113,32 @@ def load_ground_truth(path: str | Path) -> COCO:
     return truth
 
 
+def keypoint_count(tree: dict[str, Any]) -> int:
+    """J of a COCO file; 0 if its categories name none."""
+    return max((len(category.get("keypoints") or ()) for category in tree["categories"]), default=0)
+
+
+def choose_sigmas(
+    count: int, given: Sequence[float] | None, of_a_person: Sequence[float] = (1.0,) * COCO_KEYPOINTS
+) -> NDArray[np.float64]:
+    """Sigmas of the object keypoint similarity, in units of the square root of the object's area.
+
+    Args:
+        count: J.
+        given: one for each keypoint, from the configuration's evaluate.oks_sigmas; none: COCO's own for
+            17 keypoints, else 0.05 for each.
+    Raises:
+        UserError: there are not J of them.
+    """
+    if given is None:
+        return np.array(of_a_person) if count == COCO_KEYPOINTS else np.full(count, UNIFORM_SIGMA)
+    if len(given) != count:
+        raise UserError(
+            f"evaluate.oks_sigmas has {len(given)} values, but there are {count} keypoints; give one for each"
+        )
+    return np.array(given, np.float64)
+
+
 def _mask_area(shape: Any, height: int, width: int) -> float:
     if isinstance(shape, dict) and not isinstance(shape["counts"], list):
         return float(coco_mask.area(shape))
@@ -103,11 +146,7 @@ def _mask_area(shape: Any, height: int, width: int) -> float:
     return float(coco_mask.area(coco_mask.merge(rle) if isinstance(rle, list) else rle))
 
 
-def _judge(
-    truth: COCO, results: Sequence[dict[str, Any]], kind: str, max_dets: int, image_ids: Sequence[int] | None
-) -> tuple[COCOeval, str]:
-    """pycocotools' evaluation and its summary; its other chatter is left out."""
-    table = io.StringIO()
+def _new_judge(truth: COCO, results: Sequence[dict[str, Any]], kind: str) -> COCOeval:
     with contextlib.redirect_stdout(io.StringIO()):
         if results:
             # loadRes writes into the entries, and its masks are only read.
@@ -116,8 +155,13 @@ def _judge(
             found = COCO()
             found.dataset = {**truth.dataset, "annotations": []}
             found.createIndex()
-        judge = COCOeval(truth, found, kind)
-        judge.params.maxDets = [1, 10, max_dets]
+        return COCOeval(truth, found, kind)
+
+
+def _run(judge: COCOeval, image_ids: Sequence[int] | None) -> str:
+    """pycocotools' evaluation and its summary; its other chatter is left out."""
+    table = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()):
         if image_ids is not None:
             judge.params.imgIds = sorted(image_ids)
         judge.evaluate()
@@ -125,12 +169,14 @@ def _judge(
         with contextlib.redirect_stdout(table):
             judge.summarize()
     lines = table.getvalue().splitlines()
-    if max_dets != 100:  # the first line of pycocotools' summary only knows 100
+    max_dets = judge.params.maxDets[-1]
+    # The first line of pycocotools' summary of boxes and masks only knows 100.
+    if judge.params.iouType != "keypoints" and max_dets != 100:
         value = _mean(judge.eval["precision"][..., 0, -1]) / 100
         lines[0] = (
             lines[0].replace("maxDets=100", f"maxDets={max_dets:>3d}").replace("-1.000", f"{value:0.3f}")
         )
-    return judge, "\n".join(lines)
+    return "\n".join(lines)
 
 
 def _metrics(judge: COCOeval, class_names: Sequence[str]) -> dict[str, float]:
@@ -138,8 +184,10 @@ def _metrics(judge: COCOeval, class_names: Sequence[str]) -> dict[str, float]:
     precision = judge.eval["precision"][..., -1]
     fifty, seventy_five = (int(np.argmin(abs(judge.params.iouThrs - t))) for t in (0.5, 0.75))
     every = precision[..., 0]
-    parts = (every, every[fifty], every[seventy_five], *(precision[..., area] for area in (1, 2, 3)))
-    found = {name: _mean(part) for name, part in zip(METRICS, parts, strict=True)}
+    areas = range(1, precision.shape[-1])  # small, medium and large, or the last two for keypoints
+    parts = (every, every[fifty], every[seventy_five], *(precision[..., area] for area in areas))
+    names = KEYPOINT_METRICS if judge.params.iouType == "keypoints" else METRICS
+    found = {name: _mean(part) for name, part in zip(names, parts, strict=True)}
     if len(class_names) > 1:
         found.update({f"AP-{name}": _mean(every[:, :, k]) for k, name in enumerate(class_names)})
     return found

@@ -3,7 +3,7 @@
 Dimension letters, used in every docstring:
     N images, L pyramid levels, R anchors per image, G ground-truth slots,
     P proposal slots, S sampled slots, F foreground slots, D detection slots,
-    K classes, M mask side, C channels, H and W the padded image.
+    K classes, M mask side, J keypoints, C channels, H and W the padded image.
 
 A *slot* is one row of a padded tensor; `valid` says whether it is real. What stands in a slot that
 is not valid is unspecified but finite. Boxes are xyxy, float32, in pixels of the padded input.
@@ -37,6 +37,20 @@ class PackedMasks(NamedTuple):
     size: Tensor  # (N, 2) int32, height and width of the annotated image
 
 
+class PackedPolygons(NamedTuple):
+    """Ground-truth polygons, parts of all objects end to end; see `kernels.polygon_mask_targets`.
+
+    Sizes are powers of two. Flips, scales and crops of the image change `to_input`, never the vertices.
+    """
+
+    vertices: Tensor  # (V, 2) float64 x, y in annotation pixels
+    part_start: Tensor  # (P + 1,) int32, first vertex of each part; where the last one ends
+    first_part: Tensor  # (N, G) int32
+    parts: Tensor  # (N, G) int32, how many the slot has; 0 if it has no polygon, as with RLE
+    to_input: Tensor  # (N, 2, 3) float64, (x, y, 1) in annotation pixels -> (x, y) in input pixels
+    step: Tensor  # (E,) int32 0, 1, ... E-1; no object has more than E vertices
+
+
 class Targets(NamedTuple):
     """What there is to learn in a batch."""
 
@@ -45,7 +59,8 @@ class Targets(NamedTuple):
     valid: Tensor  # (N, G) bool, an object to learn
     crowd: Tensor  # (N, G) bool, a crowd region: nothing to learn, nothing to punish; never valid too
     masks: PackedMasks
-    keypoints: Tensor | None = None  # (N, G, J, 3) float32 x, y, visibility
+    keypoints: Tensor | None = None  # (N, G, J, 3) float32 x, y, visibility; 0 if not labelled
+    polygons: PackedPolygons | None = None  # where the mask targets are rasterised from them
 
 
 class Proposals(NamedTuple):
@@ -74,8 +89,8 @@ class SampledRois(NamedTuple):
 class Losses(NamedTuple):
     """Scalars, named as in detectron2. A part that the model lacks gives None.
 
-    `num_fg` and `masks_dropped` are counts, not losses: foreground RoIs of the batch, and those of them
-    that found no slot in the mask head.
+    The last three are counts, not losses: foreground RoIs of the batch, those of them that found no slot
+    in the mask head, and those with a labelled keypoint that found none in the keypoint head.
     """
 
     loss_rpn_cls: Tensor | None = None
@@ -86,6 +101,7 @@ class Losses(NamedTuple):
     loss_keypoint: Tensor | None = None
     num_fg: Tensor | None = None
     masks_dropped: Tensor | None = None
+    keypoints_dropped: Tensor | None = None
 
     def present(self) -> dict[str, Tensor]:
         """Losses and counts by name, without those that are None."""
@@ -106,7 +122,7 @@ class Detections(NamedTuple):
     valid: Tensor  # (N, D) bool
     cut: Tensor  # (N,) int64, candidates above the threshold that did not fit before NMS
     masks: Tensor | None = None  # (N, D, M, M) float32 probabilities within the box
-    keypoints: Tensor | None = None  # (N, D, J, 3) float32 x, y, score
+    heatmaps: Tensor | None = None  # (N, D, J, H', W') float32 logits of each keypoint within the box
 
 
 def tree_map(function: Callable[[Tensor], Any], structure: T) -> T:

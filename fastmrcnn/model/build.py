@@ -9,6 +9,7 @@ from fastmrcnn.model.anchors import AnchorGenerator
 from fastmrcnn.model.backbone import Norm, ResNet, make_norm, residual_stage, stage_channels
 from fastmrcnn.model.box_head import BoxHead
 from fastmrcnn.model.fpn import FeaturePyramid
+from fastmrcnn.model.keypoint_head import KeypointHead
 from fastmrcnn.model.mask_head import FcnMaskHead, MaskHead, MlpMaskHead
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.model.roi_pooler import RoiPooler
@@ -16,8 +17,17 @@ from fastmrcnn.model.roi_sampler import RoiSampler
 from fastmrcnn.model.rpn import RegionProposalNetwork
 
 
-def build_model(config: ModelConfig, num_classes: int, load_backbone_weights: bool = True) -> MaskRCNN:
-    """A Mask R-CNN for `num_classes` classes, its backbone loaded if the configuration names weights."""
+def build_model(
+    config: ModelConfig,
+    num_classes: int,
+    load_backbone_weights: bool = True,
+    num_keypoints: int | None = None,
+) -> MaskRCNN:
+    """A Mask R-CNN for `num_classes` classes, its backbone loaded if the configuration names weights.
+
+    Args:
+        num_keypoints: of the objects, if the configuration asks for a keypoint head.
+    """
     c4 = config.architecture == "c4"
     norm = make_norm(config.backbone.norm, config.backbone.norm_eps)
     backbone = ResNet(
@@ -64,9 +74,14 @@ def build_model(config: ModelConfig, num_classes: int, load_backbone_weights: bo
         res5=res5,
         box_head=_box_head(config, head_channels, num_classes) if config.box_head.enabled else None,
         mask_head=_mask_head(config, head_channels, num_classes) if config.mask_head.enabled else None,
+        keypoint_head=_keypoint_head(config, channels, num_keypoints)
+        if config.keypoint_head.enabled
+        else None,
         box_resolution=config.box_head.resolution,
         mask_resolution=config.mask_head.resolution,
+        keypoint_resolution=config.keypoint_head.resolution,
         mask_slots_per_image=config.mask_head.slots_per_image,
+        keypoint_slots_per_image=config.keypoint_head.slots_per_image,
         channel_order=config.channel_order,
         pixel_mean=config.pixel_mean,
         pixel_std=config.pixel_std,
@@ -150,3 +165,18 @@ def _mask_head(config: ModelConfig, channels: int, num_classes: int) -> MaskHead
             channels, mask.resolution, num_classes, fcs=mask.fcs, hidden=mask.hidden, **settings
         )
     return FcnMaskHead(channels, num_classes, convs=mask.convs, channels=mask.channels, **settings)
+
+
+def _keypoint_head(config: ModelConfig, channels: int, num_keypoints: int | None) -> KeypointHead:
+    if not num_keypoints:
+        raise ValueError("a keypoint head needs the number of keypoints")
+    head, roi = config.keypoint_head, config.roi
+    return KeypointHead(
+        channels,
+        num_keypoints,
+        convs=head.convs,
+        channels=head.channels,
+        loss_normalizer=head.loss_normalizer,
+        most_keypoints=num_keypoints * max(1, int(roi.batch_per_image * roi.foreground_share)),
+        loss_weight=head.loss_weight,
+    )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastmrcnn.model.backbone import ResNet
 from fastmrcnn.model.box_head import BoxHead
 from fastmrcnn.model.fpn import FeaturePyramid
+from fastmrcnn.model.keypoint_head import KeypointHead, with_keypoints
 from fastmrcnn.model.mask_head import MaskHead
 from fastmrcnn.model.roi_pooler import RoiPooler
 from fastmrcnn.model.roi_sampler import RoiSampler, pack_foreground
@@ -31,11 +32,12 @@ class MaskRCNN(nn.Module):
         fpn: none: everything reads the backbone's last map (C4, C5).
         pooler: cuts RoI features.
         res5: stage that the heads share, run on the RoI features (C4); none: there is none.
-        mask_head: none: Faster R-CNN.
+        mask_head, keypoint_head: none: Faster R-CNN.
         box_resolution, mask_resolution: sides of the RoI features for the two heads. With `res5` both
             read what it makes of the first.
-        mask_slots_per_image: slots of the mask head in training, shared by the images of a batch; none:
-            as many as the sampler may give.
+        keypoint_resolution: side of the RoI features for the keypoint head, which are always its own.
+        mask_slots_per_image, keypoint_slots_per_image: slots of a head in training, shared by the images
+            of a batch; none: as many as the sampler may give.
         channel_order: rgb | bgr, of the network's input; a batch is always RGB.
         pixel_mean, pixel_std: in that order, for pixels in 0..255.
     """
@@ -55,9 +57,12 @@ class MaskRCNN(nn.Module):
         res5: nn.Sequential | None = None,
         box_head: BoxHead | None,
         mask_head: MaskHead | None,
+        keypoint_head: KeypointHead | None = None,
         box_resolution: int = 7,
         mask_resolution: int = 14,
+        keypoint_resolution: int = 14,
         mask_slots_per_image: int | None = None,
+        keypoint_slots_per_image: int | None = None,
         channel_order: str = "rgb",
         pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53),
         pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375),
@@ -65,8 +70,8 @@ class MaskRCNN(nn.Module):
         super().__init__()
         if rpn is None and box_head is None:
             raise ValueError("a model needs an RPN or a box head")
-        if mask_head is not None and box_head is None:
-            raise ValueError("a mask head needs a box head")
+        if (mask_head is not None or keypoint_head is not None) and box_head is None:
+            raise ValueError("a mask or keypoint head needs a box head")
         self.backbone = backbone
         self.fpn = fpn
         self.rpn = rpn
@@ -75,9 +80,12 @@ class MaskRCNN(nn.Module):
         self.res5 = res5
         self.box_head = box_head
         self.mask_head = mask_head
+        self.keypoint_head = keypoint_head
         self.box_resolution = box_resolution
         self.mask_resolution = mask_resolution
+        self.keypoint_resolution = keypoint_resolution
         self.mask_slots_per_image = mask_slots_per_image
+        self.keypoint_slots_per_image = keypoint_slots_per_image
         self.channel_order = channel_order
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).reshape(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).reshape(3, 1, 1), persistent=False)
@@ -120,6 +128,16 @@ class MaskRCNN(nn.Module):
                 x = pooled.flatten(0, 1).index_select(0, chosen.slot)
             losses["loss_mask"] = self.mask_head.loss(self.mask_head(x), chosen, batch, targets.masks)
             losses["masks_dropped"] = losses["num_fg"] - chosen.valid.sum()
+        if self.keypoint_head is not None:
+            if targets.keypoints is None:
+                raise ValueError("a model with a keypoint head needs targets with keypoints")
+            labelled = with_keypoints(rois, targets.keypoints)
+            chosen = pack_foreground(labelled, self.sampler.foreground_slots, self.keypoint_slots_per_image)
+            x = self.pooler(features, chosen.boxes, chosen.valid, self.keypoint_resolution, chosen.image)
+            losses["loss_keypoint"] = self.keypoint_head.loss(
+                self.keypoint_head(x), chosen, targets.keypoints
+            )
+            losses["keypoints_dropped"] = labelled.is_foreground.sum() - chosen.valid.sum()
         return Losses(**losses)
 
     @torch.no_grad()
@@ -131,14 +149,18 @@ class MaskRCNN(nn.Module):
         x = self.box_features(features, proposals.boxes, proposals.valid)
         logits, deltas_of_class = self.box_head(x)
         found = self.box_head.detect(logits, deltas_of_class, proposals, batch.sizes)
-        if self.mask_head is None:
-            return found
-        if self.res5 is None:
-            x = self.pooler(features, found.boxes, found.valid, self.mask_resolution)
-        else:
-            x = self.box_features(features, found.boxes, found.valid)
-        masks = self.mask_head.of_class(self.mask_head(x.flatten(0, 1)), found.classes.flatten())
-        return found._replace(masks=masks.unflatten(0, found.valid.shape))
+        if self.mask_head is not None:
+            if self.res5 is None:
+                x = self.pooler(features, found.boxes, found.valid, self.mask_resolution)
+            else:
+                x = self.box_features(features, found.boxes, found.valid)
+            masks = self.mask_head.of_class(self.mask_head(x.flatten(0, 1)), found.classes.flatten())
+            found = found._replace(masks=masks.unflatten(0, found.valid.shape))
+        if self.keypoint_head is not None:
+            x = self.pooler(features, found.boxes, found.valid, self.keypoint_resolution)
+            heatmaps = self.keypoint_head(x.flatten(0, 1))
+            found = found._replace(heatmaps=heatmaps.unflatten(0, found.valid.shape))
+        return found
 
     def propose(self, features: list[Tensor], batch: Batch) -> Proposals:
         """Proposals of the RPN, or those that come with the batch if the model has none."""

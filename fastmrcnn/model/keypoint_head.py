@@ -1,0 +1,115 @@
+"""Keypoint head: RoI features to a heatmap per keypoint (arXiv 1703.06870, section 5)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmrcnn.model.roi_sampler import PackedRois
+from fastmrcnn.model.sampling import take
+from fastmrcnn.structures import SampledRois
+
+
+class KeypointHead(nn.Module):
+    """3x3 convolutions, a deconvolution to twice the size, and bilinear enlargement to four times the size.
+
+    A heatmap is one softmax over its M x M positions. Classes share the heatmaps.
+
+    Args:
+        in_channels: of the RoI features, (T, in_channels, M/4, M/4).
+        num_keypoints: J.
+        convs, channels: 3x3 convolutions and their width.
+        loss_normalizer: visible: the loss is a mean over the visible keypoints of the batch (torchvision,
+            and the recipes of detectron2); static: it is divided by `images * most_keypoints`, so that a
+            batch with few keypoints weighs less.
+        most_keypoints: J times the foreground RoIs that may be sampled of an image.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_keypoints: int,
+        *,
+        convs: int = 8,
+        channels: int = 512,
+        loss_normalizer: str = "visible",
+        most_keypoints: int = 1,
+        loss_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.num_keypoints = num_keypoints
+        self.loss_normalizer = loss_normalizer
+        self.most_keypoints = most_keypoints
+        self.loss_weight = loss_weight
+        self.convs = nn.ModuleList(
+            nn.Conv2d(in_channels if index == 0 else channels, channels, 3, padding=1)
+            for index in range(convs)
+        )
+        inputs = channels if convs else in_channels
+        self.deconv = nn.ConvTranspose2d(inputs, num_keypoints, 4, stride=2, padding=1)
+        for layer in (*self.convs, self.deconv):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """RoI features (T, C, M/4, M/4) -> heatmap logits (T, J, M, M) float32."""
+        for conv in self.convs:
+            x = F.relu(conv(x), inplace=True)
+        # In float32: the loss and the search for the highest position need it, and it is a small map.
+        return F.interpolate(self.deconv(x).float(), scale_factor=2.0, mode="bilinear", align_corners=False)
+
+    def loss(self, logits: Tensor, rois: PackedRois, keypoints: Tensor) -> Tensor:
+        """Softmax cross-entropy at each visible keypoint within its RoI; 0 if there is none.
+
+        Args:
+            logits: (T, J, M, M) of the T slots of `rois`.
+            keypoints: (N, G, J, 3) of the ground truth.
+        """
+        images, slots = keypoints.shape[:2]
+        with torch.no_grad():
+            own = keypoints.flatten(0, 1).index_select(0, rois.image * slots + rois.matched)
+            goal, counts = keypoint_targets(own, rois.boxes, logits.shape[-1])
+            counts = counts & rois.valid[:, None]
+            divisor = counts.sum().clamp(min=1).float()
+            if self.loss_normalizer == "static":
+                divisor = torch.full_like(divisor, images * self.most_keypoints)
+        loss = F.cross_entropy(logits.flatten(0, 1).flatten(1), goal.flatten(), reduction="none")
+        return torch.where(counts.flatten(), loss, 0.0).sum() / divisor * self.loss_weight
+
+
+def keypoint_targets(keypoints: Tensor, boxes: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """The cell of its box that each keypoint falls into. A keypoint on the right or lower edge belongs to
+    the last cell (torchvision and detectron2).
+
+    Args:
+        keypoints: (T, J, 3) x, y, visibility.
+        boxes: (T, 4) xyxy in the same pixels.
+        side: M, cells of a box per axis.
+    Returns:
+        (T, J) int64 cell in 0..M*M-1, row by row, 0 where it does not count; (T, J) bool, whether the
+        keypoint is labelled and within the box.
+    """
+    low, high = boxes[:, None, :2], boxes[:, None, 2:]
+    extent = high - low
+    real = extent > 0
+    cell = ((keypoints[..., :2] - low) * (side / torch.where(real, extent, 1.0))).floor()
+    cell = torch.where(keypoints[..., :2] == high, side - 1, cell)
+    counts = ((cell >= 0) & (cell < side) & real).all(-1) & (keypoints[..., 2] > 0)
+    cell = torch.where(counts[..., None], cell, 0.0).long()
+    return cell[..., 1] * side + cell[..., 0], counts
+
+
+@torch.no_grad()
+def with_keypoints(rois: SampledRois, keypoints: Tensor) -> SampledRois:
+    """The RoIs, those alone foreground that hold a labelled keypoint of their object.
+
+    The others add nothing to the loss: they would take slots in vain.
+
+    Args:
+        keypoints: (N, G, J, 3) of the ground truth.
+    """
+    own = take(keypoints, rois.matched)  # (N, S, J, 3)
+    low, high = rois.boxes[:, :, None, :2], rois.boxes[:, :, None, 2:]
+    within = ((own[..., :2] >= low) & (own[..., :2] <= high)).all(-1) & (own[..., 2] > 0)
+    return rois._replace(is_foreground=rois.is_foreground & within.any(-1))
