@@ -9,6 +9,7 @@ from .mask_loss.op import mask_loss
 from .mask_targets.op import mask_targets
 from .nms.op import batched_nms, nms, padded_nms
 from .patch import patch, unpatch
+from .polygon_targets.op import polygon_mask_targets
 from .roi_align.op import MultiScaleRoIAlign, multilevel_roi_align, roi_align
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "nms",
     "padded_nms",
     "patch",
+    "polygon_mask_targets",
     "roi_align",
     "unpatch",
 ]
