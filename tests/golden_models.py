@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,8 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastmrcnn.conversion.programs import export_state, import_state
 from fastmrcnn.model.mask_rcnn import MaskRCNN
+from fastmrcnn.pretrained import prepared
 from fastmrcnn.structures import Batch, PackedMasks, Targets
+from fastmrcnn.weights import copy_state
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 
@@ -35,74 +37,22 @@ def load_fill() -> Callable[[str, Sequence[int]], np.ndarray]:
     return module.fill
 
 
-_TORCHVISION = [
-    (r"backbone\.", "backbone.body."),
-    (r"fpn\.lateral\.", "backbone.fpn.inner_blocks."),
-    (r"fpn\.output\.", "backbone.fpn.layer_blocks."),
-    (r"rpn\.head\.convs\.(\d)\.", r"rpn.head.conv.\1.0."),
-    (r"rpn\.head\.objectness\.", "rpn.head.cls_logits."),
-    (r"rpn\.head\.deltas\.", "rpn.head.bbox_pred."),
-    (r"box_head\.fc1\.", "roi_heads.box_head.fc6."),
-    (r"box_head\.fc2\.", "roi_heads.box_head.fc7."),
-    (r"box_head\.classes\.", "roi_heads.box_predictor.cls_score."),
-    (r"box_head\.deltas\.", "roi_heads.box_predictor.bbox_pred."),
-    (r"mask_head\.convs\.(\d)\.", r"roi_heads.mask_head.\1.0."),
-    (r"mask_head\.deconv\.", "roi_heads.mask_predictor.conv5_mask."),
-    (r"mask_head\.predictor\.", "roi_heads.mask_predictor.mask_fcn_logits."),
-]
-
-
-def torchvision_name(ours: str) -> str:
-    for pattern, theirs in _TORCHVISION:
-        if re.match(pattern, ours):
-            return re.sub("^" + pattern, theirs, ours, count=1)
-    raise KeyError(ours)
-
-
-def detectron2_name(ours: str) -> str:
-    name = re.sub(r"^backbone\.(conv1|bn1)\.", r"backbone.bottom_up.stem.\1.", ours)
-    name = re.sub(r"^backbone\.layer(\d)\.", lambda m: f"backbone.bottom_up.res{int(m[1]) + 1}.", name)
-    name = name.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
-    name = re.sub(r"\.bn(\d)\.", r".conv\1.norm.", name)
-    name = re.sub(
-        r"^fpn\.(lateral|output)\.(\d)\.0\.", lambda m: f"backbone.fpn_{m[1]}{int(m[2]) + 2}.", name
-    )
-    name = re.sub(r"^rpn\.head\.convs\.0\.", "proposal_generator.rpn_head.conv.", name)
-    name = re.sub(r"^rpn\.head\.objectness\.", "proposal_generator.rpn_head.objectness_logits.", name)
-    name = re.sub(r"^rpn\.head\.deltas\.", "proposal_generator.rpn_head.anchor_deltas.", name)
-    name = re.sub(r"^box_head\.(fc\d)\.", r"roi_heads.box_head.\1.", name)
-    name = re.sub(r"^box_head\.classes\.", "roi_heads.box_predictor.cls_score.", name)
-    name = re.sub(r"^box_head\.deltas\.", "roi_heads.box_predictor.bbox_pred.", name)
-    name = re.sub(
-        r"^mask_head\.convs\.(\d)\.", lambda m: f"roi_heads.mask_head.mask_fcn{int(m[1]) + 1}.", name
-    )
-    return re.sub(r"^mask_head\.", "roi_heads.mask_head.", name)
-
-
-def fill_from_torchvision(model: MaskRCNN) -> None:
-    """torchvision counts the background as class 0: its rows are rolled to the end, or dropped."""
+def peer_state(model: MaskRCNN, program: str) -> dict[str, Tensor]:
+    """The state dict of the same model in the other program, each parameter filled by its name there."""
     fill = load_fill()
-    state = model.state_dict()
-    for name, value in state.items():
-        if not value.is_floating_point():
-            continue
-        theirs, shape = torchvision_name(name), list(value.shape)
-        if name.startswith("box_head.classes"):
-            filled = np.roll(fill(theirs, shape), -1, axis=0)
-        elif name.startswith("box_head.deltas"):
-            filled = fill(theirs, [shape[0] + 4, *shape[1:]])[4:]
-        elif name.startswith("mask_head.predictor"):
-            filled = fill(theirs, [shape[0] + 1, *shape[1:]])[1:]
-        else:
-            filled = fill(theirs, shape)
-        value.copy_(torch.from_numpy(np.ascontiguousarray(filled)))
+    category_ids = list(range(1, model.sampler.num_classes + 1))
+    return {
+        name: torch.from_numpy(fill(name, list(value.shape))) if value.is_floating_point() else value
+        for name, value in export_state(model.state_dict(), program, "the test", category_ids).items()
+    }
 
 
-def fill_from_detectron2(model: MaskRCNN) -> None:
-    fill = load_fill()
-    for name, value in model.state_dict().items():
-        if value.is_floating_point():
-            value.copy_(torch.from_numpy(fill(detectron2_name(name), list(value.shape))))
+def fill_from(model: MaskRCNN, program: str) -> None:
+    """Load the weights of the golden files, as the converter reads them."""
+    own = model.state_dict()
+    imported = import_state(peer_state(model, program), "the test")
+    assert imported.program == program
+    copy_state(model, prepared(imported, own), "the test")
 
 
 def golden_images(scale: float) -> tuple[Tensor, Tensor]:

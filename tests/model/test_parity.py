@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmrcnn.config_file import parse_config
+from fastmrcnn.conversion.names import detectron2_names, torchvision_names
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.model.sampling import SamplingKeys
@@ -49,11 +50,10 @@ def build(peer: str, norm: str = "frozen_bn") -> tuple[MaskRCNN, Batch, dict[str
     settings = TORCHVISION if peer == "torchvision" else DETECTRON2
     tree = {"model": {**settings, "backbone": {**settings["backbone"], "norm": norm}}}
     model = build_model(parse_config(tree, "the test").model, 7)
+    peers.fill_from(model, peer)
     if peer == "torchvision":
-        peers.fill_from_torchvision(model)
         batch = peers.golden_batch(data, "labels", "masks", background=1, scale=255.0)
     else:
-        peers.fill_from_detectron2(model)
         batch = peers.golden_batch(data, "classes", "bitmaps", background=0, scale=255.0)
     return model, batch, data
 
@@ -99,15 +99,16 @@ def test_losses_and_gradients(peer: str, norm: str, prefix: str) -> None:
     keys = model.draw_keys(batch, torch.Generator().manual_seed(0))
     losses = model(batch, keys)
     assert foreground_fits(model, batch, keys)
-    for ours, theirs in LOSSES[peer].items():
-        expected = float(data[f"{prefix}loss.{theirs}"])
-        assert getattr(losses, ours).item() == pytest.approx(expected, rel=1e-4), ours
+    for name, key in LOSSES[peer].items():
+        expected = float(data[f"{prefix}loss.{key}"])
+        assert getattr(losses, name).item() == pytest.approx(expected, rel=1e-4), name
     losses.total().backward()
-    rename = peers.torchvision_name if peer == "torchvision" else peers.detectron2_name
+    rename = torchvision_names if peer == "torchvision" else detectron2_names
+    theirs = rename([name for name, _ in model.named_parameters()], to_ours=False)
     wrong = []
     compared = 0
     for name, parameter in model.named_parameters():
-        key = f"{prefix}gradnorm.{rename(name)}"
+        key = f"{prefix}gradnorm.{theirs[name]}"
         if key not in data:
             continue
         compared += 1
