@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import golden_models as peers
 import numpy as np
@@ -15,6 +15,7 @@ from fastmrcnn.conversion.names import detectron2_names, torchvision_names
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.model.sampling import SamplingKeys
+from fastmrcnn.paste import paste_masks
 from fastmrcnn.structures import Batch
 
 ALL = 10**6  # sample everything, so that nothing is random
@@ -153,3 +154,14 @@ def test_features_proposals_and_detections(peer: str) -> None:
         distance += 1e3 * np.abs(scores[:, None] - data[f"det{image}.scores"][None])  # 1e-4 is 0.1
         assert distance.min(1).max() < 0.15
         assert distance.min(0).max() < 0.15
+        nearest = distance.argmin(1)
+        labels = data[f"det{image}.labels"] - 1 if peer == "torchvision" else data[f"det{image}.classes"]
+        assert np.array_equal(found.classes[image, :count].numpy(), labels[nearest])
+        assert found.masks is not None
+        height, width = batch.sizes[image].tolist()
+        method: Literal["resize", "sample"] = "resize" if peer == "torchvision" else "sample"
+        bitmaps = paste_masks(
+            found.masks[image, :count], found.boxes[image, :count], height, width, method=method
+        )
+        area, expected = bitmaps.sum((1, 2)).numpy(), data[f"det{image}.mask_area"][nearest]
+        assert np.all(np.abs(area - expected) <= 0.01 * expected)
