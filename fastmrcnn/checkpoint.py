@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastmrcnn.config import Config
 from fastmrcnn.config_file import parse_config
 from fastmrcnn.conversion.files import is_url, read_weights
+from fastmrcnn.data.keypoints import KeypointSchema
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
@@ -41,6 +42,11 @@ class ModelCard:
     config: Config
     class_names: list[str]  # of classes 0..K-1
     category_ids: list[int]  # of the data set, by class
+    keypoints: KeypointSchema | None = None  # of a model with a keypoint head
+
+    @property
+    def num_keypoints(self) -> int | None:
+        return None if self.keypoints is None else len(self.keypoints.names)
 
 
 class HasState(Protocol):
@@ -124,6 +130,7 @@ def pack(
         "config": card.config.model_dump(mode="json"),
         "class_names": list(card.class_names),
         "category_ids": list(card.category_ids),
+        "keypoints": None if card.keypoints is None else card.keypoints._asdict(),
         "extra": extra or {},
     }
 
@@ -210,7 +217,9 @@ def check_format(tree: dict[str, Any], file: Path) -> dict[str, Any]:
 def read_card(checkpoint: Mapping[str, Any], source: str | Path) -> ModelCard:
     """The card that a checkpoint carries; UserError if its configuration is not valid here."""
     config = parse_config(checkpoint["config"], source=str(source))
-    return ModelCard(config, list(checkpoint["class_names"]), list(checkpoint["category_ids"]))
+    known = checkpoint.get("keypoints")  # which checkpoints of earlier versions lack
+    keypoints = None if known is None else KeypointSchema(**known)
+    return ModelCard(config, list(checkpoint["class_names"]), list(checkpoint["category_ids"]), keypoints)
 
 
 def restore(
@@ -280,7 +289,12 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "auto") -> Ma
 def model_of(checkpoint: Mapping[str, Any], source: str | Path) -> MaskRCNN:
     """The model that `read_checkpoint` read, on the CPU, in eval mode, with its card."""
     card = read_card(checkpoint, source)
-    model = build_model(card.config.model, len(card.class_names), load_backbone_weights=False)
+    model = build_model(
+        card.config.model,
+        len(card.class_names),
+        load_backbone_weights=False,
+        num_keypoints=card.num_keypoints,
+    )
     weights = checkpoint["model"] if checkpoint["ema"] is None else checkpoint["ema"]
     copy_state(model, as_state(weights, source), source)
     model.card = card

@@ -42,7 +42,12 @@ def dry_run(config: Config, train_set: CocoDataset) -> None:
         steps=STEPS,
         max_objects=config.data.max_objects,
     )
-    model = build_model(config.model, len(train_set.class_names), load_backbone_weights=False)
+    model = build_model(
+        config.model,
+        len(train_set.class_names),
+        load_backbone_weights=False,
+        num_keypoints=train_set.num_keypoints,
+    )
     start_model(model, config.model, train_set.class_names)
     model = model.to(device).train()
     optimizer = build_optimizer(model, config.optim)

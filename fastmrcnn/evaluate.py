@@ -14,13 +14,14 @@ from torch import nn
 from tqdm import tqdm
 
 from fastmrcnn.checkpoint import find_checkpoint, load_checkpoint
-from fastmrcnn.coco_eval import evaluate_coco
+from fastmrcnn.coco_eval import choose_sigmas, evaluate_coco
 from fastmrcnn.command import Parser
 from fastmrcnn.config import Config
 from fastmrcnn.config_file import load_config
 from fastmrcnn.conversion.files import is_url
 from fastmrcnn.data.coco import CocoDataset, ImageRecord, align_classes, object_bitmap, read_coco
 from fastmrcnn.data.images import read_image
+from fastmrcnn.data.keypoints import check_same_keypoints
 from fastmrcnn.data.loader import EvalLoader
 from fastmrcnn.data.proposals import attach_proposals, write_proposals
 from fastmrcnn.errors import UserError, run_main
@@ -29,6 +30,7 @@ from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.output import new_run_folder, replacing, write_json
 from fastmrcnn.paste import paste_masks
+from fastmrcnn.prepare import keypoint_options
 from fastmrcnn.pretrained import load_recipe
 from fastmrcnn.proposal_eval import collect_proposals, proposal_recall
 from fastmrcnn.visualize import Instances, draw_comparison
@@ -39,7 +41,7 @@ PICTURE_SCORE = 0.5  # detections below it are not drawn
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser("evaluate", "COCO's average precision of a checkpoint, for boxes and masks.")
+    parser = Parser("evaluate", "COCO's average precision of a checkpoint: boxes, masks, keypoints.")
     parser.add_argument(
         "--checkpoint",
         help="checkpoint, run folder (its last one), or file or URL of a torchvision or detectron2 model",
@@ -91,7 +93,7 @@ def run_evaluation(
 
     Args:
         model: in eval mode, its classes those of `dataset`.
-        config: its sections data, evaluate, model.mask_head and train.precision are used.
+        config: its sections data, evaluate, model and train.precision are used.
         output: folder for coco_instances_results.json, and pictures/ with ground truth beside
             predictions; made if it is not there. What an earlier evaluation wrote is replaced.
         pictures: how many to draw; none: `evaluate.pictures`.
@@ -119,6 +121,9 @@ def run_evaluation(
         buckets=data.buckets,
         workers=data.workers,
     )
+    sigmas = config.evaluate.oks_sigmas
+    if dataset.num_keypoints is not None:
+        choose_sigmas(dataset.num_keypoints, sigmas)  # a mistake in them is told at once
     results = []
     kept: dict[int, ImageDetections] = {}
     cut = 0
@@ -130,7 +135,7 @@ def run_evaluation(
             cut += int(detections.cut[: loaded.real].sum())
             found = split_detections(detections, loaded.to_original, loaded.original_sizes)
             for image_id, one in zip(loaded.image_ids, found, strict=True):
-                results += coco_results(one, image_id, dataset.category_ids, threshold)
+                results += coco_results(one, image_id, dataset.category_ids, threshold, data.keypoint_offset)
                 if image_id in chosen:
                     kept[image_id] = one
             bar.update(loaded.real)
@@ -139,9 +144,10 @@ def run_evaluation(
     values = evaluate_coco(
         dataset.annotations,
         results,
-        ("bbox", "segm") if config.model.mask_head.enabled else ("bbox",),
+        judged(config),
         image_ids=[record.image_id for record in dataset.records],
         show=progress,
+        oks_sigmas=sigmas,
     )
     if cut:
         values["candidates_cut"] = cut
@@ -150,8 +156,15 @@ def run_evaluation(
             f"raise model.box_head.candidates (now {config.model.box_head.candidates}) to keep them"
         )
     for image_id, one in kept.items():
-        draw_picture(chosen[image_id], one, dataset.class_names, threshold, output / "pictures")
+        draw_picture(chosen[image_id], one, dataset, threshold, output / "pictures")
     return values
+
+
+def judged(config: Config) -> tuple[str, ...]:
+    """COCO's names of what a model finds."""
+    masks = ("segm",) if config.model.mask_head.enabled else ()
+    keypoints = ("keypoints",) if config.model.keypoint_head.enabled else ()
+    return ("bbox", *masks, *keypoints)
 
 
 def load_overridden(checkpoint: str, device: str, overrides: Sequence[str]) -> tuple[MaskRCNN, Config]:
@@ -162,7 +175,12 @@ def load_overridden(checkpoint: str, device: str, overrides: Sequence[str]) -> t
     if config.model.weights != card.config.model.weights:
         raise UserError("model.weights goes with --config; --checkpoint brings weights of its own")
     if config.model != card.config.model:
-        changed = build_model(config.model, len(card.class_names), load_backbone_weights=False)
+        changed = build_model(
+            config.model,
+            len(card.class_names),
+            load_backbone_weights=False,
+            num_keypoints=card.num_keypoints,
+        )
         copy_state(changed, model.state_dict(), checkpoint)
         changed.card = card
         model = changed.to(next(model.parameters()).device).eval()
@@ -182,8 +200,10 @@ def read_validation_set(config: Config, model: nn.Module, checkpoint: str) -> Co
         max_objects=config.data.max_objects,
         min_box_side=config.data.min_box_side,
         require_masks=config.model.mask_head.enabled,
+        keypoints=keypoint_options(config),
         key="data.val",
     )
+    check_same_keypoints(dataset.keypoints, card.keypoints, dataset.annotations, checkpoint)
     if (split.proposals is None) != config.model.rpn.enabled:
         raise UserError(
             "data.val.proposals goes with a model without an RPN, and that with it; "
@@ -227,18 +247,26 @@ def choose_pictures(dataset: CocoDataset, count: int) -> dict[int, ImageRecord]:
 
 
 def draw_picture(
-    record: ImageRecord, found: ImageDetections, class_names: Sequence[str], threshold: float, folder: Path
+    record: ImageRecord, found: ImageDetections, dataset: CocoDataset, threshold: float, folder: Path
 ) -> None:
     """Write ground truth beside the better predictions as `folder/<image id>_<stem>.png`."""
+    class_names = dataset.class_names
+    skeleton = () if dataset.keypoints is None else dataset.keypoints.skeleton
     keep = found.scores >= PICTURE_SCORE
     boxes, classes = found.boxes[keep], found.classes[keep].tolist()
     masks = None
     if found.masks is not None:
         masks = paste_masks(found.masks[keep], boxes, found.height, found.width, threshold).numpy()
     predicted = Instances(
-        boxes.numpy(), masks, [class_names[k] for k in classes], found.scores[keep], classes
+        boxes.numpy(),
+        masks,
+        [class_names[k] for k in classes],
+        found.scores[keep],
+        classes,
+        None if found.keypoints is None else found.keypoints[keep],
+        skeleton,
     )
-    truth = ground_truth(record, class_names)
+    truth = ground_truth(record, dataset)
     if len(class_names) == 1:  # then colours are better spent on telling the objects apart
         truth, predicted = truth._replace(classes=None), predicted._replace(classes=None)
     folder.mkdir(parents=True, exist_ok=True)
@@ -247,15 +275,23 @@ def draw_picture(
         Image.fromarray(sheet).save(stream, format="PNG")
 
 
-def ground_truth(record: ImageRecord, class_names: Sequence[str]) -> Instances:
+def ground_truth(record: ImageRecord, dataset: CocoDataset) -> Instances:
     """The objects of an image, crowd regions included, as they are drawn."""
     masks = np.zeros((len(record.objects), record.height, record.width), dtype=bool)
     for mask, item in zip(masks, record.objects, strict=True):
         bitmap, (x, y, w, h) = object_bitmap(item, record.height, record.width)
         mask[y : y + h, x : x + w] = bitmap
     classes = [item.class_index for item in record.objects]
-    names = [class_names[item.class_index] + (" (crowd)" if item.crowd else "") for item in record.objects]
-    return Instances([item.box for item in record.objects], masks, names, None, classes)
+    names = [
+        dataset.class_names[item.class_index] + (" (crowd)" if item.crowd else "") for item in record.objects
+    ]
+    boxes = [item.box for item in record.objects]
+    if dataset.keypoints is None:
+        return Instances(boxes, masks, names, None, classes)
+    points = np.zeros((len(boxes), len(dataset.keypoints.names), 3), np.float32)
+    for row, item in zip(points, record.objects, strict=True):
+        row[:] = 0 if item.keypoints is None else item.keypoints
+    return Instances(boxes, masks, names, None, classes, points, dataset.keypoints.skeleton)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from fastmrcnn.checkpoint import ModelCard
 from fastmrcnn.data.images import read_pixels, to_rgb
+from fastmrcnn.data.keypoints import KeypointSchema
 from fastmrcnn.data.loader import prepare_image
 from fastmrcnn.errors import UserError
+from fastmrcnn.heatmaps import decode_heatmaps
 from fastmrcnn.output import replacing
 from fastmrcnn.paste import encode_masks, paste_masks
 from fastmrcnn.prepare import choose_precision
@@ -34,6 +36,7 @@ class ImageDetections(NamedTuple):
     masks: Tensor | None  # (n, M, M) float32 probabilities within the box
     height: int
     width: int
+    keypoints: Tensor | None = None  # (n, J, 3) float32 x, y, score
 
 
 def split_detections(
@@ -47,7 +50,8 @@ def split_detections(
         sizes: height and width of the n original images.
         score: detections below it are dropped, as are those whose box has no area within the image.
     """
-    host = tree_map(lambda tensor: tensor.cpu(), detections)
+    # Heatmaps are large: they are read where they are, those of the kept detections alone.
+    host = tree_map(lambda tensor: tensor.cpu(), detections._replace(heatmaps=None))
     affine = affine.detach().cpu().float()
     found = []
     for index, (height, width) in enumerate(sizes):
@@ -58,21 +62,32 @@ def split_detections(
         keep = host.valid[index] & some & (host.scores[index] >= score)
         masks = None if host.masks is None else host.masks[index][keep].float()
         scores, classes = host.scores[index][keep].float(), host.classes[index][keep]
-        found.append(ImageDetections(boxes[keep], scores, classes, masks, int(height), int(width)))
+        keypoints = None
+        if detections.heatmaps is not None:
+            own = detections.heatmaps[index][keep.to(detections.heatmaps.device)]
+            keypoints = decode_heatmaps(own, host.boxes[index][keep])[..., [0, 1, 3]].cpu()
+            keypoints[..., :2] = keypoints[..., :2] * scale[:2] + shift[:2]
+        found.append(ImageDetections(boxes[keep], scores, classes, masks, int(height), int(width), keypoints))
     return found
 
 
 def coco_results(
-    found: ImageDetections, image_id: int, category_ids: Sequence[int], threshold: float = 0.5
+    found: ImageDetections,
+    image_id: int,
+    category_ids: Sequence[int],
+    threshold: float = 0.5,
+    keypoint_offset: float = 0.5,
 ) -> list[dict[str, Any]]:
     """Detections as COCO's result entries.
 
     Args:
         category_ids: the data set's id of each class.
         threshold: of a pasted mask.
+        keypoint_offset: taken off x and y of keypoints, as COCO numbers pixels.
     Returns:
         Dictionaries with image_id, category_id, bbox (x, y, width, height), score and, where there are
-        masks, segmentation (compressed RLE).
+        masks, segmentation (compressed RLE); where there are keypoints, keypoints (x, y and score of
+        each).
     """
     boxes = torch.cat((found.boxes[:, :2], found.boxes[:, 2:] - found.boxes[:, :2]), dim=1)
     entries: list[dict[str, Any]] = [
@@ -85,6 +100,10 @@ def coco_results(
         rles = encode_masks(found.masks, found.boxes, found.height, found.width, threshold)
         for entry, rle in zip(entries, rles, strict=True):
             entry["segmentation"] = rle
+    if found.keypoints is not None:
+        places = found.keypoints - torch.tensor([keypoint_offset, keypoint_offset, 0])
+        for entry, one in zip(entries, places.flatten(1).tolist(), strict=True):
+            entry["keypoints"] = one
     return entries
 
 
@@ -98,6 +117,8 @@ class Prediction:
     scores: NDArray[np.float32]  # (n,)
     classes: NDArray[np.int64]  # (n,)
     class_names: list[str]  # of all classes that the model knows
+    keypoints: NDArray[np.float32] | None = None  # (n, J, 3) x, y, score; none: the model has no such head
+    keypoint_schema: KeypointSchema | None = None  # names of the J keypoints, and how they are joined
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -108,12 +129,22 @@ class Prediction:
         return [self.class_names[label] for label in self.classes.tolist()]
 
     def draw(self) -> NDArray[np.uint8]:
-        """(h', w', 3): the image with masks, boxes, names and scores; small images are enlarged.
+        """(h', w', 3): the image with masks, boxes, keypoints, names and scores; small ones are enlarged.
 
         Colours tell the classes apart, or the objects if there is but one class.
         """
         classes = self.classes.tolist() if len(self.class_names) > 1 else None
-        return draw_instances(self.image, self.boxes, self.masks, self.names, self.scores, classes)
+        skeleton = () if self.keypoint_schema is None else self.keypoint_schema.skeleton
+        return draw_instances(
+            self.image,
+            self.boxes,
+            self.masks,
+            self.names,
+            self.scores,
+            classes,
+            keypoints=self.keypoints,
+            skeleton=skeleton,
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the drawing as PNG. What stood there is replaced.
@@ -187,6 +218,8 @@ def as_prediction(found: ImageDetections, pixels: NDArray[np.uint8], card: Model
         scores=found.scores.numpy(),
         classes=found.classes.numpy(),
         class_names=card.class_names,
+        keypoints=None if found.keypoints is None else found.keypoints.numpy(),
+        keypoint_schema=card.keypoints,
     )
 
 

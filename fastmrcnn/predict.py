@@ -60,6 +60,7 @@ def main(argv: list[str]) -> None:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{output}: cannot be made ({error.strerror}); choose another --output") from None
+    threshold, offset = card.config.model.mask_head.threshold, card.config.data.keypoint_offset
     entries: list[dict[str, Any]] = []
     for number, (path, overlay) in enumerate(
         zip(tqdm(images, unit="img", desc="predict", dynamic_ncols=True), overlays, strict=True), start=1
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> None:
         found = detect(model, pixels, arguments.score)
         as_prediction(found, pixels, card).save(overlay)
         names = [card.class_names[label] for label in found.classes.tolist()]
-        results = coco_results(found, number, card.category_ids, card.config.model.mask_head.threshold)
+        results = coco_results(found, number, card.category_ids, threshold, offset)
         for entry, name in zip(results, names, strict=True):
             entries.append({**entry, "category_name": name, "file_name": str(path), "overlay": overlay.name})
     write_json(output / RESULTS, entries)

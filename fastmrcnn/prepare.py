@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 import torch
 
+from fastmrcnn.coco_eval import choose_sigmas
 from fastmrcnn.config import Config, SplitConfig
 from fastmrcnn.config_file import load_config
 from fastmrcnn.data.coco import CocoDataset, check_same_classes, read_coco
+from fastmrcnn.data.keypoints import KeypointOptions
 from fastmrcnn.data.proposals import attach_proposals
 from fastmrcnn.data.shapes import write_shapes
 from fastmrcnn.errors import UserError
@@ -147,6 +149,13 @@ def run_folder_of(checkpoint: Path) -> Path:
     return folder.parent
 
 
+def keypoint_options(config: Config, least: int = 0) -> KeypointOptions | None:
+    """How to read keypoints; None if the model has no head for them."""
+    if not config.model.keypoint_head.enabled:
+        return None
+    return KeypointOptions(config.data.keypoint_flip_pairs, config.data.keypoint_offset, least)
+
+
 def read_sets(config: Config) -> tuple[CocoDataset, CocoDataset | None]:
     data = config.data
 
@@ -159,12 +168,15 @@ def read_sets(config: Config) -> tuple[CocoDataset, CocoDataset | None]:
             max_objects=data.max_objects,
             min_box_side=data.min_box_side,
             require_masks=config.model.mask_head.enabled,
+            keypoints=keypoint_options(config, data.min_keypoints if key == "data.train" else 0),
             key=key,
         )
         return dataset if split.proposals is None else attach_proposals(dataset, split.proposals, most)
 
     rpn = config.model.rpn
     train_set = read(data.train, "data.train", rpn.post_nms_top_n)
+    if train_set.num_keypoints is not None:
+        choose_sigmas(train_set.num_keypoints, config.evaluate.oks_sigmas)  # not only after the training
     if data.val.images is None or data.val.annotations is None:
         return train_set, None
     val_set = read(data.val, "data.val", rpn.post_nms_top_n_test)

@@ -20,6 +20,7 @@ from fastmrcnn.conversion.classes import ClassTable, known_classes
 from fastmrcnn.conversion.files import find_weights, is_url, read_weights
 from fastmrcnn.conversion.programs import Imported, grouped, import_state, with_statistics
 from fastmrcnn.conversion.rows import class_count
+from fastmrcnn.data.keypoints import schema_of_weights
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
@@ -266,7 +267,16 @@ def as_model(
             )
     if len(classes.names) != count:
         raise UserError(f"{path}: has {count} classes, but {len(classes.names)} names were given")
-    model = build_model(config.model, len(classes.names), load_backbone_weights=False)
+    keypoints = None
+    if kind.keypoints:
+        known_ones = None if detector.card is None else detector.card.keypoints
+        keypoints = known_ones or schema_of_weights(imported.state[f"{_OF_KEYPOINTS}weight"].shape[1])
+    model = build_model(
+        config.model,
+        len(classes.names),
+        load_backbone_weights=False,
+        num_keypoints=None if keypoints is None else len(keypoints.names),
+    )
     require_constants(imported.constants, model, path)
     state = prepared(imported, model.state_dict())
     built = kind_of(model.state_dict())
@@ -277,7 +287,8 @@ def as_model(
         )
     copy_state(model, state, path)
     start = config.model.model_copy(update={"weights": None, "weights_sha256": None})
-    card = ModelCard(config.model_copy(update={"model": start}), list(classes.names), list(classes.ids))
+    named = config.model_copy(update={"model": start})
+    card = ModelCard(named, list(classes.names), list(classes.ids), keypoints)
     lines.append(f"classes: {_listed(classes.names)}")
     model.card = card
     return model.eval(), lines

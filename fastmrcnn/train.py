@@ -119,9 +119,14 @@ def train(
     precision = choose_precision(config.train.precision, device)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    card = ModelCard(config, train_set.class_names, train_set.category_ids)
+    card = ModelCard(config, train_set.class_names, train_set.category_ids, train_set.keypoints)
     torch.manual_seed(config.train.seed)
-    model = build_model(config.model, len(card.class_names), load_backbone_weights=state is None)
+    model = build_model(
+        config.model,
+        len(card.class_names),
+        load_backbone_weights=state is None,
+        num_keypoints=card.num_keypoints,
+    )
     if state is None:
         start_model(model, config.model, card.class_names)
     # On a GPU channels_last is the fast layout; on a CPU it is no faster and batch norm loses digits.

@@ -17,6 +17,7 @@ from fastmrcnn.errors import UserError
 
 MIN_LONG_SIDE = 480  # smaller images are enlarged, or their labels would hide them
 FILL, OUTLINE = 0.45, 0.95  # opacity
+KEYPOINT_SCORE = 0.05  # keypoints below it are not drawn
 COLOURS = (
     (255, 87, 51),
     (38, 145, 255),
@@ -45,6 +46,8 @@ class Instances(NamedTuple):
     names: Sequence[str]
     scores: Any = None  # (n,) in 0..1; none: no scores in the labels
     classes: Sequence[int] | None = None  # objects of a class share its colour; none: each has its own
+    keypoints: Any = None  # (n, J, 3) x, y, and visibility or score
+    skeleton: Sequence[tuple[int, int]] = ()  # keypoints to join
 
 
 def draw_instances(
@@ -54,12 +57,15 @@ def draw_instances(
     names: Sequence[str],
     scores: Any = None,
     classes: Sequence[int] | None = None,
+    keypoints: Any = None,
+    skeleton: Sequence[tuple[int, int]] = (),
 ) -> NDArray[np.uint8]:
-    """The image with translucent masks, their outlines, boxes and labels.
+    """The image with translucent masks, their outlines, boxes, keypoints and labels.
 
     Args:
         image: (h, w, 3) uint8 RGB. An image with a long side under 480 is enlarged by a whole factor.
-        boxes, masks, names, scores, classes: as in `Instances`; arrays or tensors on the host.
+        boxes, masks, names, scores, classes, keypoints, skeleton: as in `Instances`; arrays or tensors on
+            the host. A keypoint whose visibility or score is under 0.05 is not drawn.
     Returns:
         (factor * h, factor * w, 3) uint8 RGB; the input is left as it is.
     Raises:
@@ -90,6 +96,10 @@ def draw_instances(
             outline=colours[index],
             width=max(1, round(max(size) / 700)),
         )
+    if keypoints is not None:
+        points = np.asarray(keypoints, dtype=np.float32) * (factor, factor, 1)
+        for index in order:
+            _draw_keypoints(pen, points[index], skeleton, colours[index], line)
     _draw_labels(pen, boxes * factor, _labels(names, scores), colours, size)
     return np.array(drawn)
 
@@ -116,7 +126,8 @@ def plot_losses(metrics: str | Path, picture: str | Path) -> None:
     """Curves of the losses, the learning rate and, if there were evaluations, AP, as an image file.
 
     Args:
-        metrics: JSON lines with detectron2's keys: iteration, total_loss, loss_*, lr, bbox/AP, segm/AP.
+        metrics: JSON lines with detectron2's keys: iteration, total_loss, loss_*, lr, bbox/AP, segm/AP,
+            keypoints/AP.
     Raises:
         UserError: the file is missing, is not JSON lines or holds no loss.
     """
@@ -125,7 +136,8 @@ def plot_losses(metrics: str | Path, picture: str | Path) -> None:
 
     rows = _read_rows(Path(metrics))
     losses = sorted({key for row in rows for key in row if key.startswith("loss_")})
-    precision = [key for key in ("bbox/AP", "segm/AP") if any(row.get(key) is not None for row in rows)]
+    kinds = {"bbox/AP": "box", "segm/AP": "mask", "keypoints/AP": "keypoint"}
+    precision = [key for key in kinds if any(row.get(key) is not None for row in rows)]
     panels = 3 if precision else 2
     figure = Figure(figsize=(9, 3 + 1.9 * panels), layout="constrained")
     FigureCanvasAgg(figure)
@@ -143,8 +155,7 @@ def plot_losses(metrics: str | Path, picture: str | Path) -> None:
     axes[1].set_ylim(bottom=0)
     for key in precision:
         steps, values = _series(rows, key)
-        name = {"bbox/AP": "box", "segm/AP": "mask"}[key]
-        axes[2].plot(steps, values, marker="o", label=f"{name}, {values[-1]:.1f} at the end")
+        axes[2].plot(steps, values, marker="o", label=f"{kinds[key]}, {values[-1]:.1f} at the end")
     if precision:
         axes[2].set_ylabel("AP")
         axes[2].set_ylim(0, 100)
@@ -191,6 +202,22 @@ def _blend_mask(
     top, left = y0 * factor, x0 * factor
     window = canvas[top : top + soft.shape[0], left : left + soft.shape[1]]
     window[:] = np.round(window + opacity * (np.array(colour, dtype=np.float32) - window))
+
+
+def _draw_keypoints(
+    pen: ImageDraw.ImageDraw,
+    points: NDArray[np.float32],
+    skeleton: Sequence[tuple[int, int]],
+    colour: tuple[int, int, int],
+    line: int,
+) -> None:
+    """Dots of the keypoints that are known, and the lines between them."""
+    known = points[:, 2] >= KEYPOINT_SCORE
+    for a, b in skeleton:
+        if known[a] and known[b]:
+            pen.line((*points[a, :2].tolist(), *points[b, :2].tolist()), fill=colour, width=line)
+    for x, y in points[known, :2].tolist():
+        pen.ellipse((x - line, y - line, x + line, y + line), fill=colour, outline="white")
 
 
 def _labels(names: Sequence[str], scores: Any) -> list[str]:

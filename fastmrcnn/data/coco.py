@@ -65,6 +65,10 @@ class CocoDataset:
     def __len__(self) -> int:
         return len(self.records)
 
+    @property
+    def num_keypoints(self) -> int | None:
+        return None if self.keypoints is None else len(self.keypoints.names)
+
     def summary(self) -> list[str]:
         """One line: what there is, and what was left out."""
         objects = sum(not item.crowd for record in self.records for item in record.objects)

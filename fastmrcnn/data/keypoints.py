@@ -74,6 +74,13 @@ def read_schema(
     return found
 
 
+def schema_of_weights(count: int) -> KeypointSchema:
+    """Of a model that does not name its J keypoints: COCO's person for 17, else plain numbers."""
+    if count == len(COCO_PERSON.names):
+        return COCO_PERSON
+    return KeypointSchema([str(index) for index in range(1, count + 1)], [], list(range(count)))
+
+
 def mirror_of(names: Sequence[str], pairs: Sequence[tuple[str, str]] | None = None) -> list[int]:
     """Which keypoint each one becomes in a mirror image.
 
