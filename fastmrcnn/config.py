@@ -206,13 +206,20 @@ class MaskHeadConfig(Section):
     slots_per_image: int | None = Field(None, gt=0)
     """The mask head trains on this many foreground RoIs an image, pooled over the batch; those beyond are
     dropped and counted (masks_dropped). None: as many as can be sampled."""
-    target: Literal["bitmap", "soft"] = "bitmap"
-    """bitmap: RoIAlign of the ground truth, then >= 0.5 (detectron2); soft: its average (torchvision)."""
+    target: Literal["bitmap", "soft", "polygon"] = "bitmap"
+    """bitmap: RoIAlign of the ground truth, then >= 0.5 (detectron2); soft: its average (torchvision);
+    polygon: rasterised from the polygons at the RoI's resolution (detectron2's default for COCO), and as
+    bitmap for objects annotated by RLE, which have none."""
     target_sampling_ratio: int = 2
     """Samples per mask pixel and axis; 0 or less: adaptive, as both peers do (much slower)."""
     threshold: float = Field(0.5, gt=0, lt=1)
     """Of a pasted mask."""
     loss_weight: float = Field(1.0, ge=0)
+
+    @property
+    def reads_polygons(self) -> bool:
+        """Whether batches have to bring polygons."""
+        return self.enabled and self.target == "polygon"
 
 
 class KeypointHeadConfig(Section):

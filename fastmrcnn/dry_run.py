@@ -11,6 +11,7 @@ import torch
 from fastmrcnn.config import Config
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.loader import TrainLoader
+from fastmrcnn.data.polygons import PolygonSizes
 from fastmrcnn.model.build import build_model
 from fastmrcnn.optim import GatedStep, build_optimizer
 from fastmrcnn.prepare import choose_device, choose_precision
@@ -41,6 +42,7 @@ def dry_run(config: Config, train_set: CocoDataset) -> None:
         seed=config.train.seed,
         steps=STEPS,
         max_objects=config.data.max_objects,
+        polygons=PolygonSizes() if config.model.mask_head.reads_polygons else None,
     )
     model = build_model(
         config.model,

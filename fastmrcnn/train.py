@@ -21,6 +21,7 @@ from fastmrcnn.config import Config
 from fastmrcnn.config_file import dump_config, load_config
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.loader import TrainLoader, largest_targets
+from fastmrcnn.data.polygons import largest_polygons
 from fastmrcnn.data.transforms import Augment
 from fastmrcnn.dry_run import dry_run
 from fastmrcnn.errors import UserError, run_main
@@ -219,6 +220,7 @@ def train(
 def train_loader(dataset: CocoDataset, config: Config, start: int, pin_memory: bool) -> TrainLoader:
     # With the set's largest targets as lower limits, the batches of a bucket share one shape.
     slots, mask_bytes = largest_targets(dataset, config.train.batch)
+    polygons = config.model.mask_head.reads_polygons
     data = config.data
     return TrainLoader(
         dataset,
@@ -235,6 +237,7 @@ def train_loader(dataset: CocoDataset, config: Config, start: int, pin_memory: b
         pin_memory=pin_memory,
         min_slots=slots,
         min_mask_bytes=mask_bytes,
+        polygons=largest_polygons(dataset, config.train.batch) if polygons else None,
     )
 
 

@@ -73,3 +73,8 @@ def resolve_buckets(
 def _hull(sizes: Sequence[Size]) -> Size:
     height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
     return -(-height // MULTIPLE) * MULTIPLE, -(-width // MULTIPLE) * MULTIPLE
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is not below `number`."""
+    return 1 << max(0, number - 1).bit_length()

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastmrcnn.data.buckets import power_of_two
 from fastmrcnn.data.keypoints import KeypointSchema
 from fastmrcnn.data.masks import Window, bitmap
+from fastmrcnn.data.polygons import ImagePolygons, PolygonSizes, polygon_tables, read_polygons
 from fastmrcnn.data.records import ImageProposals, ImageRecord
 from fastmrcnn.data.transforms import (
     Plan,
@@ -36,6 +38,7 @@ class Objects(NamedTuple):
     crops: NDArray[np.uint8]  # bitmaps end to end
     windows: NDArray[np.int32]  # (n, 4) x, y, w, h; 0 where there is no bitmap
     keypoints: NDArray[np.float32] | None = None  # (n, J, 3) in annotation pixels
+    polygons: ImagePolygons | None = None
 
 
 class Sample(NamedTuple):
@@ -46,10 +49,13 @@ class Sample(NamedTuple):
     objects: Objects | None = None
     keypoints: NDArray[np.float32] | None = None  # (n, J, 3) in pixels of the sample
     proposals: ImageProposals | None = None  # boxes in pixels of the sample
+    from_annotation: NDArray[np.float64] | None = None  # (2, 3)
 
 
-def read_objects(record: ImageRecord, schema: KeypointSchema | None = None) -> Objects:
-    """Rasterise the objects of an image, and gather their keypoints if there is a schema.
+def read_objects(
+    record: ImageRecord, schema: KeypointSchema | None = None, polygons: bool = False
+) -> Objects:
+    """Rasterise the objects of an image; gather their keypoints if there is a schema, and polygons if asked.
 
     Crowd regions have no bitmap. An object that turns out to cover no pixel has no mask that could be
     learnt, so it is treated as a crowd region: not learnt, and not punished.
@@ -76,6 +82,7 @@ def read_objects(record: ImageRecord, schema: KeypointSchema | None = None) -> O
         crops=np.concatenate([*crops, np.zeros(0, np.uint8)]),
         windows=np.array(windows, np.int32).reshape(-1, 4),
         keypoints=keypoints,
+        polygons=read_polygons(record) if polygons else None,
     )
 
 
@@ -89,9 +96,11 @@ def make_sample(
 ) -> Sample:
     """Carry out a plan on a resized image, its boxes, keypoints and proposals; bitmaps stay as they are."""
 
+    forward = from_annotation(plan, *annotated)
+
     def move(boxes: NDArray[np.float32]) -> NDArray[np.float32]:
         height, width = plan.size
-        moved = transform_boxes(boxes, from_annotation(plan, *annotated)).astype(np.float32)
+        moved = transform_boxes(boxes, forward).astype(np.float32)
         return moved.clip(0, np.array([width, height, width, height], np.float32))
 
     boxes = keypoints = None
@@ -101,8 +110,16 @@ def make_sample(
             keypoints = transform_keypoints(objects.keypoints, plan, *annotated, schema.mirror)
     if proposals is not None:
         proposals = proposals._replace(boxes=move(proposals.boxes))
-    affine = to_annotation(plan, *annotated)
-    return Sample(apply_plan(resized, plan), affine, annotated, boxes, objects, keypoints, proposals)
+    return Sample(
+        apply_plan(resized, plan),
+        to_annotation(plan, *annotated),
+        annotated,
+        boxes,
+        objects,
+        keypoints,
+        proposals,
+        forward,
+    )
 
 
 def collate(
@@ -112,6 +129,7 @@ def collate(
     min_slots: int = MIN_SLOTS,
     min_mask_bytes: int = MIN_MASK_BYTES,
     proposal_slots: int = 0,
+    min_polygons: PolygonSizes | None = None,
 ) -> Batch:
     """Pad samples into a bucket; targets where the samples have objects, proposals where they have those.
 
@@ -119,6 +137,7 @@ def collate(
         bucket: (H, W); every sample must fit.
         min_slots, min_mask_bytes: lower limits of G and of the mask buffer, for equal shapes.
         proposal_slots: P.
+        min_polygons: likewise of the tables of polygons.
     Returns:
         pixels (N, 3, H, W) uint8 in channels_last memory format; G and the mask buffer are powers of
         two.
@@ -133,7 +152,7 @@ def collate(
     sizes = torch.tensor([sample.pixels.shape[:2] for sample in samples], dtype=torch.int64)
     targets = None
     if all(sample.objects is not None for sample in samples):
-        targets = _collate_targets(samples, min_slots, min_mask_bytes)
+        targets = _collate_targets(samples, min_slots, min_mask_bytes, min_polygons or PolygonSizes())
     proposals = None
     if all(sample.proposals is not None for sample in samples):
         proposals = _collate_proposals(samples, proposal_slots)
@@ -151,7 +170,9 @@ def _collate_proposals(samples: Sequence[Sample], slots: int) -> Proposals:
     return Proposals(torch.from_numpy(boxes), torch.from_numpy(scores), torch.from_numpy(valid))
 
 
-def _collate_targets(samples: Sequence[Sample], min_slots: int, min_mask_bytes: int) -> Targets:
+def _collate_targets(
+    samples: Sequence[Sample], min_slots: int, min_mask_bytes: int, min_polygons: PolygonSizes
+) -> Targets:
     objects = [sample.objects for sample in samples if sample.objects is not None]
     count = len(objects)
     slots = power_of_two(max(min_slots, *(len(o.classes) for o in objects)))
@@ -166,6 +187,8 @@ def _collate_targets(samples: Sequence[Sample], min_slots: int, min_mask_bytes: 
     points = None
     if samples[0].keypoints is not None:
         points = np.zeros((count, slots, *samples[0].keypoints.shape[1:]), np.float32)
+    polygons = [own.polygons for own in objects if own.polygons is not None]
+    to_input = [sample.from_annotation for sample in samples if sample.from_annotation is not None]
     start = 0
     for row, (sample, own) in enumerate(zip(samples, objects, strict=True)):
         n = len(own.classes)
@@ -194,14 +217,10 @@ def _collate_targets(samples: Sequence[Sample], min_slots: int, min_mask_bytes: 
             size=torch.tensor([sample.annotated for sample in samples], dtype=torch.int32),
         ),
         keypoints=None if points is None else torch.from_numpy(points),
+        polygons=polygon_tables(polygons, to_input, slots, min_polygons) if polygons else None,
     )
 
 
 def affines(samples: Sequence[Sample]) -> NDArray[np.float32]:
     """(N, 2, 3) from input pixels to annotation pixels."""
     return np.stack([sample.to_annotation for sample in samples]).astype(np.float32)
-
-
-def power_of_two(number: int) -> int:
-    """The smallest power of two that is not below `number`."""
-    return 1 << max(0, number - 1).bit_length()

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from fastmrcnn.data.buckets import bucket_or_new, choose_buckets, resolve_buckets
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.collate import MIN_MASK_BYTES, MIN_SLOTS, collate, make_sample
+from fastmrcnn.data.polygons import PolygonSizes
 from fastmrcnn.data.sampler import BatchPlan, TrainSampler
 from fastmrcnn.data.samples import EvalSamples, Failure, LoadedBatch, TrainSamples
 from fastmrcnn.data.transforms import Augment, Plan, Size, resize, resized_size, to_annotation
@@ -44,6 +45,8 @@ class TrainLoader:
         pin_memory: for copies to a GPU that do not wait.
         min_slots, min_mask_bytes: lower limits of the padded sizes; with the set's own largest values
             (`largest_targets`) every batch of a bucket has one shape.
+        polygons: give the batches the objects' polygons, in tables of at least these sizes (as those of
+            `largest_polygons`); None: leave them out.
     Raises:
         UserError: an image fits into no bucket, or has too many objects; while iterating, an image
             cannot be read.
@@ -66,6 +69,7 @@ class TrainLoader:
         pin_memory: bool = False,
         min_slots: int = MIN_SLOTS,
         min_mask_bytes: int = MIN_MASK_BYTES,
+        polygons: PolygonSizes | None = None,
     ) -> None:
         if not dataset.records:
             raise UserError(f"{dataset.annotations}: no image to train on")
@@ -92,7 +96,9 @@ class TrainLoader:
             start_step=start_step,
             steps=steps,
         )
-        samples = TrainSamples(dataset, short_sides, long_side_max, augment, seed, min_slots, min_mask_bytes)
+        samples = TrainSamples(
+            dataset, short_sides, long_side_max, augment, seed, min_slots, min_mask_bytes, polygons
+        )
         self.loader = _data_loader(samples, self.sampler, workers, pin_memory)
 
     def __len__(self) -> int:

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.collate import Objects, Sample, affines, collate, make_sample, read_objects
 from fastmrcnn.data.images import read_image
+from fastmrcnn.data.polygons import PolygonSizes
 from fastmrcnn.data.records import ImageProposals
 from fastmrcnn.data.sampler import BatchPlan
 from fastmrcnn.data.transforms import Augment, Plan, Size, draws, plan_image, resize, resized_size
@@ -40,8 +41,11 @@ class Failure(NamedTuple):
 class SampleStore:
     """Resized images and rasterised objects of a set, kept if they are few."""
 
-    def __init__(self, dataset: CocoDataset, short_sides: Sequence[int], long_side_max: int) -> None:
+    def __init__(
+        self, dataset: CocoDataset, short_sides: Sequence[int], long_side_max: int, polygons: bool = False
+    ) -> None:
         self.records = dataset.records
+        self.polygons = polygons
         self.schema = dataset.keypoints
         self.proposals, self.proposal_slots = dataset.proposals, dataset.proposal_slots
         sizes = [
@@ -69,7 +73,7 @@ class SampleStore:
     def objects(self, index: int) -> Objects:
         found = self._objects.get(index)
         if found is None:
-            found = read_objects(self.records[index], self.schema)
+            found = read_objects(self.records[index], self.schema, self.polygons)
             if self.keep_objects:
                 self._objects[index] = found
         return found
@@ -85,11 +89,13 @@ class TrainSamples(Dataset[LoadedBatch | Failure]):
         seed: int,
         min_slots: int,
         min_mask_bytes: int,
+        min_polygons: PolygonSizes | None,
     ) -> None:
-        self.store = SampleStore(dataset, short_sides, long_side_max)
+        self.store = SampleStore(dataset, short_sides, long_side_max, polygons=min_polygons is not None)
         self.short_sides, self.long_side_max = list(short_sides), long_side_max
         self.augment, self.seed = augment, seed
         self.min_slots, self.min_mask_bytes = min_slots, min_mask_bytes
+        self.min_polygons = min_polygons
 
     def __getitem__(self, plan: BatchPlan) -> LoadedBatch | Failure:
         try:
@@ -102,6 +108,7 @@ class TrainSamples(Dataset[LoadedBatch | Failure]):
             min_slots=self.min_slots,
             min_mask_bytes=self.min_mask_bytes,
             proposal_slots=self.store.proposal_slots,
+            min_polygons=self.min_polygons,
         )
         return _loaded(batch, samples, [self.store.records[index].image_id for index, _ in plan.samples])
 

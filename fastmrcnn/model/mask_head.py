@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmrcnn.kernels import mask_loss, mask_targets
+from fastmrcnn.kernels import mask_loss, mask_targets, polygon_mask_targets
 from fastmrcnn.model.roi_sampler import PackedRois
 from fastmrcnn.structures import Batch, PackedMasks
 
@@ -21,7 +21,8 @@ class MaskHead(nn.Module):
         class_agnostic: one mask for all classes.
         loss: sigmoid: a binary mask for each class by itself; softmax: the classes and the background
             compete for each pixel (table 2b), the last channel is the background.
-        target: bitmap (average of the ground truth in each pixel, then >= 0.5) or soft (the average).
+        target: bitmap (average of the ground truth in each pixel, then >= 0.5), soft (the average), or
+            polygon (the polygons rasterised; as bitmap where an object has none).
         target_sampling_ratio: samples per pixel and axis for that average; 0: adaptive.
         aligned: half-pixel correct sampling of the ground truth.
 
@@ -69,8 +70,10 @@ class MaskHead(nn.Module):
                 aligned=self.aligned,
                 sampling_ratio=self.target_sampling_ratio,
             )
-            if self.target == "bitmap":
+            if self.target != "soft":
                 goal = (goal >= 0.5).float()
+            if self.target == "polygon":
+                goal = _from_polygons(rois, batch, goal)
         if self.softmax:
             loss = softmax_mask_loss(logits, rois.classes, goal, rois.valid)
         else:
@@ -162,6 +165,19 @@ class MlpMaskHead(MaskHead):
         for fc in self.fcs:
             x = F.relu(fc(x), inplace=True)
         return self.predictor(x).unflatten(1, (-1, self.side, self.side))
+
+
+def _from_polygons(rois: PackedRois, batch: Batch, bitmaps: Tensor) -> Tensor:
+    """Targets (T, M, M) float32 of 0 and 1 from polygons; those of `bitmaps` where an object has none."""
+    if batch.targets is None or batch.targets.polygons is None:
+        raise ValueError("mask targets from polygons need targets with polygons; TrainLoader packs them")
+    polygons = batch.targets.polygons
+    inside = polygon_mask_targets(
+        rois.boxes, rois.image, rois.matched, *polygons, resolution=bitmaps.shape[-1]
+    )
+    slot = rois.image * polygons.parts.shape[1] + rois.matched
+    has_polygon = polygons.parts.flatten().index_select(0, slot) > 0
+    return torch.where(has_polygon[:, None, None], inside.float(), bitmaps)
 
 
 def softmax_mask_loss(logits: Tensor, classes: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
