@@ -349,8 +349,10 @@ class TrainConfig(Section):
     """auto: cuda if there is one, else cpu."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on CUDA, fp32 on CPU. fp16 comes with a gradient scaler."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the step as one graph. auto: on CUDA, not on CPU."""
+    compile: Literal["auto", "on", "off", "max-autotune"] = "auto"
+    """Compile the step as one graph. auto: on CUDA, not on CPU. max-autotune: also try out matrix kernels."""
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Record the whole step, update included, as one CUDA graph for each bucket. auto: on CUDA."""
     threads: int | None = Field(None, gt=0)
     """CPU threads; none: what torch chooses."""
     log_every: int = Field(20, gt=0)

@@ -8,14 +8,14 @@ import time
 
 import torch
 
+from fastmrcnn.checkpoint import ModelCard
 from fastmrcnn.config import Config
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.loader import TrainLoader
 from fastmrcnn.data.polygons import PolygonSizes
-from fastmrcnn.model.build import build_model
-from fastmrcnn.optim import GatedStep, build_optimizer
-from fastmrcnn.prepare import choose_device, choose_precision
-from fastmrcnn.pretrained import start_model
+from fastmrcnn.optim import learning_rate
+from fastmrcnn.prepare import choose_device, choose_execution, choose_precision
+from fastmrcnn.step import TrainingStep, new_model
 from fastmrcnn.structures import to_device
 
 STEPS = 2
@@ -44,31 +44,25 @@ def dry_run(config: Config, train_set: CocoDataset) -> None:
         max_objects=config.data.max_objects,
         polygons=PolygonSizes() if config.model.mask_head.reads_polygons else None,
     )
-    model = build_model(
-        config.model,
-        len(train_set.class_names),
-        load_backbone_weights=False,
-        num_keypoints=train_set.num_keypoints,
-    )
-    start_model(model, config.model, train_set.class_names)
-    model = model.to(device).train()
-    optimizer = build_optimizer(model, config.optim)
-    update = GatedStep(model, optimizer, clip_norm=config.optim.clip_norm, loss_scale=precision.loss_scale)
+    card = ModelCard(config, train_set.class_names, train_set.category_ids, train_set.keypoints)
+    model = new_model(card, device, imagenet=False, detector=True)
+    execution = choose_execution(config, device)
+    make_step = TrainingStep(model, config.optim, precision, execution, seed=config.train.seed)
     parameters = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in update.parameters)
+    trained = sum(p.numel() for p in make_step.update.parameters)
     print(f"The configuration is valid. {parameters / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained.")
 
     fixed = peak_memory(device)  # weights and libraries: what does not grow with the batch
     seconds, shape = 0.0, (0, 0)
     for step, loaded in enumerate(loader):
-        started = time.perf_counter()
         one = to_device(loaded.batch, device)
-        keys = model.draw_keys(one, torch.Generator(device).manual_seed(step))
-        with torch.autocast(device.type, dtype=precision.dtype, enabled=precision.autocast):
-            losses = model(one, keys)
-        update.backward(losses.total(), step)
-        update.first_bad_step.item()  # wait for the device: this is what is timed
-        seconds, shape = time.perf_counter() - started, (one.pixels.shape[2], one.pixels.shape[3])
+        shape = (one.pixels.shape[2], one.pixels.shape[3])
+        if (execution.compiled or execution.cuda_graphs) and make_step.is_new(one):
+            make_step.warm_up(one, [shape])
+        started = time.perf_counter()
+        make_step(one, step, learning_rate(config.optim, step, STEPS, config.train.batch))
+        make_step.update.first_bad_step.item()  # wait for the device: this is what is timed
+        seconds = time.perf_counter() - started
     growing = peak_memory(device) - fixed
     scale = half * half * config.train.batch / batch
     label = "measured at full size"

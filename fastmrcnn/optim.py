@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,8 @@ class GatedStep:
     halve the scale, which doubles again after `growth_interval` good steps. At a scale of 1 they are
     a bad step: it is not the scale that made them overflow.
 
+    All state is changed in place, so that a CUDA graph of the step can be replayed.
+
     Args:
         clip_norm: largest norm of the whole gradient; none: not clipped.
         loss_scale: initial scale; none: no scaling, and gradients that overflow are a bad step.
@@ -97,7 +100,17 @@ class GatedStep:
         if self.statistics:
             torch._foreach_copy_(self.saved, self.statistics)
 
-    def backward(self, loss: Tensor, step: int) -> None:
+    @contextlib.contextmanager
+    def closed(self) -> Iterator[None]:
+        """Steps made within change nothing: the gate is shut as after a bad loss, then as it was."""
+        before = self.first_bad_step.clone()
+        self.first_bad_step.zero_()
+        try:
+            yield
+        finally:
+            self.first_bad_step.copy_(before)
+
+    def backward(self, loss: Tensor, step: int | Tensor) -> None:
         """Backward and update, for the loss of step number `step`."""
         (loss * self.scale).backward()
         grads = [p.grad for p in self.parameters if p.grad is not None]
@@ -105,7 +118,7 @@ class GatedStep:
             norm = torch.nn.utils.get_total_norm(grads) / self.scale
             finite = norm.isfinite()
             bad = ~(loss.isfinite() & (finite | (self.scale > 1)))
-            self.first_bad_step = torch.where(bad & (self.first_bad_step < 0), step, self.first_bad_step)
+            self.first_bad_step.copy_(torch.where(bad & (self.first_bad_step < 0), step, self.first_bad_step))
             stopped = self.first_bad_step >= 0
             skip = stopped | ~finite
             if self.scaled or self.clip_norm is not None:
@@ -127,15 +140,15 @@ class GatedStep:
         good_steps = torch.where(finite, self.good_steps + 1, 0)
         grow = good_steps >= self.growth_interval
         scale = torch.where(finite, torch.where(grow, self.scale * 2, self.scale), self.scale * 0.5)
-        self.scale = torch.where(stopped, self.scale, scale)
-        self.good_steps = torch.where(stopped, self.good_steps, torch.where(grow, 0, good_steps))
+        self.scale.copy_(torch.where(stopped, self.scale, scale))
+        self.good_steps.copy_(torch.where(stopped, self.good_steps, torch.where(grow, 0, good_steps)))
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"scale": self.scale, "good_steps": self.good_steps}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.scale = state["scale"].to(self.scale.device)
-        self.good_steps = state["good_steps"].to(self.good_steps.device)
+        self.scale.copy_(state["scale"])
+        self.good_steps.copy_(state["good_steps"])
 
 
 class Ema:
@@ -156,9 +169,14 @@ class Ema:
         return [t.data for t in tensors if t.is_floating_point()]
 
     @torch.no_grad()
-    def update(self, step: int, first_bad_step: Tensor | None = None) -> None:
+    def update(self, step: int | Tensor, first_bad_step: Tensor | None = None) -> None:
         """After step number `step` (from 0); nothing moves once `GatedStep.first_bad_step` is set."""
-        weight: float | Tensor = 1 - min(self.decay, (1 + step) / (10 + step))
+        weight: float | Tensor
+        if isinstance(step, Tensor):
+            number = step.double()
+            weight = 1 - ((1 + number) / (10 + number)).clamp(max=self.decay)
+        else:
+            weight = 1 - min(self.decay, (1 + step) / (10 + step))
         if first_bad_step is not None:
             weight = torch.where(first_bad_step < 0, weight, 0.0)
         moves = torch._foreach_sub(self._source, self._average)

@@ -27,6 +27,16 @@ class Precision(NamedTuple):
     autocast: bool
     dtype: torch.dtype
     loss_scale: float | None  # fp16 only
+    name: str = "fp32"
+
+
+class Execution(NamedTuple):
+    """How a step is run."""
+
+    compiled: bool = False
+    max_autotune: bool = False
+    cuda_graphs: bool = False
+    description: str = ""
 
 
 def starting_config(path: str | None, overrides: list[str]) -> Config:
@@ -56,8 +66,8 @@ def check_trainable(config: Config) -> None:
     random = backbone.weights is None and config.model.weights is None
     if random and backbone.norm == "frozen_bn":
         problems.append(
-            "model.backbone.norm=frozen_bn needs model.backbone.weights or model.weights; from random weights "
-            "use gn or bn"
+            "model.backbone.norm=frozen_bn needs model.backbone.weights or model.weights; from random "
+            "weights use gn or bn"
         )
     if random and backbone.frozen_stages > 0:
         problems.append(
@@ -97,16 +107,29 @@ def choose_precision(name: str, device: torch.device) -> Precision:
         name = "bf16" if device.type == "cuda" else "fp32"
     if name == "fp32":
         return Precision(False, torch.bfloat16, None)
-    return Precision(
-        True, torch.bfloat16 if name == "bf16" else torch.float16, 2.0**16 if name == "fp16" else None
-    )
+    if name == "bf16":
+        return Precision(True, torch.bfloat16, None, name)
+    return Precision(True, torch.float16, 2.0**16, name)
 
 
-def choose_compile(config: Config, device: torch.device) -> bool:
-    """auto compiles on CUDA only: on a CPU, compiling takes longer than a short run."""
-    if config.train.compile == "auto":
-        return device.type == "cuda"
-    return config.train.compile == "on"
+def choose_execution(config: Config, device: torch.device) -> Execution:
+    """Compile and replay on CUDA; on a CPU neither, since compiling takes longer than a short run.
+
+    Raises:
+        UserError: CUDA graphs are asked for on a CPU.
+    """
+    train, cuda = config.train, device.type == "cuda"
+    if train.cuda_graphs == "on" and not cuda:
+        raise UserError(f"train.cuda_graphs=on needs a CUDA device, this is {device}; use auto or off")
+    compiled = cuda if train.compile == "auto" else train.compile != "off"
+    graphs = cuda if train.cuda_graphs == "auto" else train.cuda_graphs == "on"
+    how = [
+        f"compiled as one graph (train.compile={train.compile})" if compiled else "eager, not compiled",
+        f"replayed as CUDA graphs (train.cuda_graphs={train.cuda_graphs})" if graphs else "no CUDA graphs",
+    ]
+    if train.compile == "auto" and not cuda:
+        how[0] += ": compiling on a CPU takes minutes (train.compile=on to do it all the same)"
+    return Execution(compiled, train.compile == "max-autotune", graphs, ", ".join(how))
 
 
 def prepare_run(config: Config, folder: Path | None) -> tuple[Config, Path, CocoDataset, CocoDataset | None]:

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +27,20 @@ from fastmrcnn.dry_run import dry_run
 from fastmrcnn.errors import UserError, run_main
 from fastmrcnn.evaluate import run_evaluation
 from fastmrcnn.metrics import Metrics
-from fastmrcnn.model.build import build_model
-from fastmrcnn.model.mask_rcnn import MaskRCNN
-from fastmrcnn.model.sampling import SamplingKeys
-from fastmrcnn.optim import Ema, GatedStep, build_optimizer, learning_rate
+from fastmrcnn.optim import learning_rate
 from fastmrcnn.output import write_text
 from fastmrcnn.prepare import (
-    Precision,
     check_trainable,
-    choose_compile,
     choose_device,
+    choose_execution,
     choose_precision,
     discarding_unstarted,
     prepare_run,
     run_folder_of,
     starting_config,
 )
-from fastmrcnn.pretrained import start_model
-from fastmrcnn.structures import Batch, Losses, to_device
+from fastmrcnn.step import TrainingStep, new_model
+from fastmrcnn.structures import Batch, to_device
 from fastmrcnn.visualize import plot_losses
 
 
@@ -122,26 +118,15 @@ def train(
         torch.set_num_threads(config.train.threads)
     card = ModelCard(config, train_set.class_names, train_set.category_ids, train_set.keypoints)
     torch.manual_seed(config.train.seed)
-    model = build_model(
-        config.model,
-        len(card.class_names),
-        load_backbone_weights=state is None,
-        num_keypoints=card.num_keypoints,
-    )
-    if state is None:
-        start_model(model, config.model, card.class_names)
-    # On a GPU channels_last is the fast layout; on a CPU it is no faster and batch norm loses digits.
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    model = model.to(device, memory_format=layout).train()  # type: ignore[call-overload]
-    optimizer = build_optimizer(model, config.optim)
-    update = GatedStep(model, optimizer, clip_norm=config.optim.clip_norm, loss_scale=precision.loss_scale)
-    ema = Ema(model, config.optim.ema) if config.optim.ema is not None else None
-    start = restore(state, model, optimizer, update, ema) if state is not None else 0
-    forward = step_function(model, device, precision, choose_compile(config, device))
+    model = new_model(card, device, imagenet=state is None, detector=state is None)
+    execution = choose_execution(config, device)
+    make_step = TrainingStep(model, config.optim, precision, execution, seed=config.train.seed)
+    update, ema = make_step.update, make_step.ema
+    start = restore(state, model, make_step.optimizer, update, ema) if state is not None else 0
+    print(f"On {device}: {precision.name}, {execution.description}.")
 
     steps, batch_size, log_every = config.train.steps, config.train.batch, config.train.log_every
     loader = train_loader(train_set, config, start, pin_memory=device.type == "cuda")
-    generator = torch.Generator(device)
     metrics = Metrics(folder, start)
     recent: deque[tuple[int, list[int]]] = deque(maxlen=log_every)
     result: dict[str, float] = {}
@@ -152,7 +137,7 @@ def train(
             folder / "checkpoints",
             step=step,
             model=model,
-            optimizer=optimizer,
+            optimizer=make_step.optimizer,
             scaler=update,
             ema=None if ema is None else ema.model,
             card=card,
@@ -177,17 +162,10 @@ def train(
             data_time = time.perf_counter() - fetched
             batch = to_device(loaded.batch, device)
             recent.append((step, loaded.image_ids))
+            if execution.compiled or execution.cuda_graphs:
+                prepare_shapes(make_step, batch, loader.buckets, first=step == start)
             lr = learning_rate(config.optim, step, steps, batch_size)
-            for group in optimizer.param_groups:
-                group["lr"].fill_(lr)
-            generator.manual_seed((config.train.seed << 32) + step)
-            keys = model.draw_keys(batch, generator)
-
-            update.before_forward()
-            losses = forward(batch, keys)
-            update.backward(losses.total(), step)
-            if ema is not None:
-                ema.update(step, update.first_bad_step)
+            losses = make_step(batch, step, lr)
             metrics.add(losses, batch_size, data_time)
 
             done = step + 1
@@ -241,18 +219,24 @@ def train_loader(dataset: CocoDataset, config: Config, start: int, pin_memory: b
     )
 
 
-def step_function(
-    model: MaskRCNN, device: torch.device, precision: Precision, compiled: bool
-) -> Callable[[Batch, SamplingKeys], Losses]:
-    """Pixels to losses, under autocast; one graph if compiled."""
-
-    def forward(batch: Batch, keys: SamplingKeys) -> Losses:
-        with torch.autocast(device.type, dtype=precision.dtype, enabled=precision.autocast):
-            losses = model(batch, keys)
-        assert isinstance(losses, Losses)
-        return losses
-
-    return torch.compile(forward, fullgraph=True, dynamic=False) if compiled else forward
+def prepare_shapes(
+    make_step: TrainingStep, batch: Batch, buckets: Sequence[tuple[int, int]], first: bool
+) -> None:
+    """Compile for every bucket before the first step; later, say so when a batch needs a compilation."""
+    if not make_step.is_new(batch):
+        return
+    started = time.perf_counter()
+    _, _, height, width = batch.pixels.shape
+    make_step.warm_up(batch, buckets if first else [(height, width)])
+    seconds = time.perf_counter() - started
+    if first:
+        tqdm.write(f"Compiled for {len(buckets)} padded shape(s) in {seconds:.0f} s.")
+        return
+    objects = 0 if batch.targets is None else batch.targets.valid.shape[1]
+    tqdm.write(
+        f"Compiled anew in {seconds:.0f} s for a batch of {height}x{width} with {objects} slots for objects: "
+        "it has more objects, or larger ones, than any before"
+    )
 
 
 def stop_at_bad_loss(bad_step: int, recent: deque[tuple[int, list[int]]], checkpoint: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import TinyData, assert_same_state, record
 
-from fastmrcnn import train
+from fastmrcnn import step, train
 from fastmrcnn.checkpoint import read_checkpoint
 from fastmrcnn.errors import UserError
 from fastmrcnn.structures import Batch
@@ -94,7 +94,7 @@ def test_a_bad_parameter_is_named_too(
     data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not the images' fault: the first step is bad, and what is saved is what was there."""
-    real = train.build_model
+    real = step.build_model
 
     def build_model(*arguments: Any, **options: Any) -> Any:
         model = real(*arguments, **options)
@@ -102,6 +102,6 @@ def test_a_bad_parameter_is_named_too(
             model.rpn.head.objectness.bias[0] = float("nan")
         return model
 
-    monkeypatch.setattr(train, "build_model", build_model)
+    monkeypatch.setattr(step, "build_model", build_model)
     with pytest.raises(UserError, match="not finite at step 0 "):
         data.run(tmp_path)

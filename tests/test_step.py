@@ -13,8 +13,8 @@ from fastmrcnn.config import OptimConfig
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.optim import GatedStep, build_optimizer
 from fastmrcnn.prepare import choose_precision
+from fastmrcnn.step import forward_of
 from fastmrcnn.structures import Losses
-from fastmrcnn.train import step_function
 
 CPU = torch.device("cpu")
 GOLDEN = Path(__file__).parent / "data" / "step_losses.json"
@@ -73,7 +73,7 @@ def test_each_precision_gives_the_losses_and_gradients(
 ) -> None:
     """Of the same weights. A proposal that is ranked otherwise is another RoI, hence the second bound."""
     model = model_with("gn")
-    forward = step_function(model, CPU, choose_precision(precision, CPU), compiled=False)
+    forward = forward_of(model, CPU, choose_precision(precision, CPU))
     for seed in range(2):
         batch = random_batch(seed)
         keys = model.draw_keys(batch, torch.Generator().manual_seed(seed))
