@@ -69,8 +69,8 @@ class DataConfig(Section):
     long_side_max: int = Field(1333, gt=0)
     """No image is resized beyond this, whatever its short side."""
     buckets: list[tuple[Positive, Positive]] | Literal["auto"] = "auto"
-    """Padded (height, width) shapes. `auto`: the smallest multiples of 32 that hold a landscape and a
-    portrait image under the resize rule, or one shape if all images come out alike."""
+    """Padded (height, width) shapes, multiples of 32. `auto`: chosen from the sizes of the images: for
+    landscape and for portrait one that holds all, and in large sets a smaller one for most."""
     max_objects: int = Field(512, gt=0)
     """Most objects an image may have; ground-truth slots come in powers of two up to this."""
     min_box_side: float = Field(1.0, ge=0)

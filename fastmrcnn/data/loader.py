@@ -82,7 +82,7 @@ class TrainLoader:
                     f"{len(record.objects)} objects, more than data.max_objects = {max_objects}; raise it"
                 )
         augment = augment or Augment()
-        sizes = {(record.height, record.width) for record in dataset.records}
+        sizes = [(record.height, record.width) for record in dataset.records]
         turns = augment.rotate90 > 0
         self.buckets = resolve_buckets(buckets, sizes, short_sides, long_side_max, turns=turns)
         self.sampler = TrainSampler(
@@ -125,7 +125,7 @@ class EvalLoader:
         buckets: Sequence[Size] | Literal["auto"] = "auto",
         workers: int = 0,
     ) -> None:
-        sizes = {(record.height, record.width) for record in dataset.records}
+        sizes = [(record.height, record.width) for record in dataset.records]
         self.buckets = resolve_buckets(buckets, sizes, [short_side], long_side_max)
         self.plans = _plan_evaluation(dataset, batch, short_side, long_side_max, self.buckets)
         samples = EvalSamples(dataset, batch, short_side, long_side_max)

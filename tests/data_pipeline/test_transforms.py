@@ -152,6 +152,34 @@ def test_buckets() -> None:
     assert smallest_bucket((65, 60), [(64, 128), (64, 64)]) is None
 
 
+def test_a_large_set_gets_a_second_bucket_where_that_saves_padding() -> None:
+    # 4:3 mostly, as COCO is: 800 x 1067 in 800 x 1088, and few that are wider.
+    common, wide = [(480, 640)] * 900, [(400, 700)] * 60 + [(300, 640)] * 40
+    portrait = [(640, 480)] * 99
+    buckets = choose_buckets(common + wide + portrait, [800], 1333)
+    assert buckets == [(800, 1344), (800, 1088), (1088, 800)]
+    assert smallest_bucket((800, 1067), buckets) == (800, 1088)
+    # No second one where next to nothing would be saved.
+    assert choose_buckets([(480, 640)] * 500 + [(478, 640)] * 500, [800], 1333) == [(800, 1088)]
+    assert choose_buckets([(480, 640)] * 20 + [(300, 640)] * 20, [800], 1333) == [(800, 1344)]
+
+
+def test_second_bucket_is_the_best_of_all() -> None:
+    r = np.random.RandomState(0)
+    sizes = [
+        (int(h), int(w)) for h, w in zip(r.randint(200, 500, 300), r.randint(500, 900, 300), strict=True)
+    ]
+    full, small = choose_buckets(sizes, [256], 512)
+
+    def cost(bucket: tuple[int, int]) -> int:
+        resized = [resized_size(h, w, 256, 512) for h, w in sizes]
+        chosen = [smallest_bucket(size, [full, bucket]) for size in resized]
+        return sum(b[0] * b[1] for b in chosen if b is not None)
+
+    every = [(h, w) for h in range(32, full[0] + 1, 32) for w in range(32, full[1] + 1, 32)]
+    assert cost(small) == min(cost(bucket) for bucket in every) < cost(full)
+
+
 def test_buckets_of_the_user() -> None:
     assert resolve_buckets([(64, 96)], [], [64], 96) == [(64, 96)]
     with pytest.raises(UserError, match=r"data\.buckets: \[60, 96\] .* multiples of 32; use \[64, 96\]"):
