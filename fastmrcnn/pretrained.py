@@ -20,7 +20,7 @@ from fastmrcnn.conversion.classes import ClassTable, known_classes
 from fastmrcnn.conversion.files import find_weights, is_url, read_weights
 from fastmrcnn.conversion.programs import Imported, grouped, import_state, with_statistics
 from fastmrcnn.conversion.rows import class_count
-from fastmrcnn.data.keypoints import schema_of_weights
+from fastmrcnn.data.keypoints import COCO_PERSON, schema_of_weights
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
@@ -275,7 +275,8 @@ def as_model(
         config.model,
         len(classes.names),
         load_backbone_weights=False,
-        num_keypoints=None if keypoints is None else len(keypoints.names),
+        # Where the weights have no keypoints, any number will do: what is wrong is told below.
+        num_keypoints=len((keypoints or COCO_PERSON).names),
     )
     require_constants(imported.constants, model, path)
     state = prepared(imported, model.state_dict())

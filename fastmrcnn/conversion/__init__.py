@@ -1,0 +1,1 @@
+"""Weights of other programs: their files, names and orders of classes."""
