@@ -238,16 +238,16 @@ def restore(
         UserError: the weights or the optimizer's state belong to another model.
     """
     source = f"checkpoint of step {checkpoint['step']}"
-    copy_state(model, checkpoint["model"], source)
-    if ema is not None:
-        average = checkpoint["model"] if checkpoint["ema"] is None else checkpoint["ema"]
-        copy_state(ema.model, average, f"{source}, ema")
     saved = checkpoint["optimizer"]
     if saved is None:
         raise UserError(
             f"{source}: holds weights without an optimizer's state (it was converted); start a new run from "
             "it with model.weights=FILE"
         )
+    copy_state(model, checkpoint["model"], source)
+    if ema is not None:
+        average = checkpoint["model"] if checkpoint["ema"] is None else checkpoint["ema"]
+        copy_state(ema.model, average, f"{source}, ema")
     options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     if [group.keys() for group in saved["param_groups"]] != [g.keys() for g in optimizer.param_groups]:
         raise UserError(f"{source}: its optimizer state does not fit optim.name and model.backbone.norm")
