@@ -103,7 +103,7 @@ def compile_specs() -> list[CompileSpec]:
         )
         inside, launch = _launch(*inputs, resolution)
         moved = inside.nbytes + sum(tensor.nbytes for tensor in inputs)
-        # transforming each vertex, and two divisions and a test for each edge and column
+        # transforming each vertex; a product, a sum and two comparisons for each edge and column
         operations = boxes * each * (14 + resolution * 4)
         size = f"{resolution}x{resolution}"
         specs.append(launch.spec(f"polygon_mask_targets {size}", "fp64", moved, operations))
