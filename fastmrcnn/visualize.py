@@ -216,8 +216,9 @@ def _draw_keypoints(
     for a, b in skeleton:
         if known[a] and known[b]:
             pen.line((*points[a, :2].tolist(), *points[b, :2].tolist()), fill=colour, width=line)
+    radius = 1.5 * line
     for x, y in points[known, :2].tolist():
-        pen.ellipse((x - line, y - line, x + line, y + line), fill=colour, outline="white")
+        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour, outline="white")
 
 
 def _labels(names: Sequence[str], scores: Any) -> list[str]:

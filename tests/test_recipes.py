@@ -12,7 +12,11 @@ from fastmrcnn.optim import learning_rate
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RECIPES = sorted(CONFIGS.rglob("*.yaml"))
-COCO_RECIPES = [path for path in CONFIGS.glob("*.yaml") if path.name.startswith(("mask_rcnn_", "paper_"))]
+COCO_RECIPES = [
+    path
+    for path in CONFIGS.glob("*.yaml")
+    if path.name.startswith(("mask_rcnn_", "paper_")) and "keypoint" not in path.name
+]
 ABLATIONS = sorted((CONFIGS / "ablations").glob("*.yaml"))
 
 WEIGHTS = {
@@ -197,6 +201,20 @@ def differences(one: dict, other: dict, place: str = "") -> dict[str, tuple]:
 
 
 ONE_CHANGE = {
+    "table2c_roipool_max_r50_c4": (
+        "paper_r50_c4",
+        {"roi.op": ("align", "pool"), "roi.mode": ("avg", "max")},
+    ),
+    "table2c_roiwarp_max_r50_c4": (
+        "paper_r50_c4",
+        {"roi.op": ("align", "warp"), "roi.mode": ("avg", "max")},
+    ),
+    "table2c_roiwarp_avg_r50_c4": ("paper_r50_c4", {"roi.op": ("align", "warp")}),
+    "table2c_roialign_max_r50_c4": ("paper_r50_c4", {"roi.mode": ("avg", "max")}),
+    "table2d_roipool_r50_c5": (
+        "ablations/table2d_roialign_r50_c5",
+        {"roi.op": ("align", "pool"), "roi.mode": ("avg", "max")},
+    ),
     "table2b_softmax_r50_c4": ("paper_r50_c4", {"mask_head.loss": ("sigmoid", "softmax")}),
     "class_agnostic_r50_c4": ("paper_r50_c4", {"mask_head.class_agnostic": (False, True)}),
     "table2e_mlp2_r50_fpn": ("paper_r50_fpn", {"mask_head.kind": ("fcn", "mlp")}),

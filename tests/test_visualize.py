@@ -95,6 +95,23 @@ def test_boxes_alone() -> None:
     assert near(drawn[35 * 6, 60], COLOURS[0])
 
 
+def test_keypoints_are_dots_and_the_skeleton_lines() -> None:
+    """At twelve times the size: two known ones and their line, none of the third one or to it."""
+    box = np.array([[2.0, 2, 38, 38]])
+    points = np.array([[[5.0, 20, 2], [30, 20, 0.06], [20, 5, 0.04]]])
+    image = np.full((40, 40, 3), 128, np.uint8)
+    plain = draw_instances(image, box, None, ["a"])
+    drawn = draw_instances(image, box, None, ["a"], keypoints=points, skeleton=[(0, 1), (1, 2)])
+    assert near(drawn[20 * 12, 5 * 12], COLOURS[0])
+    assert near(drawn[20 * 12, 30 * 12], COLOURS[0])
+    assert near(drawn[20 * 12, 17 * 12], COLOURS[0])
+    changed = (drawn != plain).any(axis=2)
+    assert not changed[: 18 * 12].any()
+    assert not changed[:, 32 * 12 :].any()
+    dots = draw_instances(image, box, None, ["a"], keypoints=points)
+    assert (dots[20 * 12, 17 * 12] == plain[20 * 12, 17 * 12]).all()
+
+
 def test_mistakes() -> None:
     box = np.zeros((1, 4))
     with pytest.raises(ValueError, match=r"image must be \(h, w, 3\) uint8, got \(60, 80\)"):
@@ -124,6 +141,7 @@ def write_metrics(path: Path, evaluations: bool) -> None:
         rows.append({"iteration": step, "total_loss": 3 - step / 100, **loss, "lr": 0.01})
         if evaluations and step in (40, 90):
             rows.append({"iteration": step, "bbox/AP": step / 2, "segm/AP": None if step == 40 else 33.3})
+            rows[-1]["keypoints/AP"] = 20.0
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
