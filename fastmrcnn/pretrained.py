@@ -255,7 +255,7 @@ def as_model(
         config, known = config or detector.card.config, detector.card
         classes = classes or ClassTable(known.class_names, known.category_ids)
     if config is None:
-        config, recipe = _recipe(imported, kind, path)
+        config, recipe = published_recipe(imported, kind, path)
         lines.append(f"configuration: configs/zoo/{recipe}.yaml")
     count = class_count(imported.state)
     if classes is None:
@@ -311,7 +311,8 @@ def load_recipe(path: str, device: str, overrides: Sequence[str]) -> tuple[MaskR
     return model.to(place), config
 
 
-def _recipe(imported: Imported, kind: Kind, path: Path) -> tuple[Config, str]:
+def published_recipe(imported: Imported, kind: Kind, path: Path) -> tuple[Config, str]:
+    """Configuration and name of the recipe in configs/zoo/; UserError if there is none of that kind."""
     name = _RECIPES.get((imported.program, kind))
     if name is None:
         raise UserError(
