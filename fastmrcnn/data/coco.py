@@ -57,6 +57,8 @@ class CocoDataset:
     """What the keypoints of the objects are; none: they were not read."""
     unlabelled: int = 0
     """Images left out for want of labelled keypoints."""
+    masks: bool = True
+    """Whether batches are to hold the objects' masks."""
     proposals: Mapping[int, ImageProposals] | None = None
     """By image id, for a model without an RPN."""
     proposal_slots: int = 0
@@ -118,7 +120,7 @@ def read_coco(
         max_objects: most objects, crowd regions included, that an image may have.
         min_box_side: boxes with a smaller side, in annotation pixels after clipping, are skipped.
         require_objects: refuse a set without any object.
-        require_masks: refuse objects without a segmentation.
+        require_masks: refuse objects without a segmentation; else batches hold no masks.
         keypoints: read keypoints, and how; none: what the file says of them is not looked at.
         key: configuration section that gave the paths, for messages.
     Raises:
@@ -181,7 +183,17 @@ def read_coco(
     problems.check(file)
     kept = keep_labelled(records.values(), keypoints)
     unlabelled = len(records) - len(kept)
-    dataset = CocoDataset(kept, class_names, category_ids, file, skipped, clipped, schema, unlabelled)
+    dataset = CocoDataset(
+        kept,
+        class_names,
+        category_ids,
+        file,
+        skipped,
+        clipped,
+        keypoints=schema,
+        unlabelled=unlabelled,
+        masks=require_masks,
+    )
     if require_objects and not any(not o.crowd for record in dataset.records for o in record.objects):
         why = f" ({dataset.summary()[0].split('; ', 1)[-1]})" if skipped or unlabelled else ""
         raise UserError(

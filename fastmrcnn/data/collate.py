@@ -53,9 +53,12 @@ class Sample(NamedTuple):
 
 
 def read_objects(
-    record: ImageRecord, schema: KeypointSchema | None = None, polygons: bool = False
+    record: ImageRecord,
+    schema: KeypointSchema | None = None,
+    polygons: bool = False,
+    masks: bool = True,
 ) -> Objects:
-    """Rasterise the objects of an image; gather their keypoints if there is a schema, and polygons if asked.
+    """The objects of an image: masks rasterised, polygons gathered, keypoints if there is a schema.
 
     Crowd regions have no bitmap. An object that turns out to cover no pixel has no mask that could be
     learnt, so it is treated as a crowd region: not learnt, and not punished.
@@ -65,11 +68,11 @@ def read_objects(
     crowd = []
     for item in record.objects:
         crop, window = np.zeros((0, 0), np.uint8), (0, 0, 0, 0)
-        if not item.crowd and item.segmentation:
+        if masks and not item.crowd and item.segmentation:
             crop, window = bitmap(item.segmentation, record.height, record.width)
         crops.append(crop.ravel())
         windows.append(window)
-        crowd.append(item.crowd or (bool(item.segmentation) and crop.size == 0))
+        crowd.append(item.crowd or (masks and bool(item.segmentation) and crop.size == 0))
     keypoints = None
     if schema is not None:
         keypoints = np.zeros((len(record.objects), len(schema.names), 3), np.float32)

@@ -174,6 +174,8 @@ def largest_targets(dataset: CocoDataset, batch: int) -> tuple[int, int]:
     )
     usual = batch * areas.mean() + 6 * math.sqrt(batch) * areas.std()
     slots = max(len(record.objects) for record in dataset.records)
+    if not dataset.masks:
+        return max(slots, MIN_SLOTS), MIN_MASK_BYTES
     return max(slots, MIN_SLOTS), max(int(min(usual, batch * areas.max())), MIN_MASK_BYTES)
 
 

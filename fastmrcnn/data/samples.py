@@ -46,7 +46,7 @@ class SampleStore:
     ) -> None:
         self.records = dataset.records
         self.polygons = polygons
-        self.schema = dataset.keypoints
+        self.schema, self.masks = dataset.keypoints, dataset.masks
         self.proposals, self.proposal_slots = dataset.proposals, dataset.proposal_slots
         sizes = [
             resized_size(record.height, record.width, side, long_side_max)
@@ -73,7 +73,7 @@ class SampleStore:
     def objects(self, index: int) -> Objects:
         found = self._objects.get(index)
         if found is None:
-            found = read_objects(self.records[index], self.schema, self.polygons)
+            found = read_objects(self.records[index], self.schema, self.polygons, self.masks)
             if self.keep_objects:
                 self._objects[index] = found
         return found

@@ -177,6 +177,6 @@ def _keypoint_head(config: ModelConfig, channels: int, num_keypoints: int | None
         convs=head.convs,
         channels=head.channels,
         loss_normalizer=head.loss_normalizer,
-        most_keypoints=num_keypoints * max(1, int(roi.batch_per_image * roi.foreground_share)),
+        most_keypoints=num_keypoints * roi.batch_per_image * roi.foreground_share,
         loss_weight=head.loss_weight,
     )

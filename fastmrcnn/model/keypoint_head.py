@@ -34,7 +34,7 @@ class KeypointHead(nn.Module):
         convs: int = 8,
         channels: int = 512,
         loss_normalizer: str = "visible",
-        most_keypoints: int = 1,
+        most_keypoints: float = 1.0,
         loss_weight: float = 1.0,
     ) -> None:
         super().__init__()

@@ -66,6 +66,23 @@ def assert_equal(one: LoadedBatch, other: LoadedBatch) -> None:
         assert torch.equal(a, b)
 
 
+def test_no_bitmaps_are_made_where_masks_are_not_learnt(tmp_path: Path) -> None:
+    paths = write_shapes(tmp_path, seed=3, train=4, val=1, size=48)
+    found = {}
+    for masks in (True, False):
+        dataset = read_coco(paths["train_images"], paths["train_annotations"], require_masks=masks)
+        slots, mask_bytes = largest_targets(dataset, 3)
+        targets = next(iter(loader(dataset, min_slots=slots, min_mask_bytes=mask_bytes))).batch.targets
+        assert targets is not None
+        found[masks] = targets
+    assert found[True].masks.buffer.any()
+    assert not found[False].masks.buffer.any()
+    assert not found[False].masks.window.any()
+    assert found[False].masks.buffer.shape == (4096,)
+    assert torch.equal(found[True].boxes, found[False].boxes)
+    assert torch.equal(found[True].valid, found[False].valid)
+
+
 def test_shapes_and_dtypes(shapes: CocoDataset) -> None:
     loaded = next(iter(loader(shapes, short_sides=[40, 44], buckets=[(64, 96)], augment=EVERYTHING)))
     pixels, sizes, targets = loaded.batch[:3]

@@ -207,6 +207,20 @@ def test_no_sync(masks: bool, slots: int | None) -> None:
     assert found.heatmaps.shape == (*found.valid.shape, JOINTS, 56, 56)
 
 
+@pytest.mark.parametrize("architecture", ["c4", "c5"])
+def test_without_a_pyramid(architecture: str) -> None:
+    section = {**SMALL["model"], "architecture": architecture, "mask_head": {"enabled": False}}
+    section["keypoint_head"] = {"enabled": True, "convs": 1, "channels": 8}
+    model = build_model(parse_config({"model": section}, "the test").model, 3, num_keypoints=JOINTS)
+    batch = keypoint_batch(3)
+    losses = model.train()(batch, model.draw_keys(batch, torch.Generator().manual_seed(0)))
+    assert losses.loss_keypoint > 0
+    losses.total().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.keypoint_head.parameters())
+    found = model.eval()(batch._replace(targets=None))
+    assert found.heatmaps.shape == (*found.valid.shape, JOINTS, 56, 56)
+
+
 def test_bf16_step() -> None:
     model = small_model().train()
     batch = keypoint_batch(4)
