@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastmrcnn.kernels import mask_loss, mask_targets, polygon_mask_targets
 from fastmrcnn.model.roi_sampler import PackedRois
-from fastmrcnn.structures import Batch, PackedMasks
+from fastmrcnn.structures import Batch, PackedMasks, PackedPolygons
 
 
 class MaskHead(nn.Module):
@@ -58,27 +58,40 @@ class MaskHead(nn.Module):
         Args:
             logits: (T, mask_channels, M, M) of the T slots of `rois`.
         """
-        with torch.no_grad():
-            goal = mask_targets(
-                rois.boxes,
-                rois.image,
-                rois.matched,
-                *masks,
-                image_sizes=batch.sizes,
-                image_shape=(batch.pixels.shape[-2], batch.pixels.shape[-1]),
-                resolution=logits.shape[-1],
-                aligned=self.aligned,
-                sampling_ratio=self.target_sampling_ratio,
-            )
-            if self.target != "soft":
-                goal = (goal >= 0.5).float()
-            if self.target == "polygon":
-                goal = _from_polygons(rois, batch, goal)
+        goal = self.targets(rois, batch, masks, logits.shape[-1])
         if self.softmax:
             loss = softmax_mask_loss(logits, rois.classes, goal, rois.valid)
         else:
             loss = mask_loss(logits, rois.classes, goal, rois.valid.float())
         return loss * self.loss_weight
+
+    @torch.no_grad()
+    def targets(self, rois: PackedRois, batch: Batch, masks: PackedMasks, resolution: int) -> Tensor:
+        """What the masks of `rois` should be: (T, M, M) float32 in 0..1."""
+        polygons = _polygons(batch) if self.target == "polygon" else None
+        boxes = rois.boxes
+        if polygons is not None:
+            slot = rois.image * polygons.parts.shape[1] + rois.matched
+            has_polygon = polygons.parts.flatten().index_select(0, slot) > 0
+            boxes = boxes.where(~has_polygon[:, None], 0.0)  # the bitmap will not be looked at: read little
+        goal = mask_targets(
+            boxes,
+            rois.image,
+            rois.matched,
+            *masks,
+            image_sizes=batch.sizes,
+            image_shape=(batch.pixels.shape[-2], batch.pixels.shape[-1]),
+            resolution=resolution,
+            aligned=self.aligned,
+            sampling_ratio=self.target_sampling_ratio,
+        )
+        if self.target == "soft":
+            return goal
+        goal = (goal >= 0.5).float()
+        if polygons is None:
+            return goal
+        inside = polygon_mask_targets(rois.boxes, rois.image, rois.matched, *polygons, resolution=resolution)
+        return torch.where(has_polygon[:, None, None], inside.float(), goal)
 
     def of_class(self, logits: Tensor, classes: Tensor) -> Tensor:
         """(D, mask_channels, M, M) logits of the given classes (D,) -> (D, M, M) probabilities, float32."""
@@ -167,17 +180,10 @@ class MlpMaskHead(MaskHead):
         return self.predictor(x).unflatten(1, (-1, self.side, self.side))
 
 
-def _from_polygons(rois: PackedRois, batch: Batch, bitmaps: Tensor) -> Tensor:
-    """Targets (T, M, M) float32 of 0 and 1 from polygons; those of `bitmaps` where an object has none."""
+def _polygons(batch: Batch) -> PackedPolygons:
     if batch.targets is None or batch.targets.polygons is None:
         raise ValueError("mask targets from polygons need targets with polygons; TrainLoader packs them")
-    polygons = batch.targets.polygons
-    inside = polygon_mask_targets(
-        rois.boxes, rois.image, rois.matched, *polygons, resolution=bitmaps.shape[-1]
-    )
-    slot = rois.image * polygons.parts.shape[1] + rois.matched
-    has_polygon = polygons.parts.flatten().index_select(0, slot) > 0
-    return torch.where(has_polygon[:, None, None], inside.float(), bitmaps)
+    return batch.targets.polygons
 
 
 def softmax_mask_loss(logits: Tensor, classes: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
