@@ -1,17 +1,18 @@
-"""What a kernel is compiled for without a GPU: the arguments of a launch at a real shape.
+"""Launches of kernels, and what a launch is compiled for without a GPU.
 
-Each `kernel.py` has a function `compile_specs()` that returns these, forward and backward, fp32 and bf16,
-both layouts, at the training shapes. The report compiles them and reads registers, spills and load
-widths from the machine code; the tests do so for a few. A `kernel.py` that describes its launches as
-`Launch` gets them from the code that launches, given tensors on the meta device.
+An operator's `kernel.py` describes what it launches as `Launch`, and has a function `compile_specs()` that
+returns what it launches at the training shapes: forward and backward, fp32 and bf16, both layouts. The
+launches come from the code that launches, given tensors on the meta device, so that the report compiles
+what runs. `compile_specs` may take a `Target`, for operators whose launches depend on it.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,27 @@ _POINTERS = {
     torch.uint8: "*u8",
     torch.bool: "*i1",
 }
+
+
+class Target(NamedTuple):
+    """What a kernel is launched on, as far as the choice of a launch depends on it."""
+
+    backend: str  # "cuda" or "hip"
+    shared: int  # bytes of shared memory that one program can have
+
+
+H100 = Target("cuda", 227 * 1024)
+
+
+@functools.cache
+def target_of(device: torch.device) -> Target:
+    """The target that a device is; an H100 for what has no device, as the interpreter and meta tensors."""
+    if device.type != "cuda":
+        return H100
+    from triton.runtime import driver
+
+    properties = driver.active.utils.get_device_properties(device.index or 0)
+    return Target("hip" if torch.version.hip else "cuda", properties["max_shared_mem"])
 
 
 @dataclass(frozen=True)
@@ -45,7 +67,7 @@ class CompileSpec:
     bytes: int  # least to read and write, each unique byte once
     flops: int  # least to compute
     num_warps: int = 4
-    num_stages: int = 3
+    options: dict[str, Any] = field(default_factory=dict)  # of the compiler, as `Launch.options`
     widest_load: int | None = None  # bytes a thread at which the main load must be; None: nothing is asked
 
     def compile(self, backend: str = "cuda", arch: int | str = 90, warp_size: int = 32) -> Any:
@@ -70,21 +92,29 @@ class CompileSpec:
                 elif isinstance(leaf, (torch.dtype, Tensor)) or (isinstance(leaf, int) and leaf % 16 == 0):
                     attrs[path] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature=signature, constexprs=constexprs, attrs=attrs)
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options = {"num_warps": self.num_warps, **self.options}
         return triton.compile(source, target=GPUTarget(backend, arch, warp_size), options=options)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of one kernel, with every parameter by name."""
+    """One launch of one kernel, with every parameter by name.
+
+    `options` are Triton's, beyond `num_warps`: num_stages, enable_fp_fusion, maxnreg (not on AMD). What is
+    not there is Triton's choice.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     num_warps: int = 4
+    options: dict[str, Any] = field(default_factory=dict)
 
     def run(self) -> None:
-        self.kernel[self.grid](**self.arguments, num_warps=self.num_warps)
+        """On the device of its tensors, which need not be the current one, where Triton would launch."""
+        tensors = (leaf for value in self.arguments.values() for _, leaf in _leaves(value, ()))
+        with torch.cuda.device_of(next(leaf for leaf in tensors if isinstance(leaf, Tensor))):
+            self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, **self.options)
 
     def spec(
         self, name: str, variant: str, bytes: int, flops: int, widest_load: int | None = None
@@ -98,7 +128,8 @@ class Launch:
             bytes,
             flops,
             self.num_warps,
-            widest_load=widest_load,
+            self.options,
+            widest_load,
         )
 
 

@@ -35,7 +35,7 @@ import torch
 import triton
 
 from ._library import interpreting
-from ._spec import CompileSpec
+from ._spec import CompileSpec, Target
 
 
 class Limits(NamedTuple):
@@ -108,10 +108,11 @@ def kernel_modules() -> list[ModuleType]:
     return [importlib.import_module(f".{name}.kernel", __package__) for name in folders]
 
 
-def specs_of(module: ModuleType, backend: str) -> list[CompileSpec]:
-    """What a module compiles. One whose kernels differ between vendors takes the backend's name."""
-    takes_backend = inspect.signature(module.compile_specs).parameters
-    return module.compile_specs(backend) if takes_backend else module.compile_specs()
+def specs_of(module: ModuleType, arch: str) -> list[CompileSpec]:
+    """What a module launches on an architecture. One whose launches depend on it takes a `Target`."""
+    if not inspect.signature(module.compile_specs).parameters:
+        return module.compile_specs()
+    return module.compile_specs(Target(_backend(arch), ARCHITECTURES[arch].shared_of_block))
 
 
 def inspect_kernel(spec: CompileSpec, arch: str) -> Row:
@@ -121,7 +122,7 @@ def inspect_kernel(spec: CompileSpec, arch: str) -> Row:
 
 def report(arch: str) -> list[Row]:
     """Every kernel on one architecture. Triton compiles one while the CUDA tools disassemble others."""
-    specs = [spec for module in kernel_modules() for spec in specs_of(module, _backend(arch))]
+    specs = [spec for module in kernel_modules() for spec in specs_of(module, arch)]
     with ThreadPoolExecutor() as pool:
         rows = [pool.submit(_row, spec, arch, _compile(spec, arch)) for spec in specs]
         return [row.result() for row in rows]

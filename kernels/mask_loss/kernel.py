@@ -9,43 +9,28 @@ order, so the results repeat bit for bit.
 # mypy: allow-untyped-defs
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._spec import CompileSpec
+from .._spec import CompileSpec, Launch
 from .reference import sum_dtype
 
 PIXELS = 1024  # at once
 SLOTS = 1024  # at once, in the last sum
 STRETCH = 16384  # elements of the gradient a program writes
 ZEROS = 4096  # at once
+AXES = ("stride_slot", "stride_channel", "stride_y", "stride_x")
 
 
 def mask_loss(logits: Tensor, classes: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """See `reference.mask_loss`."""
-    slots, K, height, width = logits.shape
-    dtype = sum_dtype(logits)
-    slot_sums = logits.new_empty((slots,), dtype=dtype)
-    loss = logits.new_empty((), dtype=dtype)
-    divisor = logits.new_empty((), dtype=dtype)
-    weight = _plain(weight)
-    if slots:
-        _slot_loss_kernel[(slots,)](
-            logits,
-            classes.contiguous(),
-            _plain(targets),
-            weight,
-            slot_sums,
-            *logits.stride(),
-            K,
-            width,
-            height * width,
-            PIXELS=PIXELS,
-            num_warps=4,
-        )
-    _mean_kernel[(1,)](slot_sums, weight, loss, divisor, slots, height * width, SLOTS=SLOTS, num_warps=4)
+    loss, divisor, launches = _forward(logits, classes, targets, weight)
+    for launch in launches:
+        launch.run()
     return loss, divisor
 
 
@@ -53,36 +38,70 @@ def mask_loss_backward(
     grad: Tensor, divisor: Tensor, logits: Tensor, classes: Tensor, targets: Tensor, weight: Tensor
 ) -> Tensor:
     """See `reference.mask_loss_backward`."""
+    grad_logits, launch = _backward(grad, divisor, logits, classes, targets, weight)
+    if logits.shape[0]:
+        launch.run()
+    return grad_logits
+
+
+def _forward(
+    logits: Tensor, classes: Tensor, targets: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, list[Launch]]:
+    slots, _, height, width = logits.shape
+    loss, divisor, slot_sums = (
+        logits.new_empty(shape, dtype=sum_dtype(logits)) for shape in ((), (), (slots,))
+    )
+    inputs = _input_arguments(logits, classes, targets, weight)
+    mean = {
+        "slot_sum_ptr": slot_sums,
+        "weight_ptr": inputs["weight_ptr"],
+        "loss_ptr": loss,
+        "divisor_ptr": divisor,
+        "slots": slots,
+        "pixels": height * width,
+        "SLOTS": SLOTS,
+    }
+    launches = [Launch(_slot_loss_kernel, (slots,), {**inputs, "slot_sum_ptr": slot_sums})] if slots else []
+    return loss, divisor, [*launches, Launch(_mean_kernel, (1,), mean)]
+
+
+def _backward(
+    grad: Tensor, divisor: Tensor, logits: Tensor, classes: Tensor, targets: Tensor, weight: Tensor
+) -> tuple[Tensor, Launch]:
     slots, K, height, width = logits.shape
     slot_size = K * height * width
     grad_logits = torch.empty_like(logits)
-    if not slots:
-        return grad_logits
     # The elements of a slot lie together in NCHW and channels_last, but not in every dense layout.
     slot_is_dense = slots == 1 or grad_logits.stride(0) == slot_size
     if not slot_is_dense:
         grad_logits.zero_()
+    arguments = {
+        "grad_ptr": grad,
+        "divisor_ptr": divisor,
+        **_input_arguments(logits, classes, targets, weight),
+        "grad_logits_ptr": grad_logits,
+        **{f"grad_{axis}": grad_logits.stride(i) for i, axis in enumerate(AXES)},
+        "FILL": slot_is_dense,
+        "STRETCH": STRETCH,
+        "ZEROS": ZEROS,
+    }
     stretches = triton.cdiv(slot_size, STRETCH) if slot_is_dense else 1
-    _grad_kernel[(slots, stretches)](
-        grad,
-        divisor,
-        logits,
-        classes.contiguous(),
-        _plain(targets),
-        _plain(weight),
-        grad_logits,
-        *logits.stride(),
-        *grad_logits.stride(),
-        K,
-        width,
-        height * width,
-        FILL=slot_is_dense,
-        STRETCH=STRETCH,
-        ZEROS=ZEROS,
-        PIXELS=PIXELS,
-        num_warps=8,
-    )
-    return grad_logits
+    return grad_logits, Launch(_grad_kernel, (slots, stretches), arguments, num_warps=8)
+
+
+def _input_arguments(logits: Tensor, classes: Tensor, targets: Tensor, weight: Tensor) -> dict[str, Any]:
+    _, K, height, width = logits.shape
+    return {
+        "logits_ptr": logits,
+        "classes_ptr": classes.contiguous(),
+        "targets_ptr": _plain(targets),
+        "weight_ptr": _plain(weight),
+        **{axis: logits.stride(i) for i, axis in enumerate(AXES)},
+        "K": K,
+        "width": width,
+        "pixels": height * width,
+        "PIXELS": PIXELS,
+    }
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -94,72 +113,25 @@ def _plain(tensor: Tensor) -> Tensor:
 def compile_specs() -> list[CompileSpec]:
     """1024 slots, 80 classes, 28x28, targets of one byte a pixel."""
     slots, K, side = 1024, 80, 28
-    pixels = side * side
-    layouts = {
-        "nchw": (K * pixels, pixels, side, 1),
-        "channels_last": (K * pixels, 1, side * K, K),
-    }
-    axes = ("stride_slot", "stride_channel", "stride_y", "stride_x")
+    pixels = slots * side * side  # of one channel
+    classes = torch.empty((slots,), dtype=torch.int64, device="meta")
+    targets = classes.new_empty((slots, side, side), dtype=torch.uint8)
+    weight = classes.new_empty((slots,), dtype=torch.float32)
+    scalar = weight.new_empty(())
+    formats = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
     specs = []
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        for layout, strides in layouts.items():
-            shared = {
-                "logits_ptr": dtype,
-                "classes_ptr": torch.int64,
-                "targets_ptr": torch.uint8,
-                "weight_ptr": torch.float32,
-                **dict(zip(axes, strides, strict=True)),
-                "K": K,
-                "width": side,
-                "pixels": pixels,
-                "PIXELS": PIXELS,
-            }
-            forward = {**shared, "slot_sum_ptr": torch.float32}
-            backward = {
-                **shared,
-                "grad_ptr": torch.float32,
-                "divisor_ptr": torch.float32,
-                "grad_logits_ptr": dtype,
-                **{f"grad_{axis}": stride for axis, stride in zip(axes, strides, strict=True)},
-                "FILL": True,
-                "STRETCH": STRETCH,
-                "ZEROS": ZEROS,
-            }
-            read = slots * (pixels * (dtype.itemsize + 1) + 12)
-            written = slots * K * pixels * dtype.itemsize
-            programs = slots * triton.cdiv(K * pixels, STRETCH)
-            specs += [
-                CompileSpec(
-                    "mask_loss forward",
-                    f"{name} {layout}",
-                    _slot_loss_kernel,
-                    forward,
-                    slots,
-                    read + slots * 4,
-                    9 * slots * pixels,  # max, abs, exp, log and the sums of one pixel's cross-entropy
-                ),
-                CompileSpec(
-                    "mask_loss backward",
-                    f"{name} {layout}",
-                    _grad_kernel,
-                    backward,
-                    programs,
-                    read + written,
-                    6 * slots * pixels,  # exp, division and the products of one pixel's gradient
-                    num_warps=8,
-                ),
-            ]
-    arguments = {
-        "slot_sum_ptr": torch.float32,
-        "weight_ptr": torch.float32,
-        "loss_ptr": torch.float32,
-        "divisor_ptr": torch.float32,
-        "slots": slots,
-        "pixels": pixels,
-        "SLOTS": SLOTS,
-    }
-    specs.append(CompileSpec("mask_loss mean", "fp32", _mean_kernel, arguments, 1, 8 * slots + 8, 2 * slots))
-    return specs
+        for layout, form in formats.items():
+            logits = torch.empty((slots, K, side, side), dtype=dtype, device="meta", memory_format=form)
+            _, _, (forward, mean) = _forward(logits, classes, targets, weight)
+            grad, backward = _backward(scalar, scalar, logits, classes, targets, weight)
+            variant = f"{name} {layout}"
+            read = pixels * (dtype.itemsize + 1) + 12 * slots
+            # Max, abs, exp, log and the sums of a pixel's cross-entropy; exp, division and products of its
+            # gradient.
+            specs.append(forward.spec("mask_loss forward", variant, read + 4 * slots, 9 * pixels))
+            specs.append(backward.spec("mask_loss backward", variant, read + grad.nbytes, 6 * pixels))
+    return [*specs, mean.spec("mask_loss mean", "fp32", 8 * slots + 8, 2 * slots)]
 
 
 @triton.jit

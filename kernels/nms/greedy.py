@@ -22,14 +22,16 @@ def greedy_kernel(
     survivors_ptr,  # (tiles,) int64, written, bit by bit the survivors of a tile
     begun_ptr,  # (1,) int32, zero; how many tiles have begun
     done_ptr,  # (tiles,) int32, zero; 1 when a tile's survivors are written
-    tiles,
     slots,
     threshold,
     HAS_GROUPS: tl.constexpr,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    # Programs take tiles in the order in which they start, so whoever is waited for is running.
+    # Programs take tiles in the order in which they start, whatever their number and however few fit on
+    # the device, and wait for tiles of lower number only. So whoever is waited for has started, is
+    # resident until it ends (no GPU here suspends a program to start another of the same kernel), and of
+    # those that run the one with the lowest tile waits for none: it ends, then the next.
     tile = tl.atomic_add(begun_ptr, 1).to(tl.int64)
     lane = tl.arange(0, TILE)
     bit = tl.full((TILE,), 1, tl.int64) << lane

@@ -9,13 +9,15 @@ no length is read by the host, and the tiles of all images and groups run at the
 # mypy: allow-untyped-defs
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .._library import interpreting
-from .._spec import CompileSpec
+from .._spec import CompileSpec, Launch
 from .greedy import greedy_kernel
 from .reference import round_down_to_float32
 
@@ -37,7 +39,10 @@ def padded_nms(
     index = boxes.new_zeros((boxes.shape[0], max_out), dtype=torch.int64)
     kept_valid = boxes.new_zeros((boxes.shape[0], max_out), dtype=torch.bool)
     if index.numel() and scores.numel():
-        _select(boxes, scores, groups, valid, iou_threshold, index, kept_valid, only_finite=True)
+        for launch in _launches(
+            boxes, scores, groups, valid, iou_threshold, index, kept_valid, only_finite=True
+        ):
+            launch.run()
     return index, kept_valid
 
 
@@ -47,11 +52,14 @@ def nms(boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_threshold: flo
     kept_valid = boxes.new_zeros((1, boxes.shape[0]), dtype=torch.bool)
     if index.numel():
         groups = None if groups is None else groups[None]
-        _select(boxes[None], scores[None], groups, None, iou_threshold, index, kept_valid, only_finite=False)
+        for launch in _launches(
+            boxes[None], scores[None], groups, None, iou_threshold, index, kept_valid, only_finite=False
+        ):
+            launch.run()
     return index[0, : int(kept_valid.sum())].clone()
 
 
-def _select(
+def _launches(
     boxes: Tensor,
     scores: Tensor,
     groups: Tensor | None,
@@ -60,8 +68,11 @@ def _select(
     index: Tensor,
     kept_valid: Tensor,
     only_finite: bool,
-) -> None:
-    """Write the survivors into index and kept_valid (N, max_out), which are zero."""
+) -> Iterator[Launch]:
+    """Of the kernels that write the survivors into index and kept_valid (N, max_out), which are zero.
+
+    Each must have run when the next is asked for: what is sorted in between is what it wrote.
+    """
     images, slots_per_image = scores.shape
     slots = images * slots_per_image
     boxes = boxes.reshape(slots, 4)
@@ -70,23 +81,23 @@ def _select(
         if only_finite:
             valid = ~scores.isnan() if valid is None else valid & ~scores.isnan()
         scores = _ranks(scores.reshape(slots))
-    scores = scores.contiguous()
 
     key = boxes.new_empty((slots,), dtype=torch.int64)
-    _score_key_kernel[(triton.cdiv(slots, KEY_BLOCK),)](
-        boxes,
-        scores,
-        scores if valid is None else valid.contiguous().view(torch.uint8),
-        key,
-        boxes.stride(0),
-        boxes.stride(1),
-        slots,
-        slots_per_image,
-        RANKED=ranked,
-        ONLY_FINITE=only_finite,
-        HAS_VALID=valid is not None,
-        BLOCK=KEY_BLOCK,
-    )
+    keys = {
+        "boxes_ptr": boxes,
+        "scores_ptr": scores.contiguous(),
+        "valid_ptr": None if valid is None else valid.contiguous().view(torch.uint8),
+        "key_ptr": key,
+        "stride_slot": boxes.stride(0),
+        "stride_coordinate": boxes.stride(1),
+        "slots": slots,
+        "slots_per_image": slots_per_image,
+        "RANKED": ranked,
+        "ONLY_FINITE": only_finite,
+        "HAS_VALID": valid is not None,
+        "BLOCK": KEY_BLOCK,
+    }
+    yield Launch(_score_key_kernel, (triton.cdiv(slots, KEY_BLOCK),), keys)
     key, by_score = key.sort(stable=True)
 
     # `run` tells apart image, validity and the group's low 32 bits. Groups that agree in those share a
@@ -99,39 +110,37 @@ def _select(
         order = by_score.index_select(0, rank)
         groups = group_by_score.index_select(0, rank)
     tiles = triton.cdiv(slots, TILE)
-    first_tile = torch.searchsorted(run, run[::TILE].contiguous()) // TILE
 
     keep = boxes.new_empty((slots,), dtype=torch.uint8)
     begun, done = boxes.new_zeros((tiles + 1,), dtype=torch.int32).split([1, tiles])
-    greedy_kernel[(tiles,)](
-        boxes.float().t().index_select(1, order),
-        run,
-        run if groups is None else groups,
-        rank,
-        first_tile,
-        keep,
-        boxes.new_empty((tiles,), dtype=torch.int64),
-        begun,
-        done,
-        tiles,
-        slots,
-        round_down_to_float32(iou_threshold),
-        HAS_GROUPS=groups is not None,
-        TILE=TILE,
-        ROWS=TILE if interpreting() else ROWS,
-        num_warps=4,
-        enable_fp_fusion=False,  # the rounding of every step is torchvision's
-    )
-    _compact_kernel[(images,)](
-        keep,
-        by_score,
-        index,
-        kept_valid.view(torch.uint8),
-        slots_per_image,
-        index.shape[1],
-        BLOCK=COMPACT_BLOCK,
-        num_warps=8,
-    )
+    greedy = {
+        "boxes_ptr": boxes.float().t().index_select(1, order),
+        "run_ptr": run,
+        "group_ptr": groups,
+        "rank_ptr": rank,
+        "first_tile_ptr": torch.searchsorted(run, run[::TILE].contiguous()) // TILE,
+        "keep_ptr": keep,
+        "survivors_ptr": boxes.new_empty((tiles,), dtype=torch.int64),
+        "begun_ptr": begun,
+        "done_ptr": done,
+        "slots": slots,
+        "threshold": round_down_to_float32(iou_threshold),
+        "HAS_GROUPS": groups is not None,
+        "TILE": TILE,
+        "ROWS": TILE if interpreting() else ROWS,
+    }
+    # Without fusion the rounding of every step is torchvision's.
+    yield Launch(greedy_kernel, (tiles,), greedy, options={"enable_fp_fusion": False})
+    compact = {
+        "keep_ptr": keep,
+        "by_score_ptr": by_score,
+        "index_ptr": index,
+        "valid_ptr": kept_valid.view(torch.uint8),
+        "slots_per_image": slots_per_image,
+        "max_out": index.shape[1],
+        "BLOCK": COMPACT_BLOCK,
+    }
+    yield Launch(_compact_kernel, (images,), compact, num_warps=8)
 
 
 def _ranks(scores: Tensor) -> Tensor:
@@ -145,58 +154,22 @@ def compile_specs() -> list[CompileSpec]:
     """8 images, 5 levels of 2000 boxes each, 1000 of an image kept."""
     images, per_image, max_out, in_group = 8, 10_000, 1000, 2000
     slots = images * per_image
-    tiles = triton.cdiv(slots, TILE)
+    index = torch.empty((images, max_out), dtype=torch.int64, device="meta")
+    kept_valid = index.new_empty(index.shape, dtype=torch.bool)
+    valid = index.new_empty((images, per_image), dtype=torch.bool)
     specs = []
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        arguments = {
-            "boxes_ptr": dtype,
-            "scores_ptr": dtype,
-            "valid_ptr": torch.uint8,
-            "key_ptr": torch.int64,
-            "stride_slot": 4,
-            "stride_coordinate": 1,
-            "slots": slots,
-            "slots_per_image": per_image,
-            "RANKED": False,
-            "ONLY_FINITE": True,
-            "HAS_VALID": True,
-            "BLOCK": KEY_BLOCK,
-        }
-        programs, moved = triton.cdiv(slots, KEY_BLOCK), slots * (5 * dtype.itemsize + 1 + 8)
-        specs.append(CompileSpec("nms keys", name, _score_key_kernel, arguments, programs, moved, 0))
-    for name, group in (("one group", None), ("groups", torch.int64)):
-        arguments = {
-            "boxes_ptr": torch.float32,
-            "run_ptr": torch.int64,
-            "group_ptr": group or torch.int64,
-            "rank_ptr": torch.int64,
-            "first_tile_ptr": torch.int64,
-            "keep_ptr": torch.uint8,
-            "survivors_ptr": torch.int64,
-            "begun_ptr": torch.int32,
-            "done_ptr": torch.int32,
-            "tiles": tiles,
-            "slots": slots,
-            "threshold": 0.7,
-            "HAS_GROUPS": group is not None,
-            "TILE": TILE,
-            "ROWS": ROWS,
-        }
-        moved = slots * (16 + 8 + 1 + (16 if group else 0))
-        operations = 14 * slots * (in_group if group else per_image) // 2  # of one IoU, for all pairs
-        specs.append(CompileSpec("nms greedy", name, greedy_kernel, arguments, tiles, moved, operations))
-    arguments = {
-        "keep_ptr": torch.uint8,
-        "by_score_ptr": torch.int64,
-        "index_ptr": torch.int64,
-        "valid_ptr": torch.uint8,
-        "slots_per_image": per_image,
-        "max_out": max_out,
-        "BLOCK": COMPACT_BLOCK,
-    }
+    for name, dtype, grouped in (("fp32", torch.float32, False), ("bf16", torch.bfloat16, True)):
+        boxes = valid.new_empty((images, per_image, 4), dtype=dtype)
+        groups = valid.new_empty(valid.shape, dtype=torch.int64) if grouped else None
+        keys, greedy, compact = _launches(
+            boxes, boxes[..., 0], groups, valid, 0.7, index, kept_valid, only_finite=True
+        )
+        specs.append(keys.spec("nms keys", name, slots * (5 * dtype.itemsize + 1 + 8), 0))
+        moved = slots * (16 + 8 + 1 + (16 if grouped else 0))
+        operations = 14 * slots * (in_group if grouped else per_image) // 2  # of one IoU, for all pairs
+        specs.append(greedy.spec("nms greedy", "groups" if grouped else "one group", moved, operations))
     moved = slots * 1 + images * max_out * (8 + 8 + 1)
-    specs.append(CompileSpec("nms compact", "", _compact_kernel, arguments, images, moved, 0, num_warps=8))
-    return specs
+    return [*specs, compact.spec("nms compact", "", moved, 0)]
 
 
 @triton.jit

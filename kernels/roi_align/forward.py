@@ -9,11 +9,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._spec import Launch
-from ..level_assign.reference import first_threshold
-from .geometry import axis, level_of, load_boxes, scale_of, select, touched, weights
-from .launch import HIP, box_arguments, configure, geometry_arguments, layout_of, part, product_arguments
+from .._spec import Launch, Target, target_of
+from .geometry import axis, bins_of, level_of, load_boxes, scale_of, select, touched, weights
+from .launch import (
+    TILE,
+    Config,
+    bin_arguments,
+    box_arguments,
+    configure,
+    layout_of,
+    level_arguments,
+    parts_of,
+    product_arguments,
+)
 from .rois import Pooling, is_channels_last, memory_format
+
+STAGES = 3  # of the loop over tiles: what is loaded while the product of a tile runs
 
 
 def launch(
@@ -22,7 +33,7 @@ def launch(
     batch_index: Tensor | None,
     valid: Tensor | None,
     how: Pooling,
-    hip: bool = HIP,
+    target: Target | None = None,
 ) -> tuple[Tensor, Launch]:
     first = features[0]
     images, channels = first.shape[:2]
@@ -35,27 +46,41 @@ def launch(
         memory_format=memory_format(is_channels_last(first)),
     )
     layout = layout_of(features)
-    config = configure(first.dtype, channels, layout == "channels_last", hip)
-    part_h, part_w = part(oh), part(ow)
-    parts = triton.cdiv(oh, part_h) * triton.cdiv(ow, part_w)
+    vectors, target = layout == "channels_last", target or target_of(first.device)
+    config = configure(first.dtype, channels, vectors, target)
+    if vectors and first.element_size() == 2 and target.backend == "cuda":
+        config = two_programs(config, target)
     arguments = {
         "maps": tuple(features),
         "out_ptr": out,
         **{f"map_{axis}": tuple(f.stride(i) for f in features) for i, axis in enumerate("ncyx")},
         **{f"out_{axis}": out.stride(i) for i, axis in enumerate("rcij")},
         **box_arguments(boxes, batch_index, valid),
-        **geometry_arguments(how, [(f.shape[2], f.shape[3]) for f in features], config),
-        "AREA": first_threshold(how.k_min, how.canonical_size, how.canonical_level),
+        **bin_arguments(how, [(f.shape[2], f.shape[3]) for f in features]),
+        **level_arguments(how),
         "rois_per_image": max(rois // max(images, 1), 1),
         "num_images": images,
         "channels": channels,
-        "PART_H": part_h,
-        "PART_W": part_w,
         "LAYOUT": layout,
         **product_arguments(config, how),
     }
-    grid = (rois * parts, triton.cdiv(channels, config.block_c))
-    return out, Launch(_forward_kernel, grid, arguments, config.num_warps)
+    grid = (rois * parts_of(how), triton.cdiv(channels, config.block_c))
+    return out, Launch(_forward_kernel, grid, arguments, config.num_warps, config.options)
+
+
+def two_programs(config: Config, target: Target) -> Config:
+    """For channels_last in half precision on NVIDIA: room for two programs on a multiprocessor.
+
+    While one computes weights the other loads. Two of 8 warps have 128 registers a thread, and each has
+    three buffers of a tile beside its weights; where that is too much shared memory, half the channels.
+    """
+    most = config.block_c if _shared(config.block_c) * 2 <= target.shared else 128
+    return config._replace(block_c=min(config.block_c, most), options={"num_stages": STAGES, "maxnreg": 128})
+
+
+def _shared(block_c: int) -> int:
+    """Bytes, in half precision; and 1 KiB that the system takes for each program."""
+    return 2 * TILE**2 * (TILE**2 + STAGES * block_c) + 1024
 
 
 @triton.jit
@@ -77,11 +102,7 @@ def _forward_kernel(
     DTYPE: tl.constexpr, DOT_DTYPE: tl.constexpr, WEIGHT_SCALE: tl.constexpr, PRECISION: tl.constexpr,
     TILE: tl.constexpr, BLOCK_C: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    parts_w: tl.constexpr = (OW + PART_W - 1) // PART_W
-    parts: tl.constexpr = (OH + PART_H - 1) // PART_H * parts_w
-    roi = tl.program_id(0) // parts
-    first_i = tl.program_id(0) % parts // parts_w * PART_H
-    first_j = tl.program_id(0) % parts % parts_w * PART_W
+    roi, first_i, last_i, first_j, last_j = bins_of(tl.program_id(0), OH, OW, PART_H, PART_W)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
 
     x1, y1, x2, y2, image, real = load_boxes(
@@ -93,10 +114,10 @@ def _forward_kernel(
     scale = scale_of(level, x1, SCALES)
     height = select(heights, level, level * 0 + heights[0])
     width = select(widths, level, level * 0 + widths[0])
-    start_y, bin_y, samples_y = axis(y1, y2, scale, OH, SAMPLES, ALIGNED)
-    start_x, bin_x, samples_x = axis(x1, x2, scale, OW, SAMPLES, ALIGNED)
-    top, bottom = touched(start_y, bin_y, samples_y, height, first_i, tl.minimum(first_i + PART_H, OH) - 1)
-    left, right = touched(start_x, bin_x, samples_x, width, first_j, tl.minimum(first_j + PART_W, OW) - 1)
+    start_y, bin_y, step_y, samples_y = axis(y1, y2, scale, OH, SAMPLES, ALIGNED)
+    start_x, bin_x, step_x, samples_x = axis(x1, x2, scale, OW, SAMPLES, ALIGNED)
+    top, bottom = touched(start_y, bin_y, step_y, samples_y, height, first_i, last_i)
+    left, right = touched(start_x, bin_x, step_x, samples_x, width, first_j, last_j)
     tiles_y = (bottom - top + TILE) // TILE
     tiles_x = (right - left + TILE) // TILE
     tiles = tl.where(real, tiles_y * tiles_x, 0)
@@ -119,30 +140,35 @@ def _forward_kernel(
 
     side = tl.arange(0, TILE)
     flat = tl.arange(0, TILE * TILE)
+    y = flat // TILE
+    x = flat % TILE
+    # From the first pixel of a tile; 32 bits are enough where the layout is known, see `layout_of`.
+    offset = (y * stride_y + x * stride_x)[:, None] + map_channel[None, :]
     acc = tl.zeros((TILE * TILE, BLOCK_C), dtype=DTYPE)
-    for tile in range(tiles):
-        y0 = top + tile // tiles_x * TILE
-        x0 = left + tile % tiles_x * TILE
+    y0 = top
+    x0 = left
+    for _ in range(tiles):
         weight_y = weights(
-            (y0 + side)[None, :], (first_i + side)[:, None], start_y, bin_y, samples_y, height, SAMPLES, SLOTS
+            (y0 + side)[None, :], (first_i + side)[:, None], start_y, bin_y, step_y, height, SAMPLES, SLOTS
         )
         weight_x = weights(
-            (x0 + side)[None, :], (first_j + side)[:, None], start_x, bin_x, samples_x, width, SAMPLES, SLOTS
+            (x0 + side)[None, :], (first_j + side)[:, None], start_x, bin_x, step_x, width, SAMPLES, SLOTS
         )
         weight = tl.reshape(
             weight_y[:, None, :, None] * weight_x[None, :, None, :] * WEIGHT_SCALE, (TILE * TILE, TILE * TILE)
         )
-        y = y0 + flat // TILE
-        x = x0 + flat % TILE
-        pixel_ptr = map_ptr + y.to(tl.int64) * stride_y + x * stride_x
+        tile_ptr = map_ptr + y0.to(tl.int64) * stride_y + x0.to(tl.int64) * stride_x
         pixel = tl.load(
-            pixel_ptr[:, None] + map_channel[None, :],
-            mask=((y <= bottom) & (x <= right))[:, None] & (channel < channels)[None, :],
+            tile_ptr + offset,
+            mask=((y <= bottom - y0) & (x <= right - x0))[:, None] & (channel < channels)[None, :],
             other=0.0,
         )
         acc = tl.dot(
             weight.to(DOT_DTYPE), pixel.to(DOT_DTYPE), acc, input_precision=PRECISION, out_dtype=DTYPE
         )
+        x0 += TILE
+        y0 = tl.where(x0 > right, y0 + TILE, y0)
+        x0 = tl.where(x0 > right, left, x0)
 
     i = flat // TILE
     j = flat % TILE

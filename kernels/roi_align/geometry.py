@@ -22,7 +22,7 @@ def select(values, level, first):
 
 @triton.jit
 def axis(low, high, scale, BINS: tl.constexpr, SAMPLES: tl.constexpr, ALIGNED: tl.constexpr):
-    """Start, length of a bin, and samples per bin, in pixels of the level."""
+    """Start, length of a bin, distance of its samples, and samples per bin, in pixels of the level."""
     if ALIGNED:
         start = low * scale - 0.5
         side = high * scale - 0.5 - start
@@ -30,8 +30,14 @@ def axis(low, high, scale, BINS: tl.constexpr, SAMPLES: tl.constexpr, ALIGNED: t
         start = low * scale
         side = tl.maximum(high * scale - start, 1.0)
     length = _divide(side, (side * 0.0 + BINS).to(side.dtype))
-    samples = tl.ceil(length) if SAMPLES == 0 else length * 0.0 + SAMPLES
-    return start, length, samples.to(side.dtype)
+    samples = samples_of(length, SAMPLES)
+    return start, length, _divide(length, tl.maximum(samples, 1.0).to(length.dtype)), samples
+
+
+@triton.jit
+def samples_of(length, SAMPLES: tl.constexpr):
+    """Samples per bin and axis."""
+    return (tl.ceil(length) if SAMPLES == 0 else length * 0.0 + SAMPLES).to(length.dtype)
 
 
 @triton.jit
@@ -87,9 +93,8 @@ def scale_of(level, like, SCALES: tl.constexpr):
 
 
 @triton.jit
-def touched(start, length, samples, size, first_bin, last_bin):
+def touched(start, length, step, samples, size, first_bin, last_bin):
     """First and last line that samples of these bins touch; the last is before the first if none do."""
-    step = _divide(length, tl.maximum(samples, 1.0).to(length.dtype))
     one = start + first_bin * length + 0.5 * step
     other = start + last_bin * length + (samples - 0.5) * step
     low = tl.minimum(one, other)
@@ -102,32 +107,34 @@ def touched(start, length, samples, size, first_bin, last_bin):
 
 
 @triton.jit
-def weights(line, bins, start, length, samples, size, SAMPLES: tl.constexpr, SLOTS: tl.constexpr):
+def weights(line, bins, start, length, step, size, SAMPLES: tl.constexpr, SLOTS: tl.constexpr):
     """Weight of each line (a row or column of pixels) in each bin; `line` and `bins` broadcast, in 2D.
 
     Adaptive samples lie more than half a pixel apart, so that at most four touch a line: of SLOTS samples
-    from the first on that can, none is missed. Samples are summed as an axis, not in a loop, since the
-    compiler would repeat elementwise work in the layout of the whole matrix of weights.
+    from the first on that can, none is missed. Where rounding takes the first to be one too early, the
+    last of the four lies a rounding away from where its weight is 0. Samples are summed as an axis, not in
+    a loop, since the compiler would repeat elementwise work in the layout of the whole matrix of weights.
     """
-    step = _divide(length, tl.maximum(samples, 1.0).to(length.dtype))
+    samples = samples_of(length, SAMPLES)
     begin = (start + bins.to(length.dtype) * length)[:, :, None]
     at = line.to(length.dtype)[:, :, None]
     slot = tl.arange(0, SLOTS)[None, None, :]
-    first = tl.maximum(tl.ceil((at - 1 - begin) / step - 0.501), 0.0) if SAMPLES == 0 else 0.0
+    first = tl.maximum(tl.ceil((at - 1 - begin) * (1.0 / step) - 0.5), 0.0) if SAMPLES == 0 else 0.0
     sample = first + slot
     position = begin + (sample + 0.5) * step
     exists = (position >= -1) & (position <= size) & (sample < samples)
     position = tl.minimum(tl.maximum(position, 0.0), (size - 1).to(length.dtype))
     hat = tl.where(exists, tl.maximum(1 - tl.abs(at - position), 0.0), 0.0)
-    return tl.sum(hat, axis=2) / samples
+    return tl.sum(hat, axis=2) * (1.0 / samples)
 
 
 @triton.jit
-def bins_near(line, start, length, BINS: tl.constexpr, TILE: tl.constexpr):
-    """First and last bin that can have samples within a pixel of the tile's lines."""
-    low = tl.floor((line - 1 - start) / length)
-    high = tl.floor((line + TILE - start) / length)
-    ordered = length > 0  # an inverted or empty box: all bins
-    low = tl.where(ordered, tl.minimum(tl.maximum(low, 0.0), BINS - 1.0), 0.0)
-    high = tl.where(ordered, tl.minimum(tl.maximum(high, 0.0), BINS - 1.0), BINS - 1.0)
-    return low.to(tl.int32), high.to(tl.int32)
+def bins_of(item, OH: tl.constexpr, OW: tl.constexpr, PART_H: tl.constexpr, PART_W: tl.constexpr):
+    """The RoI of an item, which is PART_H x PART_W of its bins; their first and last row, and column."""
+    parts_w: tl.constexpr = (OW + PART_W - 1) // PART_W
+    parts: tl.constexpr = (OH + PART_H - 1) // PART_H * parts_w
+    first_i = item % parts // parts_w * PART_H
+    first_j = item % parts % parts_w * PART_W
+    last_i = tl.minimum(first_i + PART_H, OH) - 1
+    last_j = tl.minimum(first_j + PART_W, OW) - 1
+    return item // parts, first_i, last_i, first_j, last_j

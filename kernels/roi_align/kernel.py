@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._spec import CompileSpec
+from .._spec import H100, CompileSpec, Target
 from . import backward, forward
 from .rois import Pooling, memory_format
 
@@ -53,7 +53,7 @@ def multilevel_roi_align_backward(
     return grads
 
 
-def compile_specs(backend: str = "cuda") -> list[CompileSpec]:
+def compile_specs(target: Target = H100) -> list[CompileSpec]:
     """P2-P5 of 8 images at 800x1344, C=256: 512 RoIs of 7x7 and 128 of 14x14 an image.
 
     The least bytes count every map once, which is what RoIs that cover the maps must read; the least
@@ -77,9 +77,9 @@ def compile_specs(backend: str = "cuda") -> list[CompileSpec]:
                 boxes = torch.empty((rois, 4), device="meta")
                 valid = torch.empty((rois,), dtype=torch.bool, device="meta")
                 grad = torch.empty((rois, channels, bins, bins), **like)
-                _, pool = forward.launch(maps, boxes, None, valid, how, backend == "hip")
+                _, pool = forward.launch(maps, boxes, None, valid, how, target)
                 _, (find, gather) = backward.launches(
-                    grad, boxes, None, valid, images, sizes, channels_last, how, backend == "hip"
+                    grad, boxes, None, valid, images, sizes, channels_last, how, target
                 )
                 moved = sum(t.nbytes for t in [*maps, grad, boxes])
                 flops = 2 * rois * channels * (bins * 16 * 16 + bins * bins * 16)

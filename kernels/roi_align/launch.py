@@ -10,11 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .._library import interpreting
+from .._spec import Target
+from ..level_assign.reference import first_threshold
 from .rois import Pooling, is_channels_last
 
-HIP = torch.version.hip is not None
 TILE = 8  # bins or pixels along a side; tl.dot multiplies TILE**2 of each
-ADAPTIVE_SLOTS = 8  # at least 5
+ADAPTIVE_SLOTS = 4
 
 
 class Config(NamedTuple):
@@ -24,9 +25,10 @@ class Config(NamedTuple):
     weight_scale: float
     block_c: int
     num_warps: int
+    options: dict[str, Any]  # of the compiler
 
 
-def configure(dtype: torch.dtype, channels: int, vectors: bool, hip: bool) -> Config:
+def configure(dtype: torch.dtype, channels: int, vectors: bool, target: Target) -> Config:
     """How to multiply, by the dtype of the features.
 
     `vectors` says that channels lie side by side, so that a thread loads many at once; otherwise it needs
@@ -34,23 +36,30 @@ def configure(dtype: torch.dtype, channels: int, vectors: bool, hip: bool) -> Co
     AMD has less shared memory. Weights are at most 1; in float16 they are scaled up, so that those of large
     bins keep their bits.
     """
+    hip = target.backend == "hip"
     wide = tl.float64 if dtype == torch.float64 else tl.float32
     most = {torch.float64: 32, torch.float32: 32}.get(dtype, 256 if vectors and not hip else 128)
     most = most if vectors else most // 2
     block_c = max(16, min(most, triton.next_power_of_2(channels)))
-    num_warps = 8 if vectors and not hip else 4
+    blocks = (block_c, 8 if vectors and not hip else 4, {})
     if interpreting():  # bf16 arithmetic of the interpreter is wrong
-        return Config(wide, wide, "ieee", 1.0, block_c, num_warps)
+        return Config(wide, wide, "ieee", 1.0, *blocks)
     if dtype == torch.bfloat16:
-        return Config(wide, tl.bfloat16, "ieee", 1.0, block_c, num_warps)
+        return Config(wide, tl.bfloat16, "ieee", 1.0, *blocks)
     if dtype == torch.float16:
-        return Config(wide, tl.float16, "ieee", 4096.0, block_c, num_warps)
+        return Config(wide, tl.float16, "ieee", 4096.0, *blocks)
     three_products = dtype == torch.float32 and not hip
-    return Config(wide, wide, "tf32x3" if three_products else "ieee", 1.0, block_c, num_warps)
+    return Config(wide, wide, "tf32x3" if three_products else "ieee", 1.0, *blocks)
 
 
-def part(bins: int) -> int:
-    """Bins of one program: equal parts of at most TILE."""
+def parts_of(how: Pooling) -> int:
+    """Of the bins of an RoI."""
+    oh, ow = how.output_size
+    return triton.cdiv(oh, _part(oh)) * triton.cdiv(ow, _part(ow))
+
+
+def _part(bins: int) -> int:
+    """Equal parts of at most TILE."""
     return triton.cdiv(bins, triton.cdiv(bins, TILE))
 
 
@@ -67,22 +76,31 @@ def box_arguments(boxes: Tensor, batch_index: Tensor | None, valid: Tensor | Non
     }
 
 
-def geometry_arguments(how: Pooling, sizes: list[tuple[int, int]], config: Config) -> dict[str, Any]:
+def bin_arguments(how: Pooling, sizes: list[tuple[int, int]]) -> dict[str, Any]:
+    oh, ow = how.output_size
     return {
         "heights": tuple(height for height, _ in sizes),
         "widths": tuple(width for _, width in sizes),
-        "OH": how.output_size[0],
-        "OW": how.output_size[1],
-        "SCALES": tuple(how.spatial_scales),
+        "OH": oh,
+        "OW": ow,
+        "PART_H": _part(oh),
+        "PART_W": _part(ow),
         "SAMPLES": how.sampling_ratio,
-        "ALIGNED": how.aligned,
-        "DTYPE": config.dtype,
         "TILE": TILE,
+    }
+
+
+def level_arguments(how: Pooling) -> dict[str, Any]:
+    return {
+        "SCALES": tuple(how.spatial_scales),
+        "AREA": first_threshold(how.k_min, how.canonical_size, how.canonical_level),
+        "ALIGNED": how.aligned,
     }
 
 
 def product_arguments(config: Config, how: Pooling) -> dict[str, Any]:
     return {
+        "DTYPE": config.dtype,
         "DOT_DTYPE": config.dot_dtype,
         "WEIGHT_SCALE": config.weight_scale,
         "PRECISION": config.precision,
@@ -93,7 +111,9 @@ def product_arguments(config: Config, how: Pooling) -> dict[str, Any]:
 
 def layout_of(features: list[Tensor]) -> str:
     if all(is_channels_last(f) for f in features):
-        return "channels_last"
+        # Offsets within a tile are of 32 bits there.
+        within = max(TILE * f.shape[3] * f.shape[1] for f in features)
+        return "channels_last" if within < 2**31 else "strided"
     if all(f.is_contiguous() for f in features):
         return "contiguous"
     return "strided"
