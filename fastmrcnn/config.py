@@ -152,7 +152,7 @@ class RpnConfig(Section):
 
 
 class RoiConfig(Section):
-    """Sampling of RoIs, and RoIAlign."""
+    """Sampling of RoIs, and what cuts their features."""
 
     batch_per_image: int = Field(512, gt=0)
     foreground_share: float = Field(0.25, gt=0, le=1)
@@ -160,6 +160,10 @@ class RoiConfig(Section):
     append_ground_truth: bool = True
     canonical_size: float = Field(224.0, gt=0)
     """Side of a box, in pixels, that FPN's rule gives to p4 (arXiv 1612.03144, eq. 1)."""
+    op: Literal["align", "pool", "warp"] = "align"
+    """pool: RoIPool; warp: RoIWarp, as table 2c compares it (boxes rounded as by RoIPool, bins not)."""
+    mode: Literal["avg", "max"] = "avg"
+    """Of the samples of a bin. pool needs max."""
     aligned: bool = True
     """Half-pixel correct RoIAlign (detectron2's RoIAlignV2); false: torchvision."""
     sampling_ratio: int = 0
@@ -301,6 +305,8 @@ class ModelConfig(Section):
             raise ValueError(f"model.anchors.sizes must have {expected} list(s), {where}, got {levels}")
         if self.rpn.background_iou > self.rpn.foreground_iou:
             raise ValueError("model.rpn.background_iou must not exceed model.rpn.foreground_iou")
+        if self.roi.op == "pool" and self.roi.mode != "max":
+            raise ValueError("model.roi.op=pool takes the largest value: it needs model.roi.mode=max")
         if not self.rpn.enabled and not self.box_head.enabled:
             raise ValueError("model.rpn.enabled and model.box_head.enabled cannot both be false")
         if self.mask_head.enabled and not self.box_head.enabled:

@@ -67,6 +67,8 @@ def build_model(
         ),
         pooler=RoiPooler(
             backbone.strides[-1:] if fpn is None else backbone.strides,
+            op=roi.op,
+            mode=roi.mode,
             canonical_size=roi.canonical_size,
             sampling_ratio=roi.sampling_ratio,
             aligned=roi.aligned,

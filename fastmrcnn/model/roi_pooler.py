@@ -3,31 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
-from fastmrcnn.kernels import multilevel_roi_align
+from fastmrcnn.kernels import (
+    multilevel_roi_align,
+    multilevel_roi_align_max,
+    multilevel_roi_pool,
+    multilevel_roi_warp,
+)
 
 
 class RoiPooler:
-    """RoIAlign from one map or from the levels of a pyramid, the level of a box by FPN eq. 1.
+    """RoIAlign, RoIPool or RoIWarp of one map or of a pyramid, the level of a box by FPN eq. 1.
 
     Args:
         strides: of the maps, finest first. Coarser maps that come with them are not read.
+        op: align | pool | warp (arXiv 1703.06870, Table 2c). pool rounds boxes and bins to whole pixels,
+            warp only boxes.
+        mode: avg | max, of the samples of a bin; pool has max only.
         canonical_size: side of a box, in pixels, whose features come from the map of stride 16.
-        sampling_ratio: samples per bin and axis; 0 or less: adaptive.
-        aligned: half-pixel correct (detectron2's RoIAlignV2).
+        sampling_ratio: samples per bin and axis; 0 or less: adaptive. pool has none.
+        aligned: half-pixel correct (detectron2's RoIAlignV2). For align only.
     """
 
     def __init__(
         self,
         strides: Sequence[int],
         *,
+        op: str = "align",
+        mode: str = "avg",
         canonical_size: float = 224.0,
         sampling_ratio: int = 0,
         aligned: bool = True,
     ) -> None:
+        if op not in ("align", "pool", "warp") or mode not in ("avg", "max"):
+            raise ValueError(f"op must be align, pool or warp and mode avg or max, got {op} and {mode}")
+        if op == "pool" and mode != "max":
+            raise ValueError(f"pool takes the largest value of a bin: mode must be max, got {mode}")
         self.scales = [1 / stride for stride in strides]
+        self.op = op
+        self.mode = mode
         self.canonical_size = canonical_size
         self.sampling_ratio = sampling_ratio
         self.aligned = aligned
@@ -44,14 +61,17 @@ class RoiPooler:
         (N, S, C, resolution, resolution) of (N, S, 4) boxes; (T, C, ...) of (T, 4) boxes with their image.
         Slots that are not valid give zeros.
         """
-        return multilevel_roi_align(
-            features[: len(self.scales)],
-            boxes,
-            resolution,
-            valid=valid,
-            batch_index=image,
-            spatial_scales=self.scales,
-            canonical_size=self.canonical_size,
-            sampling_ratio=self.sampling_ratio,
-            aligned=self.aligned,
-        )
+        features = features[: len(self.scales)]
+        where: dict[str, Any] = {
+            "valid": valid,
+            "batch_index": image,
+            "spatial_scales": self.scales,
+            "canonical_size": self.canonical_size,
+        }
+        if self.op == "pool":
+            return multilevel_roi_pool(features, boxes, resolution, **where)
+        where["sampling_ratio"] = self.sampling_ratio
+        if self.op == "warp":
+            return multilevel_roi_warp(features, boxes, resolution, mode=self.mode, **where)
+        align = multilevel_roi_align if self.mode == "avg" else multilevel_roi_align_max
+        return align(features, boxes, resolution, aligned=self.aligned, **where)

@@ -145,9 +145,7 @@ def _forward_kernel(
             row_ptr = map_ptr + y.to(tl.int64) * stride_y
         else:
             at_y = sample_at(y, i, start_y, bin_y, samples_y)
-            right_here = tl.where(
-                on_map(at_y, height), right, left
-            )  # no column of a row off the map is on it
+            end = tl.where(on_map(at_y, height), right, left)  # no column of a row off the map is on it
             at_y = onto_map(at_y, height)
             low_y = tl.floor(at_y)
             down = at_y - low_y
@@ -162,7 +160,7 @@ def _forward_kernel(
                 value = _load(row_ptr, x, stride_x, map_channel, mask, DTYPE)
             else:
                 at_x = sample_at(x, j, start_x, bin_x, samples_x)
-                read = (x < right_here) & on_map(at_x, width)
+                read = (x < end) & on_map(at_x, width)
                 mask = read[:, None] & inside
                 at_x = onto_map(at_x, width)
                 low_x = tl.floor(at_x)
