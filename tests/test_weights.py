@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 import re
 from pathlib import Path
 
@@ -63,6 +64,59 @@ def test_counters_may_be_absent(saved: Path, tmp_path: Path) -> None:
     load_backbone(model, str(tmp_path / "old.pth"))
     assert torch.equal(model.conv1.weight, state["conv1.weight"])
     assert model.bn1.num_batches_tracked == 0
+
+
+def caffe2_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A bottleneck network's state dict as detectron2's R-50.pkl spells it."""
+    leaves = {"weight": "gamma", "bias": "beta"}
+    found = {}
+    for key, value in state.items():
+        *owner, leaf = key.split(".")
+        if leaf == "num_batches_tracked":
+            continue
+        if owner == ["fc"]:
+            name = f"fc1000_{leaf[0]}"
+        elif owner in (["conv1"], ["bn1"]):
+            name = "conv1_w" if owner == ["conv1"] else f"res_conv1_bn_{leaves.get(leaf, leaf)}"
+        else:
+            stage, block, part = int(owner[0].removeprefix("layer")) + 1, owner[1], owner[2]
+            branch = "1" if part == "downsample" else "2" + "abc"[int(part[-1]) - 1]
+            ending = "w" if part.startswith("conv") or owner[-1] == "0" else f"bn_{leaves.get(leaf, leaf)}"
+            name = f"res{stage}_{block}_branch{branch}_{ending}"
+        found[name] = value
+    return found
+
+
+@pytest.mark.parametrize("wrapped", ["detectron2", "Detectron"])
+@pytest.mark.parametrize("norm", ["frozen_bn", "bn"])
+def test_r50_pickles_of_detectron2(tmp_path: Path, norm: str, wrapped: str) -> None:
+    state = imagenet_state("resnet50", 4)
+    arrays = {key: value.numpy() for key, value in caffe2_names(state).items()}
+    arrays["conv1_b"] = arrays["res_conv1_bn_beta"]  # which MSRA's files have, and detectron2 leaves out
+    tree: dict[str, object] = {"model": arrays, "__author__": "Caffe2", "matching_heuristics": True}
+    if wrapped == "Detectron":
+        tree = {"blobs": {**arrays, "conv1_w_momentum": arrays["conv1_w"]}}
+    (tmp_path / "R-50.pkl").write_bytes(pickle.dumps(tree, protocol=2))
+    model = backbone("resnet50", norm, 4)
+    load_backbone(model, str(tmp_path / "R-50.pkl"))
+    for key, value in model.state_dict().items():
+        if not key.endswith("num_batches_tracked"):
+            assert torch.equal(value, state[key]), key
+
+
+def test_folded_batch_norm_does_not_go_into_group_norm(tmp_path: Path) -> None:
+    arrays = {key: value.numpy() for key, value in caffe2_names(imagenet_state("resnet50", 8)).items()}
+    folded = {
+        key.replace("_gamma", "_s").replace("_beta", "_b"): value
+        for key, value in arrays.items()
+        if "running" not in key
+    }
+    (tmp_path / "R-50.pkl").write_bytes(pickle.dumps(folded, protocol=2))
+    model = backbone("resnet50", "frozen_bn", 8)
+    load_backbone(model, str(tmp_path / "R-50.pkl"))
+    assert model.state_dict()["layer3.1.bn2.running_var"].unique().tolist() == [1.0]
+    with pytest.raises(UserError, match="trained with batch normalisation"):
+        load_backbone(backbone("resnet50", "gn", 8), str(tmp_path / "R-50.pkl"))
 
 
 @pytest.mark.parametrize(
