@@ -6,6 +6,7 @@ Triton too. Needs torch and, where Triton runs, triton; importing needs torch al
 
 from .level_assign.op import assign_levels
 from .mask_loss.op import mask_loss
+from .mask_predictor.op import class_mask_logits, class_mask_loss, class_mask_loss_from_bitmaps
 from .mask_targets.op import mask_targets
 from .nms.op import batched_nms, nms, padded_nms
 from .patch import patch, unpatch
@@ -17,6 +18,9 @@ __all__ = [
     "MultiScaleRoIAlign",
     "assign_levels",
     "batched_nms",
+    "class_mask_logits",
+    "class_mask_loss",
+    "class_mask_loss_from_bitmaps",
     "mask_loss",
     "mask_targets",
     "multilevel_roi_align",

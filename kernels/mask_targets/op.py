@@ -149,7 +149,8 @@ def _mask_targets(
 
         with torch.cuda.device_of(boxes):  # Triton launches on the current device
             return kernel.mask_targets(boxes, image, matched, valid, bitmaps, how)
-    return reference.mask_targets(boxes, image, matched, valid, bitmaps, how)
+    with torch.autocast(boxes.device.type, enabled=False):  # which would round the reference's products
+        return reference.mask_targets(boxes, image, matched, valid, bitmaps, how)
 
 
 @_mask_targets.register_fake

@@ -14,6 +14,8 @@ HERE = Path(__file__).parent
 MODULES = (
     "test_level_assign.py",
     "test_mask_loss.py",
+    "test_mask_predictor.py",
+    "test_mask_targets.py",
     "test_nms.py",
     "test_polygon_targets.py",
     "test_roi_align.py",

@@ -1,0 +1,1 @@
+"""The mask predictor of each slot's class alone, and its loss."""

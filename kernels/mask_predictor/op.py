@@ -1,0 +1,339 @@
+"""The mask predictor of each slot's class alone, and its loss: public functions and their registration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._library import NAMESPACE, runs_triton
+from ..mask_targets import op as mask_targets_op
+from ..mask_targets import reference as mask_targets_reference
+from ..mask_targets.reference import Bitmaps, Sampling
+from . import reference
+from .checks import check_classes, check_loss, check_predictor
+from .reference import FeatureLayout, SlotSums, layout_of
+
+
+def class_mask_logits(features: Tensor, weight: Tensor, bias: Tensor | None, classes: Tensor) -> Tensor:
+    """Logits of the mask of one class for each slot: a 1x1 convolution of which one channel is computed.
+
+    That of K classes would be (F, K, M, M); it is never made. The gradient goes to features, weight and
+    bias, and repeats bit for bit.
+
+    Args:
+        features: (F, C, M, M) floating point, NCHW or channels_last.
+        weight: (K, C) or (K, C, 1, 1) floating point; it may have more bits than features, as under
+            autocast. K = 1 is class-agnostic: then classes are not looked at.
+        bias: (K,) of weight's dtype; None: no bias.
+        classes: (F,) integer in 0..K-1.
+
+    Returns:
+        (F, M, M): float64 for float64 features, float32 otherwise, also under autocast.
+
+    Raises:
+        ValueError: a shape, dtype or device is not as above; in eager mode on the CPU also if a class is
+            out of range. On CUDA and when compiled such a slot gives zeros and no gradient.
+    """
+    weight, bias = check_predictor(features, weight, bias, classes)
+    check_classes(classes, len(weight), None)
+    return _class_mask_logits(features, weight, bias, classes)
+
+
+def class_mask_loss(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    classes: Tensor,
+    targets: Tensor,
+    slot_weight: Tensor,
+) -> Tensor:
+    """Mask predictor and mask loss in one (Mask R-CNN, arXiv 1703.06870, section 3).
+
+    The numbers are those of `mask_loss(conv1x1(features), classes, targets, slot_weight)`, sums in float32
+    (float64 for float64 features), without the logits of other classes. Features are read once: forward
+    computes what backward needs of them. Loss and gradients repeat bit for bit.
+
+    Args:
+        features: (F, C, M, M) floating point, NCHW or channels_last. Their gradient has their dtype and
+            memory format.
+        weight: (K, C) or (K, C, 1, 1), as for `class_mask_logits`.
+        bias: (K,) of weight's dtype; None: no bias.
+        classes: (F,) integer in 0..K-1.
+        targets: (F, M, M) bool, integer or floating point, in 0..1. They get no gradient.
+        slot_weight: (F,) bool, integer or floating point, at least 0; 1 for real slots. Slots of weight 0
+            take no part, whatever stands in them, NaN included.
+
+    Returns:
+        Scalar: float64 for float64 features, float32 otherwise, also under autocast.
+
+    Raises:
+        ValueError: a shape, dtype or device is not as above; in eager mode on the CPU also if the class of
+            a slot with weight is out of range. On CUDA and when compiled such a slot adds nothing to the
+            sum and gets no gradient.
+    """
+    weight, bias = check_predictor(features, weight, bias, classes)
+    check_loss(features, targets, slot_weight)
+    check_classes(classes, len(weight), slot_weight)
+    return _class_mask_loss(features, weight, bias, classes, targets.detach(), slot_weight.detach())[0]
+
+
+def class_mask_loss_from_bitmaps(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    classes: Tensor,
+    slot_weight: Tensor,
+    boxes: Tensor,
+    image: Tensor,
+    matched: Tensor,
+    buffer: Tensor,
+    offset: Tensor,
+    window: Tensor,
+    to_annotation: Tensor,
+    size: Tensor,
+    *,
+    image_sizes: Tensor,
+    image_shape: tuple[int, int],
+    sampling_ratio: int = 2,
+    aligned: bool = True,
+    bitmap: bool = True,
+) -> Tensor:
+    """`class_mask_loss` with the targets of `mask_targets`, which are computed on the way and never kept.
+
+    Args:
+        features: (F, C, M, M) as for `class_mask_loss`; so are weight, bias, classes and slot_weight.
+        boxes: (F, 4) as for `mask_targets`; so is what follows, and M is the resolution.
+        bitmap: targets are 0 or 1; false: shares.
+
+    Returns:
+        Scalar, as `class_mask_loss`.
+
+    Raises:
+        ValueError: as `class_mask_loss` and `mask_targets`, and if the masks are not square.
+    """
+    weight, bias = check_predictor(features, weight, bias, classes)
+    check_loss(features, None, slot_weight)
+    check_classes(classes, len(weight), slot_weight)
+    slots, _, height, width = features.shape
+    if height != width:
+        raise ValueError(f"features must be (F, C, M, M), got {tuple(features.shape)}")
+    if len(boxes) != slots or boxes.device != features.device:
+        raise ValueError(
+            f"boxes must be ({slots}, 4) on {features.device} for features {tuple(features.shape)}, "
+            f"got {tuple(boxes.shape)} on {boxes.device}"
+        )
+    bitmaps = Bitmaps(buffer, offset, window, to_annotation, size, image_sizes)
+    mask_targets_op.check(boxes, image, matched, slot_weight, bitmaps)
+    how = (list(mask_targets_op.shape_of(image_shape)), max(int(sampling_ratio), 0), aligned, bitmap)
+    predictor = (features, weight, bias, classes, slot_weight.detach())
+    return _from_bitmaps(*predictor, boxes.detach(), image, matched, *bitmaps, *how)[0]
+
+
+def _full_precision(features: Tensor) -> torch.autocast:
+    """Autocast would round the references' matrix products; kernels do not feel it."""
+    return torch.autocast(features.device.type, enabled=False)
+
+
+Kept = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # the loss, and the fields of SlotSums
+
+
+@torch.library.custom_op(f"{NAMESPACE}::class_mask_logits", mutates_args=())
+def _class_mask_logits(features: Tensor, weight: Tensor, bias: Tensor, classes: Tensor) -> Tensor:
+    if runs_triton(features):
+        from . import kernel
+
+        with torch.cuda.device_of(features):  # Triton launches on the current device
+            return kernel.class_mask_logits(features, weight, bias, classes)
+    with _full_precision(features):
+        return reference.class_mask_logits(features, weight, bias, classes)
+
+
+@_class_mask_logits.register_fake
+def _(features: Tensor, weight: Tensor, bias: Tensor, classes: Tensor) -> Tensor:
+    slots, _, height, width = features.shape
+    return features.new_empty((slots, height, width), dtype=reference.sum_dtype(features))
+
+
+@torch.library.custom_op(f"{NAMESPACE}::class_mask_logits_backward", mutates_args=())
+def _class_mask_logits_backward(
+    grad: Tensor, features: Tensor, weight: Tensor, classes: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    if runs_triton(features):
+        from . import kernel
+
+        with torch.cuda.device_of(features):
+            return kernel.class_mask_logits_backward(grad, features, weight, classes)
+    with _full_precision(features):
+        return reference.class_mask_logits_backward(grad, features, weight, classes)
+
+
+@_class_mask_logits_backward.register_fake
+def _(grad: Tensor, features: Tensor, weight: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_gradients(grad, weight, layout_of(features))
+
+
+def _save_logits(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    features, weight, _, classes = inputs
+    ctx.save_for_backward(features, weight, classes)
+
+
+def _logits_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    return *_class_mask_logits_backward(grad, *ctx.saved_tensors), None
+
+
+_class_mask_logits.register_autograd(_logits_backward, setup_context=_save_logits)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::class_mask_loss", mutates_args=())
+def _class_mask_loss(
+    features: Tensor, weight: Tensor, bias: Tensor, classes: Tensor, targets: Tensor, slot_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    arguments = (features, weight, bias, classes, targets, slot_weight)
+    if runs_triton(features):
+        from . import kernel
+
+        with torch.cuda.device_of(features):
+            loss, sums = kernel.class_mask_loss(*arguments)
+    else:
+        with _full_precision(features):
+            loss, sums = reference.class_mask_loss(*arguments)
+    return loss, *sums
+
+
+@torch.library.custom_op(f"{NAMESPACE}::class_mask_loss_from_bitmaps", mutates_args=())
+def _from_bitmaps(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    classes: Tensor,
+    slot_weight: Tensor,
+    boxes: Tensor,
+    image: Tensor,
+    matched: Tensor,
+    buffer: Tensor,
+    offset: Tensor,
+    window: Tensor,
+    to_annotation: Tensor,
+    size: Tensor,
+    image_sizes: Tensor,
+    image_shape: Sequence[int],
+    sampling_ratio: int,
+    aligned: bool,
+    bitmap: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    bitmaps = Bitmaps(buffer, offset, window, to_annotation, size, image_sizes)
+    shape = mask_targets_op.shape_of(image_shape)
+    how = Sampling(shape, features.shape[-1], sampling_ratio, aligned, bitmap)
+    if runs_triton(features):
+        from . import kernel
+
+        ground_truth = (boxes, image, matched, bitmaps, how)
+        with torch.cuda.device_of(features):
+            loss, sums = kernel.class_mask_loss(
+                features, weight, bias, classes, None, slot_weight, ground_truth
+            )
+        return loss, *sums
+    with _full_precision(features):
+        targets = mask_targets_reference.mask_targets(boxes, image, matched, slot_weight, bitmaps, how)
+        loss, sums = reference.class_mask_loss(features, weight, bias, classes, targets, slot_weight)
+    return loss, *sums
+
+
+@_class_mask_loss.register_fake
+def _(features: Tensor, weight: Tensor, *rest: Any) -> Kept:
+    return _empty_sums(features)
+
+
+@_from_bitmaps.register_fake
+def _(features: Tensor, weight: Tensor, *rest: Any) -> Kept:
+    return _empty_sums(features)
+
+
+def _empty_sums(features: Tensor) -> Kept:
+    slots, channels, height, width = features.shape
+    dtype = reference.sum_dtype(features)
+    shapes: list[tuple[int, ...]] = [(), (), (slots, height, width), (slots, channels), (slots,)]
+    loss, divisor, slope, weight_sums, bias_sums = (
+        features.new_empty(shape, dtype=dtype) for shape in shapes
+    )
+    return loss, divisor, slope, weight_sums, bias_sums
+
+
+@torch.library.custom_op(f"{NAMESPACE}::class_mask_loss_backward", mutates_args=())
+def _class_mask_loss_backward(
+    grad: Tensor,
+    divisor: Tensor,
+    slope: Tensor,
+    weight_sums: Tensor,
+    bias_sums: Tensor,
+    weight: Tensor,
+    classes: Tensor,
+    slot_weight: Tensor,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    sums = SlotSums(divisor, slope, weight_sums, bias_sums)
+    layout = FeatureLayout(dtype, channels_last)
+    if runs_triton(slope):
+        from . import kernel
+
+        with torch.cuda.device_of(slope):
+            return kernel.class_mask_loss_backward(grad, sums, weight, classes, slot_weight, layout)
+    return reference.class_mask_loss_backward(grad, sums, weight, classes, slot_weight, layout)
+
+
+@_class_mask_loss_backward.register_fake
+def _(
+    grad: Tensor,
+    divisor: Tensor,
+    slope: Tensor,
+    weight_sums: Tensor,
+    bias_sums: Tensor,
+    weight: Tensor,
+    classes: Tensor,
+    slot_weight: Tensor,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_gradients(slope, weight, FeatureLayout(dtype, channels_last))
+
+
+def _empty_gradients(slope: Tensor, weight: Tensor, layout: FeatureLayout) -> tuple[Tensor, Tensor, Tensor]:
+    slots, height, width = slope.shape
+    K, channels = weight.shape
+    grad_features = layout.empty(slots, channels, height, width, device=slope.device)
+    return grad_features, weight.new_empty((K, channels)), weight.new_empty((K,))
+
+
+def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: Kept) -> None:
+    features, weight, _, classes, _, slot_weight = inputs
+    _save(ctx, features, weight, classes, slot_weight, output)
+
+
+def _save_loss_from_bitmaps(ctx: Any, inputs: tuple[Any, ...], output: Kept) -> None:
+    features, weight, _, classes, slot_weight, *_ = inputs
+    _save(ctx, features, weight, classes, slot_weight, output)
+
+
+def _save(
+    ctx: Any, features: Tensor, weight: Tensor, classes: Tensor, slot_weight: Tensor, output: Kept
+) -> None:
+    """Not the features: whoever made them may let them go."""
+    ctx.layout = layout_of(features)
+    ctx.save_for_backward(*output[1:], weight, classes, slot_weight)
+
+
+def _loss_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    return *_class_mask_loss_backward(grad, *ctx.saved_tensors, *ctx.layout), None, None, None
+
+
+def _loss_from_bitmaps_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _class_mask_loss_backward(grad, *ctx.saved_tensors, *ctx.layout)
+    return *grads, *(None for _ in range(15))
+
+
+_class_mask_loss.register_autograd(_loss_backward, setup_context=_save_loss)
+_from_bitmaps.register_autograd(_loss_from_bitmaps_backward, setup_context=_save_loss_from_bitmaps)
