@@ -217,6 +217,10 @@ ONE_CHANGE = {
     ),
     "table2b_softmax_r50_c4": ("paper_r50_c4", {"mask_head.loss": ("sigmoid", "softmax")}),
     "class_agnostic_r50_c4": ("paper_r50_c4", {"mask_head.class_agnostic": (False, True)}),
+    "table6_roipool_keypoint_r50_fpn": (
+        "paper_keypoint_r50_fpn",
+        {"roi.op": ("align", "pool"), "roi.mode": ("avg", "max")},
+    ),
     "table2e_mlp2_r50_fpn": ("paper_r50_fpn", {"mask_head.kind": ("fcn", "mlp")}),
     "table2e_mlp3_r50_fpn": (
         "paper_r50_fpn",
