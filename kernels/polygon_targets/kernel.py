@@ -38,8 +38,7 @@ def polygon_mask_targets(
         boxes, image, matched, vertices, part_start, first_part, parts, to_input, resolution
     )
     if inside.numel():
-        # without fused multiply-add, which would round less often than pycocotools does
-        launch.kernel[launch.grid](**launch.arguments, num_warps=launch.num_warps, enable_fp_fusion=False)
+        launch.run()
     return inside
 
 
@@ -79,7 +78,8 @@ def _launch(
         "EDGES": edges,
     }
     grid = (boxes.shape[0], triton.cdiv(resolution, ROWS), triton.cdiv(resolution, columns))
-    return inside, Launch(_rasterise_kernel, grid, arguments)
+    # without fused multiply-add, which would round less often than pycocotools does
+    return inside, Launch(_rasterise_kernel, grid, arguments, options={"enable_fp_fusion": False})
 
 
 def compile_specs() -> list[CompileSpec]:

@@ -141,8 +141,7 @@ def _polygon_mask_targets(
     if runs_triton(boxes):
         from . import kernel
 
-        with torch.cuda.device_of(boxes):  # Triton launches on the current device
-            return kernel.polygon_mask_targets(*arguments, resolution)
+        return kernel.polygon_mask_targets(*arguments, resolution)
     return reference.polygon_mask_targets(*arguments, step, resolution)
 
 
