@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-SIZES = ((192, 288), (240, 192))
-OBJECTS = (3, 2)
+SIZES = ((128, 160), (160, 128))
+OBJECTS = (2, 1)
 OPTIONS: dict[str, Any] = {
     "num_classes": 2,
     "num_keypoints": 17,
-    "min_size": 192,
-    "max_size": 320,
+    "min_size": 128,
+    "max_size": 192,
     "rpn_batch_size_per_image": 10**6,
     "rpn_positive_fraction": 0.5,
     "box_batch_size_per_image": 10**6,

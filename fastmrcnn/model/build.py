@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from fastmrcnn.config import ModelConfig
+from fastmrcnn.errors import UserError
 from fastmrcnn.model.anchors import AnchorGenerator
 from fastmrcnn.model.backbone import Norm, ResNet, make_norm, residual_stage, stage_channels
 from fastmrcnn.model.box_head import BoxHead
@@ -171,7 +172,10 @@ def _mask_head(config: ModelConfig, channels: int, num_classes: int) -> MaskHead
 
 def _keypoint_head(config: ModelConfig, channels: int, num_keypoints: int | None) -> KeypointHead:
     if not num_keypoints:
-        raise ValueError("a keypoint head needs the number of keypoints")
+        raise UserError(
+            "model.keypoint_head.enabled=true needs to know the keypoints: annotations that name them, or a "
+            "checkpoint that was trained on such"
+        )
     head, roi = config.keypoint_head, config.roi
     return KeypointHead(
         channels,
