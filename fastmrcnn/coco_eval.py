@@ -59,16 +59,18 @@ def evaluate_coco(
     names = [category["name"] for category in truth.loadCats(sorted(truth.getCatIds()))]
     values: dict[str, float] = {}
     for kind in iou_types:
-        judge = _new_judge(truth, results, kind)
+        judge, note = _new_judge(truth, results, kind), ""
         if kind == "keypoints":
             count = keypoint_count(truth.dataset)
+            if oks_sigmas is None and count != COCO_KEYPOINTS:
+                note = f", OKS with a sigma of {UNIFORM_SIGMA} for each keypoint"
             judge.params.kpt_oks_sigmas = choose_sigmas(count, oks_sigmas, judge.params.kpt_oks_sigmas)
         else:
             judge.params.maxDets = [1, 10, max_dets]
         table = _run(judge, image_ids)
         if show:
             what = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}[kind]
-            tqdm.write(f"COCO evaluation, {what} ({len(judge.params.imgIds)} images)\n{table}")
+            tqdm.write(f"COCO evaluation, {what} ({len(judge.params.imgIds)} images{note})\n{table}")
         values.update({f"{kind}/{name}": value for name, value in _metrics(judge, names).items()})
     return values
 

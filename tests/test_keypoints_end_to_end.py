@@ -77,7 +77,7 @@ def test_train_evaluate_predict(tmp_path: Path, masks: bool, capsys: pytest.Capt
     folder, val = run(tmp_path, masks=masks, val=3, train_images=4, changes=changes)
     printed = capsys.readouterr().out
     assert "4 keypoints, labelled on" in printed
-    assert "COCO evaluation, keypoint (3 images)" in printed
+    assert "COCO evaluation, keypoint (3 images, OKS with a sigma of 0.05 for each keypoint)" in printed
     rows = [json.loads(line) for line in (folder / "metrics.json").read_text(encoding="utf-8").splitlines()]
     assert rows[0]["loss_keypoint"] > 0
     assert rows[0]["keypoints_dropped"] == 0
