@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+CHUNK = 64  # RoIs whose bitmaps are looked up at once in the input's resolution
+
 
 class Bitmaps(NamedTuple):
     """The ground truth of N images with G slots each; see `op.mask_targets`."""
@@ -80,24 +82,40 @@ def _fixed(boxes: Tensor, image: Tensor, matched: Tensor, bitmaps: Bitmaps, how:
 def _adaptive(boxes: Tensor, image: Tensor, matched: Tensor, bitmaps: Bitmaps, how: Sampling) -> Tensor:
     """Samples read in the input's resolution, of which each pixel is the annotation pixel at its centre.
 
-    The average of bilinear samples is separable: weights over rows x bitmap x weights over columns.
+    Each operation and its order are those of torchvision's RoIAlign of float32 bitmaps, bit for bit.
     """
+    chunks = range(0, len(boxes), CHUNK)
+    parts = [(t[i : i + CHUNK] for t in (boxes, image, matched)) for i in chunks]
+    return torch.cat([_adaptive_chunk(*part, bitmaps, how) for part in parts])
+
+
+def _adaptive_chunk(boxes: Tensor, image: Tensor, matched: Tensor, bitmaps: Bitmaps, how: Sampling) -> Tensor:
     height, width = how.image_shape
+    dtype, device, side = boxes.dtype, boxes.device, how.resolution
+    y = torch.arange(height, dtype=dtype, device=device)[:, None] + 0.5
+    x = torch.arange(width, dtype=dtype, device=device)[None, :] + 0.5
+    u, v = (t.floor().long() for t in _annotation_position(_affine(bitmaps, image, dtype), x, y))
+    pixels = _read(*_crop(bitmaps, image, matched), u, v).flatten(1)  # (F, H * W) uint8
+
+    def corners(at: Tensor) -> Tensor:
+        return pixels.gather(1, at.flatten(1)).view(at.shape).to(dtype)
+
     start, pixel = _grid(boxes, how)
     sizes = bitmaps.image_sizes.index_select(0, image)
-    rows = _axis_weights(start[:, 1], pixel[:, 1], sizes[:, 0], height, how.resolution)
-    columns = _axis_weights(start[:, 0], pixel[:, 0], sizes[:, 1], width, how.resolution)
-    affine = _affine(bitmaps, image, boxes.dtype)
-    buffer, offset, window = _crop(bitmaps, image, matched)
-    y = torch.arange(height, dtype=boxes.dtype, device=boxes.device)[:, None] + 0.5
-    x = torch.arange(width, dtype=boxes.dtype, device=boxes.device)[None, :] + 0.5
-    masks = []
-    for slot in range(len(boxes)):  # one at a time: a whole bitmap in the input's resolution each
-        one = slice(slot, slot + 1)
-        u, v = (t.floor().long() for t in _annotation_position(affine[one], x, y))
-        bitmap = _read(buffer, offset[one], window[one], u, v).to(boxes.dtype)
-        masks.append(rows[one] @ bitmap @ columns[one].mT)
-    return torch.cat(masks)
+    rows = _axis(start[:, 1], pixel[:, 1], sizes[:, 0], height, side)
+    columns = _axis(start[:, 0], pixel[:, 0], sizes[:, 1], width, side)
+    total = torch.zeros((len(boxes), side, side), dtype=dtype, device=device)
+    for row in zip(*rows[:-1], strict=True):
+        top, bottom, ly, real_y = (t[:, :, None] for t in row)
+        hy = 1 - ly
+        for column in zip(*columns[:-1], strict=True):
+            left, right, lx, real_x = (t[:, None, :] for t in column)
+            hx = 1 - lx
+            value = hy * hx * corners(top * width + left) + hy * lx * corners(top * width + right)
+            value = value + ly * hx * corners(bottom * width + left)
+            value = value + ly * lx * corners(bottom * width + right)
+            total = total + torch.where(real_y & real_x, value, 0.0)
+    return total / (rows.count * columns.count)[:, None, None]
 
 
 def _affine(bitmaps: Bitmaps, image: Tensor, dtype: torch.dtype) -> Tensor:
@@ -144,20 +162,25 @@ def _read(buffer: Tensor, offset: Tensor, window: Tensor, column: Tensor, row: T
     return torch.where(inside, buffer[address.where(inside, 0)], 0)
 
 
-def _axis_weights(start: Tensor, pixel: Tensor, size: Tensor, length: int, resolution: int) -> Tensor:
-    """(F, M, length): how much each input row (or column) counts in each mask row (or column)."""
+class _Axis(NamedTuple):
+    """The samples along an axis, each tensor with the samples of a mask pixel first: (most, F, M)."""
+
+    low: Tensor  # index of the first pixel
+    high: Tensor  # of the second
+    weight: Tensor  # of the second
+    real: Tensor  # whether this RoI has that many samples, and this one is not outside
+    count: Tensor  # (F,) samples of a mask pixel
+
+
+def _axis(start: Tensor, pixel: Tensor, size: Tensor, length: int, resolution: int) -> _Axis:
     count = pixel.ceil().clamp(min=1)
-    k = torch.arange(most_samples(length, resolution), device=start.device)
-    i = torch.arange(resolution, device=start.device)[:, None]
-    step = (pixel / count)[..., None, None]
-    position = start[..., None, None] + i * pixel[..., None, None] + (k + 0.5) * step  # (F, M, most)
-    size = size[..., None, None]
-    real = (k < count[..., None, None]) & (position >= -1) & (position <= size)
-    low, high, weight = _neighbours(position, size.clamp(max=length))
-    share = torch.where(real, 1 / count[..., None, None], 0.0)
-    weights = torch.zeros(*position.shape[:2], length, dtype=start.dtype, device=start.device)
-    weights.scatter_add_(2, low, share * (1 - weight))
-    return weights.scatter_add_(2, high, share * weight)
+    k = torch.arange(most_samples(length, resolution), device=start.device)[:, None, None]
+    i = torch.arange(resolution, device=start.device)
+    origin = start[:, None] + i * pixel[:, None]
+    position = origin + (k + 0.5) * pixel[:, None] / count[:, None]
+    size = size[:, None]
+    real = (k < count[:, None]) & (position >= -1) & (position <= size)
+    return _Axis(*_neighbours(position, size.clamp(max=length)), real, count)
 
 
 def most_samples(length: int, resolution: int) -> int:
