@@ -48,7 +48,8 @@ class AugmentConfig(Section):
     flip_horizontal: float = Field(0.5, ge=0, le=1)
     """Probability. Keypoints swap left and right."""
     flip_vertical: float = Field(0.0, ge=0, le=1)
-    """Probability. For images without an up, as under a microscope."""
+    """Probability. For images without an up, as under a microscope. Keypoints swap left and right here too;
+    both flips together are a half turn, which does not swap them."""
     rotate90: float = Field(0.0, ge=0, le=1)
     """Probability of a quarter turn."""
     brightness: float = Field(0.0, ge=0, le=1)

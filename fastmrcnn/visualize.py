@@ -97,7 +97,10 @@ def draw_instances(
             width=max(1, round(max(size) / 700)),
         )
     if keypoints is not None:
-        points = np.asarray(keypoints, dtype=np.float32) * (factor, factor, 1)
+        points = np.asarray(keypoints, dtype=np.float32)
+        if points.ndim != 3 or len(points) != len(boxes) or points.shape[2] != 3:
+            raise ValueError(f"keypoints must be ({len(boxes)}, J, 3), got {points.shape}")
+        points = points * (factor, factor, 1)
         for index in order:
             _draw_keypoints(pen, points[index], skeleton, colours[index], line)
     _draw_labels(pen, boxes * factor, _labels(names, scores), colours, size)

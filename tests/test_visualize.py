@@ -120,6 +120,8 @@ def test_mistakes() -> None:
         draw_instances(GREY, box, np.zeros((1, 28, 28), bool), ["a"])
     with pytest.raises(ValueError, match="1 boxes need as many names, got 2"):
         draw_instances(GREY, box, None, ["a", "b"])
+    with pytest.raises(ValueError, match=r"keypoints must be \(1, J, 3\), got \(2, 5, 3\)"):
+        draw_instances(GREY, box, None, ["a"], keypoints=np.zeros((2, 5, 3)))
 
 
 def test_comparison() -> None:

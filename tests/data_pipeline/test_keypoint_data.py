@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,24 @@ def test_mistakes_name_file_id_and_remedy(tmp_path: Path, changes: dict[str, Any
     assert message.startswith(str(tmp_path / "set.json"))
     for word in words:
         assert word in message
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 10**30) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=9) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(anything, anything, anything, anything, st.booleans())
+def test_whatever_stands_there_is_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, points: Any, number: Any, names: Any, skeleton: Any, named: bool
+) -> None:
+    content = tree(points, NAMES if named else names, num_keypoints=number)
+    content["categories"][0]["skeleton"] = skeleton
+    with contextlib.suppress(UserError):
+        read(tmp_path_factory.getbasetemp(), content)
 
 
 def test_categories_must_agree(tmp_path: Path) -> None:
