@@ -65,10 +65,11 @@ def _assign_levels_kernel(
     box = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = box < boxes
     at = boxes_ptr + box * stride_box
+    step = tl.cast(stride_coordinate, tl.int64)
     x1 = tl.load(at, mask=exists, other=0.0).to(DTYPE)
-    y1 = tl.load(at + stride_coordinate, mask=exists, other=0.0).to(DTYPE)
-    x2 = tl.load(at + 2 * stride_coordinate, mask=exists, other=0.0).to(DTYPE)
-    y2 = tl.load(at + 3 * stride_coordinate, mask=exists, other=0.0).to(DTYPE)
+    y1 = tl.load(at + step, mask=exists, other=0.0).to(DTYPE)
+    x2 = tl.load(at + 2 * step, mask=exists, other=0.0).to(DTYPE)
+    y2 = tl.load(at + 3 * step, mask=exists, other=0.0).to(DTYPE)
     area = (x2 - x1) * (y2 - y1)
     level = tl.zeros((BLOCK,), tl.int32)
     for i in tl.static_range(1, LEVELS):

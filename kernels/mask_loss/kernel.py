@@ -217,13 +217,13 @@ def _grad_kernel(
 ):
     slot = tl.program_id(0).to(tl.int64)
     dtype = divisor_ptr.dtype.element_ty
-    begin = tl.program_id(1) * STRETCH
+    begin = tl.program_id(1).to(tl.int64) * STRETCH
     grad_logits_ptr += slot * grad_stride_slot
     if FILL:
         zeros = tl.zeros((ZEROS,), grad_logits_ptr.dtype.element_ty)
         for first in tl.static_range(0, STRETCH, ZEROS):
             place = begin + first + tl.arange(0, ZEROS)
-            tl.store(grad_logits_ptr + place, zeros, mask=place < K * pixels)
+            tl.store(grad_logits_ptr + place, zeros, mask=place < tl.cast(K, tl.int64) * pixels)
         tl.debug_barrier()  # the zeros of all threads come before the pixels below
 
     weight, channel = _slot(classes_ptr, weight_ptr, slot, K, dtype)
@@ -233,8 +233,8 @@ def _grad_kernel(
     for first in range(0, pixels, PIXELS):
         pixel = first + tl.arange(0, PIXELS)
         counts = pixel < counted
-        element = channel * grad_stride_channel
-        element += (pixel // width).to(tl.int64) * grad_stride_y + (pixel % width) * grad_stride_x
+        y, x = (pixel // width).to(tl.int64), (pixel % width).to(tl.int64)
+        element = channel * grad_stride_channel + y * grad_stride_y + x * grad_stride_x
         if FILL:
             counts = counts & (element >= begin) & (element < begin + STRETCH)
         x, target = _pixels(

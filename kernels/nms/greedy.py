@@ -121,7 +121,7 @@ def _overlapping(
 def _load(boxes_ptr, run_ptr, slot, slots):
     inside = slot < slots
     x1 = tl.load(boxes_ptr + slot, mask=inside, other=0.0)
-    y1 = tl.load(boxes_ptr + slots.to(tl.int64) + slot, mask=inside, other=0.0)
-    x2 = tl.load(boxes_ptr + slots.to(tl.int64) * 2 + slot, mask=inside, other=0.0)
-    y2 = tl.load(boxes_ptr + slots.to(tl.int64) * 3 + slot, mask=inside, other=0.0)
+    y1 = tl.load(boxes_ptr + tl.cast(slots, tl.int64) + slot, mask=inside, other=0.0)
+    x2 = tl.load(boxes_ptr + tl.cast(slots, tl.int64) * 2 + slot, mask=inside, other=0.0)
+    y2 = tl.load(boxes_ptr + tl.cast(slots, tl.int64) * 3 + slot, mask=inside, other=0.0)
     return x1, y1, x2, y2, tl.load(run_ptr + slot, mask=inside, other=-1)

@@ -204,7 +204,8 @@ def _score_key_kernel(
             usable = usable & (score == score)
     if ONLY_FINITE:
         for i in tl.static_range(4):
-            side = tl.load(boxes_ptr + slot * stride_slot + i * stride_coordinate, mask=inside, other=0)
+            place = slot * stride_slot + i * tl.cast(stride_coordinate, tl.int64)
+            side = tl.load(boxes_ptr + place, mask=inside, other=0)
             usable = usable & (tl.abs(side.to(tl.float32)) < float("inf"))
     if HAS_VALID:
         usable = usable & (tl.load(valid_ptr + slot, mask=inside, other=0) != 0)

@@ -173,9 +173,10 @@ def _forward_kernel(
     i = flat // TILE
     j = flat % TILE
     inside = (i < PART_H) & (first_i + i < OH) & (j < PART_W) & (first_j + j < OW)
-    bin_ptr = out_ptr + roi.to(tl.int64) * out_r + (first_i + i) * out_i + (first_j + j) * out_j
+    bin_ptr = out_ptr + roi.to(tl.int64) * out_r
+    bin_ptr += (first_i + i).to(tl.int64) * out_i + (first_j + j).to(tl.int64) * out_j
     tl.store(
-        bin_ptr[:, None] + (channel * out_c)[None, :],
+        bin_ptr[:, None] + (channel.to(tl.int64) * out_c)[None, :],
         (acc * (1.0 / WEIGHT_SCALE)).to(out_ptr.dtype.element_ty),
         mask=inside[:, None] & (channel < channels)[None, :],
     )

@@ -54,10 +54,11 @@ def load_boxes(
 ):  # fmt: skip
     """Corners, image, and whether there is something to pool. Works on one RoI or on a block of them."""
     at = boxes_ptr + roi.to(tl.int64) * stride_roi
+    step = tl.cast(stride_coordinate, tl.int64)
     x1 = tl.load(at, mask=exists, other=0.0).to(DTYPE)
-    y1 = tl.load(at + stride_coordinate, mask=exists, other=0.0).to(DTYPE)
-    x2 = tl.load(at + 2 * stride_coordinate, mask=exists, other=0.0).to(DTYPE)
-    y2 = tl.load(at + 3 * stride_coordinate, mask=exists, other=0.0).to(DTYPE)
+    y1 = tl.load(at + step, mask=exists, other=0.0).to(DTYPE)
+    x2 = tl.load(at + 2 * step, mask=exists, other=0.0).to(DTYPE)
+    y2 = tl.load(at + 3 * step, mask=exists, other=0.0).to(DTYPE)
     # x - x is NaN for NaN and for infinity.
     real = exists & (x1 - x1 == 0) & (y1 - y1 == 0) & (x2 - x2 == 0) & (y2 - y2 == 0)
     if HAS_BATCH:

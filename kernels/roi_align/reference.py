@@ -40,7 +40,10 @@ def multilevel_roi_align(
         table = torch.cat([f.permute(0, 2, 3, 1).reshape(-1, channels).to(dtype) for f in features])
         rois = locate(boxes.to(dtype), batch_index, valid, images, sizes, how)
         for group, entries in entry_groups(rois, sizes, how):
-            out[group] = _sum_rows(table, entries).view_as(out[group])
+            sums = _sum_rows(table, entries).view_as(out[group])
+            out[group] = torch.where(
+                rois.real[group, None, None], sums, 0
+            )  # no weight times NaN would be NaN
     return out.view(boxes.shape[0], oh, ow, channels).permute(0, 3, 1, 2).to(features[0].dtype)
 
 
