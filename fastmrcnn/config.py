@@ -110,7 +110,7 @@ class BackboneConfig(Section):
 
 class FpnConfig(Section):
     channels: int = Field(256, gt=0)
-    norm: Literal["none", "gn", "bn", "sync_bn"] = "none"
+    norm: Literal["none", "gn", "bn", "sync_bn", "frozen_bn"] = "none"
 
 
 class AnchorConfig(Section):
@@ -171,11 +171,21 @@ class RoiConfig(Section):
     """Samples per bin and axis; 0 or less: adaptive."""
 
 
+# Batch norm would count the slots that hold no RoI; frozen, it is for weights that were trained with it.
+HeadNorm = Literal["none", "gn", "frozen_bn"]
+
+
 class BoxHeadConfig(Section):
     enabled: bool = True
     """false: train the RPN alone; its proposals are the detections."""
     resolution: int = Field(7, gt=0)
     """Side of the RoI features; with C4, of what goes into res5, which halves it."""
+    convs: int = Field(0, ge=0)
+    """3x3 convolutions before the hidden layers."""
+    channels: int = Field(256, gt=0)
+    """Of these convolutions."""
+    norm: HeadNorm = "none"
+    """After these convolutions."""
     fcs: int = Field(2, ge=0)
     """Hidden layers; 0: the features' average goes straight to the predictors (C4)."""
     hidden: int = Field(1024, gt=0)
@@ -201,6 +211,8 @@ class MaskHeadConfig(Section):
     """3x3 convolutions of an fcn."""
     channels: int = Field(256, gt=0)
     """Of an fcn."""
+    norm: HeadNorm = "none"
+    """After the convolutions of an fcn."""
     fcs: int = Field(2, ge=0)
     """Hidden layers of an mlp."""
     hidden: int = Field(1024, gt=0)

@@ -58,16 +58,19 @@ class Kind(NamedTuple):
     backbone: str | None
     masks: bool
     keypoints: bool
+    box_convs: bool = False  # a box head with convolutions
 
     def __str__(self) -> str:
         heads = {(True, True): "Mask and Keypoint", (True, False): "Mask", (False, True): "Keypoint"}
         name = heads.get((self.masks, self.keypoints), "Faster")
-        return f"{name} R-CNN {self.backbone or 'of unknown backbone'}-{self.architecture.upper()}"
+        end = " with convolutions in the box head" if self.box_convs else ""
+        return f"{name} R-CNN {self.backbone or 'of unknown backbone'}-{self.architecture.upper()}{end}"
 
 
 # The recipe that evaluates a program's published model as that program does.
 _RECIPES: dict[tuple[str, Kind], str] = {
     ("torchvision", Kind("fpn", "resnet50", True, False)): "torchvision_mask_rcnn_r50_fpn",
+    ("torchvision", Kind("fpn", "resnet50", True, False, True)): "torchvision_mask_rcnn_r50_fpn_v2",
     ("torchvision", Kind("fpn", "resnet50", False, True)): "torchvision_keypoint_rcnn_r50_fpn",
     ("detectron2", Kind("c4", "resnet50", True, False)): "detectron2_mask_rcnn_r50_c4_3x",
     ("detectron2", Kind("c4", "resnet101", True, False)): "detectron2_mask_rcnn_r101_c4_3x",
@@ -93,6 +96,7 @@ def kind_of(state: Mapping[str, Tensor]) -> Kind:
         architecture(backbone),
         some("mask_head."),
         some("keypoint_head."),
+        some("box_head.convs."),
     )
 
 

@@ -26,6 +26,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fpn": {},
     "resnet50": {"backbone": {"name": "resnet50"}},
     "norms": {"backbone": {"norm": "bn"}, "fpn": {"norm": "bn"}, "rpn": {"convs": 2}},
+    "convolutions in heads": {
+        "box_head": {"convs": 3, "channels": 12, "norm": "frozen_bn", "fcs": 1},
+        "mask_head": {"norm": "gn"},
+        "fpn": {"norm": "frozen_bn"},
+    },
     "c4": {"architecture": "c4"},
     "c5": {"architecture": "c5"},
     "boxes alone": {"mask_head": {"enabled": False}},
@@ -117,7 +122,26 @@ PUBLISHED_C4 = {
 }
 
 
+PUBLISHED_V2 = {
+    "backbone.fpn.inner_blocks.3.1.num_batches_tracked": "fpn.lateral.3.1.num_batches_tracked",
+    "rpn.head.conv.1.0.weight": "rpn.head.convs.1.weight",
+    **{f"roi_heads.box_head.{i}.0.weight": f"box_head.convs.{i}.weight" for i in range(4)},
+    "roi_heads.box_head.3.1.running_var": "box_head.norms.3.running_var",
+    "roi_heads.box_head.5.weight": "box_head.fc1.weight",
+    "roi_heads.mask_head.0.1.bias": "mask_head.norms.0.bias",
+}
+PUBLISHED_GN = {
+    "backbone.bottom_up.stem.conv1.norm.weight": "backbone.bn1.weight",
+    "roi_heads.box_head.conv1.weight": "box_head.convs.0.weight",
+    "roi_heads.box_head.conv4.norm.bias": "box_head.norms.3.bias",
+    "roi_heads.box_head.fc1.weight": "box_head.fc1.weight",
+    "roi_heads.mask_head.mask_fcn4.norm.weight": "mask_head.norms.3.weight",
+}
+
+
 def test_published_names() -> None:
+    assert torchvision_names(PUBLISHED_V2, to_ours=True) == PUBLISHED_V2
+    assert detectron2_names(PUBLISHED_GN, to_ours=True) == PUBLISHED_GN
     assert torchvision_names(PUBLISHED_TORCHVISION, to_ours=True) == PUBLISHED_TORCHVISION
     assert detectron2_names(PUBLISHED_FPN, to_ours=True) == PUBLISHED_FPN
     assert detectron2_names(PUBLISHED_C4, to_ours=True) == PUBLISHED_C4
@@ -241,10 +265,7 @@ def test_heads_that_torchvision_does_not_have() -> None:
 
 
 FOREIGN = {
-    "roi_heads.box_head.0.0.weight": "a box head of convolutions",
-    "roi_heads.mask_head.0.1.running_mean": "a mask head with normalisation",
     "roi_heads.box_head.0.fc1.weight": "a cascade of box heads",
-    "roi_heads.box_head.conv1.norm.weight": "a box head of convolutions",
     "sem_seg_head.predictor.weight": "a head for semantic segmentation",
     "head.classification_head.cls_logits.weight": "a RetinaNet head",
     "some.thing": "parts",
@@ -254,7 +275,7 @@ FOREIGN = {
 @pytest.mark.parametrize("key", FOREIGN)
 def test_parts_without_a_counterpart_are_named(key: str) -> None:
     start = "backbone.body.conv1.weight"
-    if key.startswith(("roi_heads.box_head.0.fc", "roi_heads.box_head.conv", "sem_seg")):
+    if key.startswith(("roi_heads.box_head.0.fc", "sem_seg")):
         start = "backbone.bottom_up.stem.conv1.weight"
     state = {start: torch.zeros(1), key: torch.zeros(1)}
     with pytest.raises(UserError) as caught:

@@ -71,9 +71,9 @@ def assert_same_detections(found: Detections, expected: dict[str, Tensor]) -> No
     assert distance.amin(0).max() < 0.1
 
 
-@pytest.mark.parametrize("labels", [6, 91])
-def test_mask_rcnn_there_and_back(tmp_path: Path, labels: int) -> None:
-    model = theirs("maskrcnn_resnet50_fpn", labels)
+@pytest.mark.parametrize(("version", "labels"), [("", 6), ("", 91), ("_v2", 6)])
+def test_mask_rcnn_there_and_back(tmp_path: Path, version: str, labels: int) -> None:
+    model = theirs(f"maskrcnn_resnet50_fpn{version}", labels)
     torch.save(model.state_dict(), tmp_path / "theirs.pth")
     image = torch.rand(3, *SHAPE, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_mask_rcnn_there_and_back(tmp_path: Path, labels: int) -> None:
     found = judge(
         tmp_path / "theirs.pth",
         tmp_path,
-        "torchvision_mask_rcnn_r50_fpn",
+        f"torchvision_mask_rcnn_r50_fpn{version}",
         image,
         *(["--all-labels"] if labels == 91 else ["--classes", str(names)]),
     )
@@ -91,7 +91,7 @@ def test_mask_rcnn_there_and_back(tmp_path: Path, labels: int) -> None:
 
     # Back, into a model of other weights: strictly, and it detects the same.
     convert.main([str(tmp_path / "ours.pt"), str(tmp_path / "back.pth"), "--to", "torchvision"])
-    other = theirs("maskrcnn_resnet50_fpn", labels, seed=1)
+    other = theirs(f"maskrcnn_resnet50_fpn{version}", labels, seed=1)
     other.load_state_dict(torch.load(tmp_path / "back.pth", weights_only=True), strict=True)
     with torch.no_grad():
         again = other([image])[0]

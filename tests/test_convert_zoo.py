@@ -32,6 +32,9 @@ TABLE = {
     "torchvision_mask_rcnn_r50_fpn": Model(
         "maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth", "resnet50", "box 37.9, mask 34.6", 44401393
     ),
+    "torchvision_mask_rcnn_r50_fpn_v2": Model(
+        "maskrcnn_resnet50_fpn_v2_coco-73cbd019.pth", "resnet50", "box 47.4, mask 41.8", 46359409
+    ),
     "torchvision_keypoint_rcnn_r50_fpn": Model(
         "keypointrcnn_resnet50_fpn_coco-fc266e95.pth", "resnet50", "box 54.6, keypoint 65.0", 59137258
     ),
@@ -104,11 +107,8 @@ def test_recipe_is_the_published_model(name: str) -> None:
     )
     assert (config.data.short_side_test, config.data.long_side_max) == (800, 1333)
     if name.startswith("torchvision"):
-        assert (model.channel_order, model.backbone.norm_eps, model.backbone.stride_in_1x1) == (
-            "rgb",
-            0,
-            False,
-        )
+        assert (model.channel_order, model.backbone.stride_in_1x1) == ("rgb", False)
+        assert model.backbone.norm_eps == (1e-5 if name.endswith("v2") else 0)
         assert model.pixel_mean == (123.675, 116.28, 103.53)
         assert model.pixel_std == (58.395, 57.12, 57.375)
         assert (model.roi.aligned, model.roi.sampling_ratio) == (False, 2)
@@ -177,8 +177,13 @@ def test_torchvision_weights_with_counters_had_an_epsilon() -> None:
 
 @pytest.mark.parametrize("name", [name for name, row in TABLE.items() if row.parameters])
 def test_models_have_as_many_parameters_as_theirs(name: str) -> None:
-    """torchvision counts no frozen norm; the background and unused labels have rows of their own."""
+    """The background and unused labels have rows of their own; frozen norms, which only v2 lacks, none."""
     ids = [1] if "keypoint" in name else COCO.ids
     state = export_state(model_of(name).state_dict(), "torchvision", "x", ids)
-    counted = [value for key, value in state.items() if ".bn" not in key and "downsample.1" not in key]
+    trained = name.endswith("v2")
+    counted = [
+        value
+        for key, value in state.items()
+        if "running_" not in key and (trained or (".bn" not in key and "downsample.1" not in key))
+    ]
     assert sum(value.numel() for value in counted) == TABLE[name].parameters

@@ -17,16 +17,20 @@ TORCHVISION: list[Rule] = [
     ("rpn.head.convs.{i}.{leaf}", "rpn.head.conv.{i}.0.{leaf}"),
     ("rpn.head.objectness.{leaf}", "rpn.head.cls_logits.{leaf}"),
     ("rpn.head.deltas.{leaf}", "rpn.head.bbox_pred.{leaf}"),
-    ("box_head.fc1.{leaf}", "roi_heads.box_head.fc6.{leaf}"),
-    ("box_head.fc2.{leaf}", "roi_heads.box_head.fc7.{leaf}"),
     ("box_head.classes.{leaf}", "roi_heads.box_predictor.cls_score.{leaf}"),
     ("box_head.deltas.{leaf}", "roi_heads.box_predictor.bbox_pred.{leaf}"),
     ("mask_head.convs.{i}.{leaf}", "roi_heads.mask_head.{i}.0.{leaf}"),
+    ("mask_head.norms.{i}.{leaf}", "roi_heads.mask_head.{i}.1.{leaf}"),
     ("mask_head.deconv.{leaf}", "roi_heads.mask_predictor.conv5_mask.{leaf}"),
     ("mask_head.predictor.{leaf}", "roi_heads.mask_predictor.mask_fcn_logits.{leaf}"),
     # A plain sequence of convolutions and activations, hence every second number.
     ("keypoint_head.convs.{i}.{leaf}", "roi_heads.keypoint_head.{2i}.{leaf}"),
     ("keypoint_head.deconv.{leaf}", "roi_heads.keypoint_predictor.kps_score_lowres.{leaf}"),
+]
+
+_TORCHVISION_FCS: list[Rule] = [
+    ("box_head.fc1.{leaf}", "roi_heads.box_head.fc6.{leaf}"),
+    ("box_head.fc2.{leaf}", "roi_heads.box_head.fc7.{leaf}"),
 ]
 
 # Names before torchvision 0.13, which its published files of 2019 still have: old, new.
@@ -54,10 +58,13 @@ _DETECTRON2_HEADS: list[Rule] = [
     ("fpn.output.{i}.1.{leaf}", "backbone.fpn_output{i+2}.norm.{leaf}"),
     ("rpn.head.objectness.{leaf}", "proposal_generator.rpn_head.objectness_logits.{leaf}"),
     ("rpn.head.deltas.{leaf}", "proposal_generator.rpn_head.anchor_deltas.{leaf}"),
+    ("box_head.convs.{i}.{leaf}", "roi_heads.box_head.conv{i+1}.{leaf}"),
+    ("box_head.norms.{i}.{leaf}", "roi_heads.box_head.conv{i+1}.norm.{leaf}"),
     ("box_head.fc{i}.{leaf}", "roi_heads.box_head.fc{i}.{leaf}"),
     ("box_head.classes.{leaf}", "roi_heads.box_predictor.cls_score.{leaf}"),
     ("box_head.deltas.{leaf}", "roi_heads.box_predictor.bbox_pred.{leaf}"),
     ("mask_head.convs.{i}.{leaf}", "roi_heads.mask_head.mask_fcn{i+1}.{leaf}"),
+    ("mask_head.norms.{i}.{leaf}", "roi_heads.mask_head.mask_fcn{i+1}.norm.{leaf}"),
     ("mask_head.deconv.{leaf}", "roi_heads.mask_head.deconv.{leaf}"),
     ("mask_head.predictor.{leaf}", "roi_heads.mask_head.predictor.{leaf}"),
     ("keypoint_head.convs.{i}.{leaf}", "roi_heads.keypoint_head.conv_fcn{i+1}.{leaf}"),
@@ -89,11 +96,31 @@ _CAFFE2 = re.compile(
 
 def torchvision_names(keys: Iterable[str], *, to_ours: bool) -> dict[str, str | None]:
     """New name of each key; None for one that has no place on the other side."""
+    keys = list(keys)
+    conv = re.compile(r"roi_heads\.box_head\.\d+\.0\.weight" if to_ours else r"box_head\.convs\.\d+\.weight")
+    rules = torchvision_rules(sum(conv.fullmatch(key) is not None for key in keys))
     if not to_ours:
-        rename = renamer(TORCHVISION)
+        rename = renamer(rules)
         return {key: rename(key) for key in keys}
-    update, rename = renamer(TORCHVISION_OLD), renamer(backwards(TORCHVISION))
+    update, rename = renamer(TORCHVISION_OLD), renamer(backwards(rules))
     return {key: rename(update(key) or key) for key in keys}
+
+
+def torchvision_rules(box_convs: int) -> list[Rule]:
+    """
+    Args:
+        box_convs: convolutions of the box head. With any, it is a plain sequence: the convolutions, a
+            Flatten, and the hidden layers, each with a ReLU after it.
+    """
+    if not box_convs:
+        return TORCHVISION + _TORCHVISION_FCS
+    return [
+        *TORCHVISION,
+        ("box_head.convs.{i}.{leaf}", "roi_heads.box_head.{i}.0.{leaf}"),
+        ("box_head.norms.{i}.{leaf}", "roi_heads.box_head.{i}.1.{leaf}"),
+        ("box_head.fc1.{leaf}", f"roi_heads.box_head.{box_convs + 1}.{{leaf}}"),
+        ("box_head.fc2.{leaf}", f"roi_heads.box_head.{box_convs + 3}.{{leaf}}"),
+    ]
 
 
 def detectron2_names(keys: Iterable[str], *, to_ours: bool) -> dict[str, str | None]:

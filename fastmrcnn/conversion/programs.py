@@ -22,11 +22,7 @@ _BATCH_NORM = re.compile(r"(^|\.)(bn\d|downsample\.1)$")
 _CONSTANTS = re.compile(r"pixel_mean|pixel_std|proposal_generator\.anchor_generator\.cell_anchors\.\d+")
 # Parts of published models that have no counterpart here, and what to call them.
 _FOREIGN = [
-    (r"roi_heads\.box_head\.\d+\.\d+\.", "a box head of convolutions (torchvision's *_v2 models)"),
-    (r"roi_heads\.mask_head\.\d+\.1\.", "a mask head with normalisation (torchvision's *_v2 models)"),
     (r"roi_heads\.box_(head|predictor)\.\d+\.", "a cascade of box heads"),
-    (r"roi_heads\.box_head\.conv\d+\.", "a box head of convolutions"),
-    (r"roi_heads\.mask_head\.mask_fcn\d+\.norm\.", "a mask head with normalisation"),
     (r"sem_seg_head\.", "a head for semantic segmentation"),
     (r"(head|backbone)\.(cls_subnet|bbox_subnet|classification_head|regression_head)", "a RetinaNet head"),
 ]

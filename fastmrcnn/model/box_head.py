@@ -1,4 +1,4 @@
-"""Box head: fully connected layers, then classes and class-specific deltas (Fast R-CNN)."""
+"""Box head: convolutions if asked for, fully connected layers, then classes and deltas (Fast R-CNN)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from fastmrcnn.kernels import padded_nms
 from fastmrcnn.model import boxes as box_ops
+from fastmrcnn.model.backbone import Norm
+from fastmrcnn.model.convs import init_convs, make_convs, run_convs
 from fastmrcnn.model.losses import masked_sum, smooth_l1
 from fastmrcnn.model.sampling import take
 from fastmrcnn.structures import Detections, Proposals, SampledRois, Targets
@@ -20,6 +22,7 @@ class BoxHead(nn.Module):
     Args:
         channels, resolution: of the RoI features, (N, S, channels, resolution, resolution).
         num_classes: K; the background is class K.
+        convs, conv_channels, norm: 3x3 convolutions before the hidden layers, their width and norm.
         fcs, hidden: hidden layers and their width; without any, features are averaged over the RoI (C4).
         delta_weights: the deltas are learned multiplied by these.
         score_threshold: a score at or below it is no candidate.
@@ -33,6 +36,9 @@ class BoxHead(nn.Module):
         resolution: int,
         num_classes: int,
         *,
+        convs: int = 0,
+        conv_channels: int = 256,
+        norm: Norm | None = None,
         fcs: int = 2,
         hidden: int = 1024,
         class_agnostic: bool = False,
@@ -54,6 +60,8 @@ class BoxHead(nn.Module):
         self.candidates = candidates
         self.detections = detections
         self.loss_weight = loss_weight
+        self.convs, self.norms = make_convs(channels, conv_channels, convs, norm)
+        channels = conv_channels if convs else channels
         inputs = channels * resolution * resolution if fcs else channels
         self.fcs = [f"fc{index}" for index in range(1, fcs + 1)]
         for name in self.fcs:
@@ -61,6 +69,7 @@ class BoxHead(nn.Module):
             inputs = hidden
         self.classes = nn.Linear(inputs, num_classes + 1)
         self.deltas = nn.Linear(inputs, 4 * (1 if class_agnostic else num_classes))
+        init_convs(self.convs)
         for name in self.fcs:
             nn.init.kaiming_uniform_(self.get_parameter(f"{name}.weight"), a=1)
             nn.init.zeros_(self.get_parameter(f"{name}.bias"))
@@ -71,6 +80,8 @@ class BoxHead(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """RoI features (N, S, C, h, w) -> class logits (N, S, K+1), deltas (N, S, K or 1, 4)."""
+        if len(self.convs):
+            x = run_convs(x.flatten(0, 1), self.convs, self.norms).unflatten(0, x.shape[:2])
         x = x.flatten(2) if self.fcs else x.mean((3, 4))
         for name in self.fcs:
             x = F.relu(getattr(self, name)(x), inplace=True)

@@ -48,8 +48,7 @@ def build_model(
         load_backbone(whole, config.backbone.weights, config.backbone.weights_sha256)
     fpn = None
     if config.architecture == "fpn":
-        fpn_norm = None if config.fpn.norm == "none" else make_norm(config.fpn.norm)
-        fpn = FeaturePyramid(backbone.out_channels, config.fpn.channels, fpn_norm)
+        fpn = FeaturePyramid(backbone.out_channels, config.fpn.channels, _optional_norm(config.fpn.norm))
     channels = backbone.out_channels[-1] if fpn is None else fpn.channels
     strides = backbone.strides[-1:] if fpn is None else fpn.strides
     head_channels = stage_channels(config.backbone.name, 4, config.backbone.width) if c4 else channels
@@ -140,6 +139,9 @@ def _box_head(config: ModelConfig, channels: int, num_classes: int) -> BoxHead:
         channels,
         -(-box.resolution // 2) if config.architecture == "c4" else box.resolution,
         num_classes,
+        convs=box.convs,
+        conv_channels=box.channels,
+        norm=_optional_norm(box.norm),
         fcs=box.fcs,
         hidden=box.hidden,
         class_agnostic=box.class_agnostic,
@@ -167,7 +169,14 @@ def _mask_head(config: ModelConfig, channels: int, num_classes: int) -> MaskHead
         return MlpMaskHead(
             channels, mask.resolution, num_classes, fcs=mask.fcs, hidden=mask.hidden, **settings
         )
-    return FcnMaskHead(channels, num_classes, convs=mask.convs, channels=mask.channels, **settings)
+    norm = _optional_norm(mask.norm)
+    return FcnMaskHead(
+        channels, num_classes, convs=mask.convs, channels=mask.channels, norm=norm, **settings
+    )
+
+
+def _optional_norm(name: str) -> Norm | None:
+    return None if name == "none" else make_norm(name)
 
 
 def _keypoint_head(config: ModelConfig, channels: int, num_keypoints: int | None) -> KeypointHead:

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmrcnn.kernels import mask_loss, mask_targets, polygon_mask_targets
+from fastmrcnn.model.backbone import Norm
+from fastmrcnn.model.convs import init_convs, make_convs, run_convs
 from fastmrcnn.model.roi_sampler import PackedRois
 from fastmrcnn.structures import Batch, PackedMasks, PackedPolygons
 
@@ -108,7 +110,7 @@ class FcnMaskHead(MaskHead):
 
     Args:
         in_channels: of the RoI features, (F, in_channels, M/2, M/2).
-        convs, channels: 3x3 convolutions and their width.
+        convs, channels, norm: 3x3 convolutions, their width and norm.
         **settings: of MaskHead.
     """
 
@@ -119,26 +121,24 @@ class FcnMaskHead(MaskHead):
         *,
         convs: int = 4,
         channels: int = 256,
+        norm: Norm | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(num_classes, **settings)
-        self.convs = nn.ModuleList(
-            nn.Conv2d(in_channels if index == 0 else channels, channels, 3, padding=1)
-            for index in range(convs)
-        )
+        self.convs, self.norms = make_convs(in_channels, channels, convs, norm)
         inputs = channels if convs else in_channels
         self.deconv = nn.ConvTranspose2d(inputs, channels, 2, stride=2)
         self.predictor = nn.Conv2d(channels, self.mask_channels, 1)
-        for layer in (*self.convs, self.deconv):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        init_convs(self.convs)
+        nn.init.kaiming_normal_(self.deconv.weight, mode="fan_out", nonlinearity="relu")
         nn.init.normal_(self.predictor.weight, std=0.001)
-        for layer in (*self.convs, self.deconv, self.predictor):
-            nn.init.zeros_(layer.bias)
+        for bias in (self.deconv.bias, self.predictor.bias):
+            assert bias is not None
+            nn.init.zeros_(bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """RoI features (F, C, M/2, M/2) -> mask logits (F, mask_channels, M, M)."""
-        for conv in self.convs:
-            x = F.relu(conv(x), inplace=True)
+        x = run_convs(x, self.convs, self.norms)
         return self.predictor(F.relu(self.deconv(x), inplace=True))
 
 

@@ -26,6 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "c5": {"architecture": "c5"},
     "softmax": {"mask_head": {"loss": "softmax"}},
     "mlp": {"mask_head": {"kind": "mlp", "hidden": 16, "fcs": 3, "class_agnostic": True}},
+    "convolutions in the box head": {"box_head": {"convs": 2, "channels": 8, "norm": "gn", "fcs": 1}},
     "boxes alone": {"mask_head": {"enabled": False}},
     "rpn alone": {"mask_head": {"enabled": False}, "box_head": {"enabled": False}},
     "heads alone": {"rpn": {"enabled": False}},
