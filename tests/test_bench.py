@@ -18,6 +18,7 @@ from torch import Tensor
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
 import bench_mask_loss  # noqa: E402
+import bench_mask_predictor  # noqa: E402
 import bench_nms  # noqa: E402
 import bench_roi_align  # noqa: E402
 import harness  # noqa: E402
@@ -147,6 +148,11 @@ def test_the_operators_gates_bite(which: str) -> None:
     wrong = replace(loss, ours=lambda logits, **rest: loss.ours(logits * 1.01, **rest))
     with pytest.raises(NotCloseError):
         measure(wrong, which, CPU, SECONDS, None)
+    for fused in (False, True):
+        masks = bench_mask_predictor.contest(workload.SMALL, CPU, fused)
+        wrong = replace(masks, ours=lambda bias, ours=masks.ours, **rest: ours(bias=bias * 1.01, **rest))
+        with pytest.raises(NotCloseError):
+            measure(wrong, which, CPU, SECONDS, None)
     nms = bench_nms.contest(workload.SMALL)
     wrong = replace(nms, ours=lambda scores, **rest: nms.ours(scores=scores.flip(1), **rest))
     with pytest.raises(NotCloseError):
@@ -187,6 +193,25 @@ def test_traffic_of_the_mask_loss_by_hand() -> None:
     assert traffic.bytes("forward") == read + 4
     assert traffic.bytes("backward") == read + 4 + 1024 * 80 * 784 * 2
     assert traffic.bytes("both") == read + 8 + 1024 * 80 * 784 * 2
+
+
+def test_traffic_of_the_mask_predictor_by_hand() -> None:
+    meta = {"device": "meta"}
+    given = bench_mask_predictor.Predictor(
+        torch.empty(1024, 256, 28, 28, dtype=torch.bfloat16, **meta),
+        torch.empty(80, 256, **meta),
+        torch.empty(80, **meta),
+        torch.empty(1024, dtype=torch.int64, **meta),
+        torch.empty(1024, **meta),
+    )
+    targets = torch.empty(1024, 28, 28, dtype=torch.bool, **meta)
+    traffic = bench_mask_predictor.traffic(given, [targets])
+    features, weight, slots = 1024 * 256 * 784 * 2, 80 * 256 * 4, 1024 * (8 + 4)
+    forward = features + weight + 80 * 4 + slots + 1024 * 784 + 4
+    written = features + weight + 80 * 4
+    assert traffic.bytes("forward") == forward
+    assert traffic.bytes("backward") == weight + slots + 4 + written
+    assert traffic.bytes("both") == forward + 4 + written
 
 
 def test_the_workload_is_what_it_says() -> None:
