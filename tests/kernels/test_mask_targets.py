@@ -140,7 +140,7 @@ def test_each_pixel(name: str, aligned: bool, device: str) -> None:
     case = CASES[name]
     bitmaps, arguments = tables(case)
     arguments = {key: moved(value, device) for key, value in arguments.items()}
-    for image, matched in ((0, 0), (0, 1), (0, 2), (1, 0)):
+    for image, matched in ((0, 1), (0, 2)) if interpreting() else ((0, 0), (0, 1), (0, 2), (1, 0)):
         boxes = boxes_of(case).to(device)
         rows = torch.full((len(boxes),), image, device=device), torch.full((6,), matched, device=device)
         options = {"resolution": 5, "sampling_ratio": 2, "aligned": aligned}
@@ -161,7 +161,7 @@ def test_each_pixel(name: str, aligned: bool, device: str) -> None:
 @pytest.mark.parametrize("ratio", [1, 2, 3, 0])
 def test_rois_of_both_images_in_any_order(ratio: int) -> None:
     case = CASES["shrunk"]
-    boxes = boxes_of(case)[[3, 0, 1, 2, 0]]
+    boxes = boxes_of(case)[[3, 0, 4, 2, 0]]
     image, matched = torch.tensor([1, 0, 0, 1, 0]), torch.tensor([0, 1, 0, 0, 2])
     arguments = tables(case).arguments
     together = mask_targets(boxes, image, matched, **arguments, resolution=4, sampling_ratio=ratio)
@@ -254,6 +254,8 @@ def test_torchvisions_targets(device: str) -> None:
     found = mask_targets(**{key: moved(value, device) for key, value in arguments.items()}, aligned=False)
     expected = data["mask/target_bitmap_roialign"][kept]
     np.testing.assert_allclose(found.cpu().numpy(), expected, atol=2e-5)
+    if device == "cpu" and not interpreting():
+        np.testing.assert_array_equal(found.numpy(), expected)  # bit for bit
 
 
 @slow_when_interpreted
@@ -321,8 +323,12 @@ def scene(rois: int, side: int, device: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("ratio", [2, pytest.param(0, marks=slow_when_interpreted)])
-def test_bits_are_those_of_float64(ratio: int, device: str) -> None:
+def test_bits_are_those_of_float64(ratio: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most one in 10,000 differs."""
+    if interpreting():  # a program takes as long for more pixels
+        from fastmrcnn.kernels.mask_targets import kernel
+
+        monkeypatch.setattr(kernel, "PIXELS", 1024)
     slow = device == "cpu" and (interpreting() or ratio == 0)
     arguments = scene(12 if slow else 480, 300 if slow else 800, device)
     options = {"resolution": 28, "sampling_ratio": ratio, "bitmap": True}
@@ -342,7 +348,7 @@ def test_what_is_not_there_gives_zeros(ratio: int, device: str) -> None:
     """Slots that are not valid, indices and boxes that make no sense, and tables that point outside."""
     arguments = {key: moved(value, device) for key, value in tables(IDENTITY).arguments.items()}
     options = {"resolution": 3, "sampling_ratio": ratio, "bitmap": False}
-    boxes = torch.tensor([[5.0, 6, 20, 20]]).repeat(10, 1)
+    boxes = torch.tensor([[5.0, 6, 11, 12]]).repeat(10, 1)
     image, matched = torch.zeros(10, dtype=torch.int64), torch.zeros(10, dtype=torch.int64)
     valid = torch.ones(10, dtype=torch.bool)
     valid[1] = False
@@ -407,11 +413,16 @@ def test_registration(device: str) -> None:
         eager = mask_targets(boxes, *rows, **arguments, **options)
         compiled = torch.compile(mask_targets, fullgraph=True, backend="aot_eager")
         assert compiled(boxes, *rows, **arguments, **options).equal(eager)
-        with torch.autocast(device, torch.bfloat16):
-            again = mask_targets(boxes, *rows, **arguments, **options)
-            adaptive = mask_targets(boxes, *rows, **arguments, **options, sampling_ratio=0)
-        assert again.equal(eager)
-        assert adaptive.equal(mask_targets(boxes, *rows, **arguments, **options, sampling_ratio=0))
+        assert mask_targets(boxes, *rows, **arguments, **options).equal(eager)
+
+
+def test_autocast_does_not_round() -> None:
+    arguments = tables(IDENTITY).arguments
+    rois = (torch.tensor([[4.3, 5.1, 12.7, 14.9]]), torch.tensor([0]), torch.tensor([0]))
+    for ratio in (2, 0):
+        plain = mask_targets(*rois, **arguments, resolution=3, sampling_ratio=ratio)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert mask_targets(*rois, **arguments, resolution=3, sampling_ratio=ratio).equal(plain)
 
 
 def test_bad_input() -> None:
