@@ -1,0 +1,147 @@
+"""python -m fastmrcnn.benchmark: the whole training step, measured technique by technique."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from fastmrcnn.command import Parser
+from fastmrcnn.config import Config
+from fastmrcnn.config_file import load_config
+from fastmrcnn.errors import UserError, run_main
+from fastmrcnn.output import write_text
+from fastmrcnn.prepare import RECIPES, choose_device, choose_execution
+from fastmrcnn.speed import report
+from fastmrcnn.speed.inference import inference_table, measure_inference
+from fastmrcnn.speed.ladder import broken, climb
+from fastmrcnn.speed.loading import loading_table, measure_loading
+from fastmrcnn.speed.profile import profile_step, profile_table
+from fastmrcnn.speed.rows import OurRunner, Row, cpu_rows, cuda_rows
+from fastmrcnn.speed.workload import Workload, check_synthetic
+
+RECIPE = "mask_rcnn_r50_fpn_1x.yaml"
+RANDOM_WEIGHTS = ["model.weights=null", "model.backbone.weights=null"]
+MASK_SLOTS = 48
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse_arguments(argv)
+    config = load_config(arguments.config or RECIPES / RECIPE, RANDOM_WEIGHTS + arguments.overrides)
+    device = choose_device(config.train.device)
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    check_synthetic(config)
+    workload = make_workload(arguments, config, device)
+    facts, what = report.environment(device), report.describe(workload)
+    found: dict[str, Any] = {**facts, "workload": what, "config": config.model_dump(mode="json")}
+    print(report.heading(facts, what) + "\n")
+
+    slots = mask_slots(arguments, device)
+    if not arguments.no_ladder:
+        found["ladder"] = climb(choose_rows(config, device), workload, mask_slots=slots, report=tell)
+        print(report.ladder_table(found["ladder"]) + "\n")
+    if arguments.profile is not None:
+        row = profiled_row(device)
+        tell(f"profile: {row.name}")
+        runner = OurRunner(row, workload, slots or MASK_SLOTS)
+        runner.warm_up()
+        found["profile"] = profile_step(runner, Path(arguments.profile))
+        del runner
+        print(profile_table(found["profile"]) + "\n")
+    if arguments.inference:
+        compiled = choose_execution(config, device).compiled
+        found["inference"] = measure_inference(workload, compiled=compiled, report=tell)
+        print(inference_table(found["inference"]) + "\n")
+    if arguments.loader:
+        tell("loader")
+        found["loader"] = measure_loading(config, device, workload.images, workload.steps)
+        print(loading_table(found["loader"]) + "\n")
+    if arguments.json is not None:
+        write_text(Path(arguments.json), json.dumps(found, indent=1) + "\n")
+    if broken(found.get("ladder", [])):
+        print("error: a row failed or does not agree with the first of ours; see the table", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = Parser("benchmark", "Measure the training step on synthetic images, technique by technique.")
+    parser.add_argument("--config", help=f"YAML recipe (default: {RECIPE}); its weights are left out")
+    parser.add_argument("--steps", type=int, help="that are timed (default: 50, on a CPU 5)")
+    parser.add_argument("--batch", type=int, help="images a step (default: 12, on a CPU 2)")
+    parser.add_argument(
+        "--shape",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="of the images (default: 800 1344, on a CPU 320 480)",
+    )
+    parser.add_argument(
+        "--mask-slots",
+        metavar="N",
+        help="an image, of the rows that pack them; match: as many as torchvision has foreground RoIs in "
+        f"the same run, rounded up to 16 a batch (default: {MASK_SLOTS}, on a CPU match)",
+    )
+    parser.add_argument("--no-ladder", action="store_true", help="leave out the training rows")
+    parser.add_argument(
+        "--inference", action="store_true", help="also measure inference, batch 1 and 8, masks pasted"
+    )
+    parser.add_argument(
+        "--loader",
+        action="store_true",
+        help="also measure the step fed by the loader, from data.train or the embedded shapes",
+    )
+    parser.add_argument(
+        "--profile", metavar="DIR", help="also print the eager step's time by part, and write a trace"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write everything that was measured")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.compile=on")
+    return parser.parse_intermixed_args(argv)
+
+
+def make_workload(arguments: argparse.Namespace, config: Config, device: torch.device) -> Workload:
+    steps, images, shape = (50, 12, [800, 1344]) if device.type == "cuda" else (5, 2, [320, 480])
+    steps = steps if arguments.steps is None else arguments.steps
+    images = images if arguments.batch is None else arguments.batch
+    height, width = arguments.shape or shape
+    for option, value, least in (("--steps", steps, 1), ("--batch", images, 1), ("--shape", height, 32)):
+        if value < least:
+            raise UserError(f"{option} must be at least {least}, got {value}")
+    if width < 32:
+        raise UserError(f"--shape must be at least 32, got {width}")
+    return Workload(config, device, (height, width), images, steps, seed=config.train.seed)
+
+
+def choose_rows(config: Config, device: torch.device) -> list[Row]:
+    if device.type == "cuda":
+        return cuda_rows(max_autotune=config.train.compile == "max-autotune")
+    return cpu_rows(compiled=config.train.compile in ("on", "max-autotune"))
+
+
+def profiled_row(device: torch.device) -> Row:
+    """The last of the rows that are not compiled: only an eager step has operations to tell apart."""
+    rows = cuda_rows(max_autotune=False) if device.type == "cuda" else cpu_rows(compiled=False)
+    return [row for row in rows if row.program == "fastmrcnn" and not row.execution.compiled][-1]
+
+
+def mask_slots(arguments: argparse.Namespace, device: torch.device) -> int | None:
+    given = arguments.mask_slots or (str(MASK_SLOTS) if device.type == "cuda" else "match")
+    if given == "match":
+        return None
+    if not given.isdecimal() or int(given) == 0:
+        raise UserError(f"--mask-slots must be a number above 0, or match, got {given}")
+    return int(given)
+
+
+def tell(line: str) -> None:
+    """Progress goes to the error stream; the tables are the output."""
+    tqdm.write(line, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,1 @@
+"""Measuring the whole step: what `python -m fastmrcnn.benchmark` is made of."""

@@ -1,0 +1,160 @@
+"""torchvision's Mask R-CNN on the same weights, images and objects, as its users train it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmrcnn.config import ModelConfig
+from fastmrcnn.conversion.programs import export_state
+from fastmrcnn.optim import learning_rate
+from fastmrcnn.prepare import choose_precision
+from fastmrcnn.speed.rows import WARM_UP, Row
+from fastmrcnn.speed.workload import Workload
+from fastmrcnn.structures import Batch
+from fastmrcnn.synthetic import full_masks
+
+
+class NotComparableError(Exception):
+    """Why there is no such row: torchvision is missing, or has no such model."""
+
+
+class TorchvisionRunner:
+    """Its images and targets lie on the device; its resizing is off, since they have the right size.
+
+    Its learning rate, sampled numbers and thresholds are the recipe's; RoIAlign is its own (2 samples per
+    bin and axis, not aligned), and so are the mask targets (an average of the bitmap).
+    """
+
+    def __init__(self, row: Row, workload: Workload) -> None:
+        self.workload = workload
+        self.device = workload.device
+        self.precision = choose_precision(row.precision, self.device)
+        model = build(workload.config.model, workload.num_classes)
+        ids = list(range(1, workload.num_classes + 1))
+        model.load_state_dict(export_state(workload.start, "torchvision", "the benchmark's weights", ids))
+        self.model = model.to(self.device).train()
+        optim = workload.config.optim
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.start = [p.detach().cpu().clone() for p in self.parameters]
+        self.optimizer = torch.optim.SGD(
+            self.parameters, lr=0.0, momentum=optim.momentum, weight_decay=optim.weight_decay
+        )
+        self.inputs = [self._inputs(batch) for batch in workload.batches]
+        self.first_losses: dict[str, float] = {}
+        self.foreground: list[int] = []  # RoIs that the mask head was given, step by step
+        model.roi_heads.mask_head.register_forward_pre_hook(  # type: ignore[union-attr]
+            lambda _, inputs: self.foreground.append(len(inputs[0]))
+        )
+
+    def _inputs(self, batch: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+        assert batch.targets is not None
+        images, targets = [], []
+        for index, masks in enumerate(full_masks(batch)):
+            height, width = batch.sizes[index].tolist()
+            real = batch.targets.valid[index]
+            image = batch.pixels[index, :, :height, :width].float() / 255
+            images.append(image.contiguous().to(self.device))
+            target = {
+                "boxes": batch.targets.boxes[index][real],
+                "labels": batch.targets.classes[index][real] + 1,
+                "masks": masks,
+            }
+            targets.append({name: value.to(self.device) for name, value in target.items()})
+        return images, targets
+
+    def warm_up(self) -> None:
+        for number in range(WARM_UP):
+            losses = self._run(number, 0.0)
+            if number == 0:
+                self.first_losses = {name: float(value) for name, value in losses.items()}
+        self.first_losses["num_fg"] = float(self.foreground[0])
+
+    def step(self, number: int) -> list[Tensor]:
+        config = self.workload.config
+        rate = learning_rate(config.optim, number, config.train.steps, self.workload.images)
+        return list(self._run(number, rate).values())
+
+    def _run(self, number: int, rate: float) -> dict[str, Tensor]:
+        images, targets = self.inputs[number % len(self.inputs)]
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        kind, dtype = self.device.type, self.precision.dtype
+        with torch.autocast(kind, dtype=dtype, enabled=self.precision.autocast):
+            losses = self.model(images, targets)
+        self.optimizer.zero_grad(set_to_none=True)
+        sum(losses.values()).backward()
+        self.optimizer.step()
+        return {name: value.detach() for name, value in losses.items()}
+
+    def moved(self) -> float:
+        moves = [
+            (p.detach() - start.to(p.device)).norm()
+            for p, start in zip(self.parameters, self.start, strict=True)
+        ]
+        return float(torch.stack(moves).norm())
+
+
+def not_comparable(config: ModelConfig) -> str | None:
+    """What of the model torchvision's Mask R-CNN does not have; None: it has all."""
+    backbone, box, mask = config.backbone, config.box_head, config.mask_head
+    needs = {
+        "model.architecture=fpn": config.architecture == "fpn",
+        "model.backbone.norm=frozen_bn": backbone.norm == "frozen_bn",
+        "model.backbone.width=64": backbone.width == 64,
+        "model.backbone.stride_in_1x1=false": not backbone.stride_in_1x1,
+        "model.fpn.norm=none": config.fpn.norm == "none",
+        "model.fpn.channels=256": config.fpn.channels == 256,
+        "model.rpn.convs=1": config.rpn.convs == 1,
+        "model.box_head.fcs=2": box.fcs == 2 and box.hidden == 1024 and not box.class_agnostic,
+        "model.mask_head.kind=fcn": mask.enabled and mask.kind == "fcn" and not mask.class_agnostic,
+        "model.mask_head.convs=4": mask.convs == 4 and mask.channels == 256,
+        "model.mask_head.loss=sigmoid": mask.loss == "sigmoid",
+    }
+    missing = [setting for setting, fulfilled in needs.items() if not fulfilled]
+    return f"torchvision's Mask R-CNN has {', '.join(missing)}" if missing else None
+
+
+def build(config: ModelConfig, num_classes: int) -> nn.Module:
+    """Raises NotComparableError where torchvision is missing, or has no such model."""
+    reason = not_comparable(config)
+    if reason is not None:
+        raise NotComparableError(reason)
+    try:
+        from torchvision.models.detection import MaskRCNN
+        from torchvision.models.detection.anchor_utils import AnchorGenerator
+        from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+        from torchvision.ops.misc import FrozenBatchNorm2d
+    except (ImportError, RuntimeError) as error:  # RuntimeError: it was built for another torch
+        raise NotComparableError(f"torchvision does not import ({str(error).splitlines()[0]})") from None
+    rpn, roi, box = config.rpn, config.roi, config.box_head
+    backbone = resnet_fpn_backbone(
+        backbone_name=config.backbone.name,
+        weights=None,
+        norm_layer=FrozenBatchNorm2d,
+        trainable_layers=5 - config.backbone.frozen_stages,
+    )
+    ratios = tuple(config.anchors.aspect_ratios)
+    settings: dict[str, Any] = {
+        "image_mean": [value / 255 for value in config.pixel_mean],
+        "image_std": [value / 255 for value in config.pixel_std],
+        "rpn_anchor_generator": AnchorGenerator(
+            tuple(tuple(sizes) for sizes in config.anchors.sizes), (ratios,) * len(config.anchors.sizes)
+        ),
+        "rpn_pre_nms_top_n_train": rpn.pre_nms_top_n,
+        "rpn_post_nms_top_n_train": rpn.post_nms_top_n,
+        "rpn_nms_thresh": rpn.nms_iou,
+        "rpn_fg_iou_thresh": rpn.foreground_iou,
+        "rpn_bg_iou_thresh": rpn.background_iou,
+        "rpn_batch_size_per_image": rpn.batch_per_image,
+        "rpn_positive_fraction": rpn.foreground_share,
+        "box_fg_iou_thresh": roi.foreground_iou,
+        "box_bg_iou_thresh": roi.foreground_iou,
+        "box_batch_size_per_image": roi.batch_per_image,
+        "box_positive_fraction": roi.foreground_share,
+        "box_nms_thresh": box.nms_iou,
+        "box_detections_per_img": box.detections,
+    }
+    return MaskRCNN(backbone, num_classes + 1, _skip_resize=True, **settings)

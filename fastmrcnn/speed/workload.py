@@ -1,0 +1,113 @@
+"""What all rows of a benchmark share: batches, weights to start from, and how many steps to make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmrcnn.checkpoint import ModelCard
+from fastmrcnn.config import Config
+from fastmrcnn.data.transforms import Size
+from fastmrcnn.errors import UserError
+from fastmrcnn.model.backbone import FrozenBatchNorm2d
+from fastmrcnn.model.build import build_model
+from fastmrcnn.structures import Batch
+from fastmrcnn.synthetic import synthetic_batches
+
+BATCHES = 3  # different ones, in turn: a step is not to find its own inputs in a cache
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Synthetic batches for a recipe. `shape` is height and width, `images` are those of a step."""
+
+    config: Config
+    device: torch.device
+    shape: Size
+    images: int
+    steps: int
+    objects: int = 15
+    num_classes: int = 80
+    seed: int = 0
+
+    @cached_property
+    def batches(self) -> list[Batch]:
+        """On the CPU, of equal shapes."""
+        return synthetic_batches(
+            range(self.seed, self.seed + BATCHES),
+            self.images,
+            self.shape,
+            self.objects,
+            self.num_classes,
+            polygons=self.config.model.mask_head.reads_polygons,
+        )
+
+    @cached_property
+    def start(self) -> dict[str, Tensor]:
+        """Weights that every row starts from, on the CPU."""
+        torch.manual_seed(self.seed)
+        model = build_model(self.config.model, self.num_classes, load_backbone_weights=False)
+        fit_frozen_norms(model.eval(), self.batches[0])
+        return model.state_dict()
+
+    @property
+    def card(self) -> ModelCard:
+        ids = list(range(1, self.num_classes + 1))
+        return ModelCard(self.config, [f"class {number}" for number in ids], ids)
+
+
+def check_synthetic(config: Config) -> None:
+    """Raise UserError where synthetic batches lack what the model reads."""
+    problems = []
+    if config.model.keypoint_head.enabled:
+        problems.append("keypoints: set model.keypoint_head.enabled=false")
+    if not config.model.rpn.enabled:
+        problems.append("proposals: set model.rpn.enabled=true")
+    if not config.model.box_head.enabled:
+        problems.append("results without a box head: set model.box_head.enabled=true")
+    if problems:
+        raise UserError("the benchmark has no " + "; and no ".join(problems))
+
+
+def changed(config: Config, key: str, value: Any) -> Config:
+    """The configuration with the setting `key` (section.name) replaced."""
+    tree = config.model_dump()
+    section = tree
+    *path, name = key.split(".")
+    for part in path:
+        section = section[part]
+    section[name] = value
+    return Config.model_validate(tree)
+
+
+@torch.no_grad()
+def fit_frozen_norms(model: nn.Module, batch: Batch) -> None:
+    """Give frozen batch norms the statistics of what reaches them, as trained weights bring along.
+
+    With random weights and the statistics 0 and 1, the maps grow from block to block, and so do the losses.
+    """
+
+    def fit(norm: FrozenBatchNorm2d, inputs: tuple[Tensor]) -> None:
+        variance, mean = torch.var_mean(inputs[0].float(), (0, 2, 3))
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+
+    hooks = [
+        module.register_forward_pre_hook(fit)
+        for module in model.modules()
+        if isinstance(module, FrozenBatchNorm2d)
+    ]
+    first = batch._replace(pixels=batch.pixels[:1], sizes=batch.sizes[:1])
+    try:
+        if hooks:
+            model.features(first)  # type: ignore[operator]
+            # C4's last stage runs on RoIs; a whole map has the same statistics.
+            if getattr(model, "res5", None) is not None:
+                model.res5(model.features(first)[-1])  # type: ignore[operator]
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,449 @@
+"""The benchmark of the whole step: that its gates bite, its parts add up, and its commands run."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastmrcnn import benchmark, prepare
+from fastmrcnn.config import Config
+from fastmrcnn.config_file import load_config, parse_config
+from fastmrcnn.data.shapes import write_shapes
+from fastmrcnn.errors import UserError
+from fastmrcnn.prepare import RECIPES
+from fastmrcnn.speed import inference, ladder, loading, report, timing
+from fastmrcnn.speed.ladder import Entry, broken, climb, compare, matching_slots
+from fastmrcnn.speed.parts import OPTIMIZER, OTHER
+from fastmrcnn.speed.profile import profile_step, profile_table
+from fastmrcnn.speed.rows import OurRunner, Row, cpu_rows, cuda_rows
+from fastmrcnn.speed.torchvision_row import TorchvisionRunner, not_comparable
+from fastmrcnn.speed.workload import Workload, changed, check_synthetic
+from fastmrcnn.synthetic import full_masks, synthetic_batch, synthetic_batches
+
+CPU = torch.device("cpu")
+TREE: dict[str, Any] = {
+    "data": {"short_side": [64], "short_side_test": 64, "long_side_max": 64, "workers": 0},
+    "model": {
+        "backbone": {"name": "resnet18", "frozen_stages": 2, "width": 8},
+        "fpn": {"channels": 8},
+        "anchors": {"sizes": [[8], [16], [24], [40], [64]]},
+        "rpn": {
+            "pre_nms_top_n": 30,
+            "pre_nms_top_n_test": 30,
+            "post_nms_top_n": 20,
+            "post_nms_top_n_test": 20,
+            "batch_per_image": 32,
+        },
+        "roi": {"batch_per_image": 32, "sampling_ratio": 1},
+        "box_head": {"hidden": 16, "detections": 10},
+        "mask_head": {"convs": 1, "channels": 8, "target_sampling_ratio": 1},
+    },
+    "train": {"device": "cpu"},
+}
+
+
+@pytest.fixture(autouse=True)
+def _not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels have tests of their own; here their references do."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return parse_config(TREE, "the test")
+
+
+@pytest.fixture(scope="module")
+def workload(config: Config) -> Workload:
+    return Workload(config, CPU, (64, 96), images=2, steps=2, objects=3, num_classes=3)
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+# Synthetic batches
+
+
+def test_synthetic_batch_is_as_the_loader_makes_it() -> None:
+    batch = synthetic_batch(2, (60, 90), objects=5, num_classes=4, seed=1, polygons=True)
+    assert batch.pixels.shape == (2, 3, 64, 96)
+    assert batch.pixels.dtype == torch.uint8
+    assert batch.pixels.is_contiguous(memory_format=torch.channels_last)
+    assert batch.pixels[:, :, :60, :90].float().std() > 60  # noise,
+    assert batch.pixels[:, :, 60:].max() == 0  # but not in the padding
+    assert batch.sizes.tolist() == [[60, 90]] * 2
+    targets = batch.targets
+    assert targets is not None
+    assert targets.valid.sum(1).tolist() == [5, 5]
+    assert targets.polygons is not None
+    boxes = targets.boxes[targets.valid]
+    sides = boxes[:, 2:] - boxes[:, :2]
+    assert sides.min() >= 16
+    assert (boxes[:, 0::2].max() <= 90) & (boxes[:, 1::2].max() <= 60)
+    assert targets.classes[targets.valid].max() < 4
+    for image, masks in enumerate(full_masks(batch)):
+        for mask, box in zip(masks, targets.boxes[image, :5], strict=True):
+            rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
+            touched = [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
+            assert touched == box.tolist()
+            area = float((box[2:] - box[:2]).prod())
+            assert int(mask.sum()) == pytest.approx(area * torch.pi / 4, rel=0.1)
+
+
+def test_synthetic_batches_are_equal_in_shape_and_repeatable() -> None:
+    many = synthetic_batches([0, 1, 2], 1, (64, 320), objects=3)
+    shapes = {tuple((t.shape, t.dtype) for t in leaves(batch)) for batch in many}
+    assert len(shapes) == 1
+    again = synthetic_batch(1, (64, 320), objects=3, seed=1)
+    assert torch.equal(many[1].pixels, again.pixels)
+    assert not torch.equal(many[0].pixels, many[1].pixels)
+    with pytest.raises(ValueError, match="at least 16 pixels"):
+        synthetic_batch(1, (8, 64))
+
+
+def leaves(batch: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+
+
+def test_frozen_norms_are_fitted_so_that_losses_are_of_a_trained_networks_size(workload: Workload) -> None:
+    runner = OurRunner(Row("a row"), workload, 4)
+    maps = runner.make_step.model.backbone(runner.make_step.model.normalize(workload.batches[0]))
+    assert all(0.1 < float(m.detach().std()) < 10 for m in maps)
+
+
+# The ladder
+
+
+class Scripted:
+    """A runner of which everything is known: it writes down when it is asked to step."""
+
+    def __init__(self, name: str, log: list[str], loss: float = 2.0, moved: float = 1.0) -> None:
+        self.name, self.log, self.loss = name, log, loss
+        self.distance = moved
+        self.first_losses = {"loss_cls": 2.0, "loss_mask": 1.0, "num_fg": 7.0}
+
+    def warm_up(self) -> None:
+        self.log.append(f"warm {self.name}")
+
+    def step(self, number: int) -> list[Tensor]:
+        self.log.append(f"{self.name}{number}")
+        if self.name == "broken" and number == 1:
+            raise RuntimeError("CUDA error: out of\nmemory")
+        return [torch.tensor(self.loss), torch.tensor(1.0)]
+
+    def moved(self) -> float:
+        return self.distance
+
+
+def scripted(*runners: Scripted) -> Callable[..., Any]:
+    named = {runner.name: runner for runner in runners}
+    return lambda row, workload, slots: named[row.name]
+
+
+def test_rows_take_turns_on_a_cpu(workload: Workload) -> None:
+    log: list[str] = []
+    make = scripted(Scripted("a", log), Scripted("b", log))
+    found = climb([Row("a"), Row("b")], workload, make=make, report=quiet)
+    assert log == ["warm a", "warm b", "a0", "b0", "a1", "b1"]
+    assert not broken(found)
+    assert [row["last_loss"] for row in found] == [3.0, 3.0]
+
+
+def test_a_row_that_fails_leaves_the_others_alone(workload: Workload) -> None:
+    log: list[str] = []
+    make = scripted(Scripted("a", log), Scripted("broken", log), Scripted("c", log))
+    found = climb([Row("a"), Row("broken"), Row("none"), Row("c")], workload, make=make, report=quiet)
+    assert log[-3:] == ["a1", "broken1", "c1"]
+    assert found[1]["failure"] == "RuntimeError: CUDA error: out of"
+    assert found[2]["failure"].startswith("KeyError")
+    assert "images_per_second" not in found[1]
+    assert all("failure" not in found[index] and found[index]["steps"] == 2 for index in (0, 3))
+    assert broken(found)
+    table = report.ladder_table(found)
+    assert "FAILED: RuntimeError: CUDA error: out of" in table
+    assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (Scripted("b", [], loss=2.5), "last loss 3.5, expected 3 within 3%"),
+        (Scripted("b", [], moved=0.0), "distance of the weights 0, expected 1 within 5%"),
+        (Scripted("b", [], loss=float("nan")), "its loss is not finite"),
+    ],
+)
+def test_a_row_that_trains_otherwise_is_flagged(workload: Workload, other: Scripted, message: str) -> None:
+    found = climb([Row("a"), Row("b")], workload, make=scripted(Scripted("a", []), other), report=quiet)
+    assert "disagrees" not in found[0]
+    assert message in found[1]["disagrees"]
+    assert broken(found)
+    assert f"DISAGREES: {found[1]['disagrees']}" in report.ladder_table(found)
+
+
+def test_bf16_may_differ_more_than_fp32_and_torchvision_as_it_likes() -> None:
+    def row(precision: str, first: float, program: str = "fastmrcnn") -> dict[str, Any]:
+        return {
+            "program": program,
+            "precision": precision,
+            "first_losses": {"loss_cls": first},
+            "last_loss": 1.0,
+            "moved": 1.0,
+        }
+
+    found = [row("fp32", 9.0, "torchvision"), row("fp32", 1.0), row("fp32", 1.01), row("bf16", 1.01)]
+    compare(found)
+    assert ["disagrees" in row for row in found] == [False, False, True, False]
+
+
+def test_mask_slots_match_torchvisions_foreground() -> None:
+    entries = [Entry(Row("a"), CPU), Entry(Row("b"), CPU)]
+    assert matching_slots(entries, 2) is None
+    entries[0].found["foreground"] = 33
+    assert matching_slots(entries, 2) == 24  # 48 of the batch
+    assert matching_slots(entries, 12) == 4
+
+
+def test_the_rows_add_one_technique_each() -> None:
+    ours = [row for row in cuda_rows(max_autotune=True) if row.program == "fastmrcnn"]
+    for before, after in itertools.pairwise(ours):
+        changes = sum(
+            getattr(before, name) != getattr(after, name)
+            for name in ("precision", "layout", "packed", "execution")
+        )
+        assert changes == 1, after.name
+    assert [row.name for row in cpu_rows(compiled=True)][-1] == "+ compiled"
+
+
+def test_what_torchvision_does_not_have_is_named() -> None:
+    recipe = load_config(RECIPES / benchmark.RECIPE, benchmark.RANDOM_WEIGHTS)
+    assert not_comparable(recipe.model) is None
+    reason = not_comparable(changed(recipe, "model.backbone.norm", "gn").model)
+    assert reason == "torchvision's Mask R-CNN has model.backbone.norm=frozen_bn"
+
+
+@pytest.mark.slow
+def test_torchvision_starts_from_the_same_losses(config: Config) -> None:
+    """Its losses of boxes and proposals are near ours at the same weights; the samples are its own."""
+    pytest.importorskip("torchvision")
+    recipe = load_config(RECIPES / benchmark.RECIPE, benchmark.RANDOM_WEIGHTS)
+    workload = Workload(recipe, CPU, (96, 128), images=1, steps=1, objects=3)
+    theirs = TorchvisionRunner(Row("torchvision", "torchvision"), workload)
+    ours = OurRunner(Row("ours"), workload, 16)
+    theirs.warm_up()
+    ours.warm_up()
+    assert theirs.first_losses["loss_classifier"] == pytest.approx(ours.first_losses["loss_cls"], rel=0.1)
+    assert theirs.first_losses["loss_objectness"] == pytest.approx(ours.first_losses["loss_rpn_cls"], rel=0.2)
+    assert theirs.first_losses["num_fg"] > 0
+
+
+# Clocks and counters
+
+
+def test_times_are_quantiles() -> None:
+    times = timing.summary([10.0, 20.0, 30.0, 40.0, 50.0, 60.0])
+    assert (times.p20_ms, times.p50_ms, times.p80_ms) == (20.0, 35.0, 50.0)
+    assert times.total_s == pytest.approx(0.21)
+
+
+def test_calls_are_counted_within_the_step_alone() -> None:
+    def event(name: str, start: float, end: float | None = None) -> Any:
+        return SimpleNamespace(name=name, time_range=SimpleNamespace(start=start, end=end or start))
+
+    events = [
+        event("cudaLaunchKernel", 1),
+        event(timing.STEP, 10, 90),
+        event("aten::mm", 11),
+        event("cudaLaunchKernelExC_v11060", 12),
+        event("cuLaunchKernelEx", 13),
+        event("cudaMemcpyAsync", 14),
+        event("cudaStreamSynchronize", 15),
+        event("cudaMemcpy", 16),
+        event("cudaGraphLaunch_v10000", 89),
+        event("cudaDeviceSynchronize", 95),
+    ]
+    assert timing.count_calls(events) == timing.DeviceCalls(launches=4, syncs=2)
+
+
+def test_ceilings_are_measured() -> None:
+    found = timing.ceilings(CPU, torch.float32)
+    assert found.dtype == "float32"
+    assert 1e8 < found.flops < 1e14
+    assert 1e7 < found.bytes < 1e12
+
+
+# The profile
+
+
+def test_profile_tells_the_parts_apart(workload: Workload, tmp_path: Path) -> None:
+    runner = OurRunner(Row("a row", packed=True), workload, 4)
+    model = runner.make_step.model
+    pieces = dict(vars(model))
+    runner.warm_up()
+    for _ in range(3):  # another program may disturb any stretch of time, also one between the parts
+        found = profile_step(runner, tmp_path / "new" / "folder")
+        named = sum(row["ms"] for row in found["parts"] if row["part"] != OTHER)
+        if named > 0.9 * found["step_ms"]:
+            break
+    assert vars(model).keys() == pieces.keys()
+    assert model.sampler is pieces["sampler"]
+    assert "forward" not in vars(model.backbone)
+
+    rows = {(row["part"], row["pass"]): row for row in found["parts"]}
+    assert named > 0.9 * found["step_ms"]
+    assert sum(row["ms"] for row in rows.values()) == pytest.approx(found["step_ms"], rel=0.02)
+    both = ["backbone", "FPN", "RPN head", "RoIAlign", "box head", "mask head", "mask loss", "RPN losses"]
+    assert all((part, way) in rows for part in both for way in ("forward", "backward"))
+    for part in ("proposals", "sampling", OPTIMIZER):  # nothing flows back through these
+        assert (part, "forward") in rows
+        assert (part, "backward") not in rows
+
+    with FlopCounterMode(display=False) as counter:
+        model.backbone(model.normalize(workload.batches[0]))
+    flops = rows["backbone", "forward"]["gflop"] * 1e9
+    assert flops == pytest.approx(counter.get_total_flops())
+    # Twice as much backward, but stem and res2 are frozen.
+    assert 0.5 < rows["backbone", "backward"]["gflop"] / rows["backbone", "forward"]["gflop"] < 2
+    assert rows["box head", "backward"]["gflop"] == pytest.approx(2 * rows["box head", "forward"]["gflop"])
+
+    trace = json.loads((tmp_path / "new" / "folder" / "trace.json").read_text())
+    assert any(event.get("name") == "part: RoIAlign" for event in trace["traceEvents"])
+    table = profile_table(found)
+    assert len(table.splitlines()) == 2 + 2 + len(rows) + 1
+
+
+def test_profile_needs_a_folder(workload: Workload, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file: cannot hold a trace .*; choose another folder"):
+        profile_step(OurRunner(Row("a row", packed=True), workload, 4), tmp_path / "file")
+
+
+# Inference and the loader
+
+
+def test_inference_fills_its_detection_slots(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "BATCHES", (2,))
+    monkeypatch.setattr(inference, "WARM_UP", 1)
+    (row,) = inference.measure_inference(workload, compiled=False, report=quiet)
+    assert row["detections_per_image"] == 10
+    assert row["p50_ms"] >= max(row["model_ms"], row["paste_ms"]) > 0
+    assert row["images_per_second"] == pytest.approx(2000 / row["p50_ms"])
+    assert "10 an image" in inference.inference_table([row])
+    monkeypatch.setattr(inference, "paste_masks", None)
+    (row,) = inference.measure_inference(workload, compiled=False, report=quiet)
+    assert "not callable" in row["failure"]
+    assert "FAILED" in inference.inference_table([row])
+
+
+def test_loader_is_measured_beside_a_batch_that_is_there(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = partial(write_shapes, train=6, val=3, size=64)
+    monkeypatch.setattr(prepare, "write_shapes", few)
+    found = loading.measure_loading(config, CPU, images=2, steps=2)
+    assert (found["height"], found["width"]) == (64, 64)
+    assert found["data"] == "embedded shapes"
+    assert found["waited_s"] > 0
+    assert found["with_loader"] > 0
+    assert found["without_loader"] > 0
+    assert "in 2 steps" in loading.loading_table(found)
+    with pytest.raises(UserError, match="both images and annotations"):
+        loading.measure_loading(changed(config, "data.train.images", "somewhere"), CPU, 2, 2)
+
+
+# The command
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TREE), encoding="utf-8")
+    return path
+
+
+def test_command_prints_the_ladder_and_writes_it(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "found.json"
+    arguments = ["--config", str(recipe), "--shape", "64", "96", "--steps", "2", "--json", str(output)]
+    benchmark.main(arguments)
+    printed = capsys.readouterr().out
+    assert "A CPU's figures say nothing about a GPU." in printed
+    assert (
+        "| torchvision, eager fp32 | not run: torchvision's Mask R-CNN has model.backbone.width=64" in printed
+    )
+    assert printed.count("\n| ") == 5
+    found = json.loads(output.read_text())
+    assert found["gpu"] is None
+    assert found["versions"]["torch"] == torch.__version__
+    assert {"cpu", "threads", "driver", "commit", "workload", "config", "ladder"} <= found.keys()
+    assert found["workload"]["images"] == 2
+    peer, eager, packed = found["ladder"]
+    assert "not_run" in peer
+    for row in (eager, packed):
+        assert row["steps"] == 2
+        assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+        assert row["processor_ms"] > 0
+        assert row["images_per_second"] == pytest.approx(4 / row["total_s"])
+        assert row["moved"] > 0
+        assert row["first_losses"]["num_fg"] > 0
+        assert "disagrees" not in row
+    assert packed["mask_slots_per_image"] == 48
+    assert Config.model_validate(found["config"]).model.backbone.weights is None
+
+
+def test_command_fails_when_rows_do_not_agree(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A step that forgets half of its gradient is slower to learn, and is found out."""
+
+    class Wrong(OurRunner):
+        def step(self, number: int) -> list[Tensor]:
+            if self.precision.name == "fp32" and self.config.model.mask_head.slots_per_image is not None:
+                before = [p.detach().clone() for p in self.make_step.update.parameters]
+                losses = super().step(number)
+                for p, old in zip(self.make_step.update.parameters, before, strict=True):
+                    p.data.lerp_(old, 0.5)
+                return losses
+            return super().step(number)
+
+    monkeypatch.setattr(ladder, "OurRunner", Wrong)
+    output = tmp_path / "found.json"
+    arguments = ["--config", str(recipe), "--shape", "64", "96", "--steps", "2", "--json", str(output)]
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main(arguments)
+    assert stopped.value.code == 1
+    assert "distance of the weights" in json.loads(output.read_text())["ladder"][2]["disagrees"]
+    assert "DISAGREES" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--batch", "-1"], "--batch must be at least 1, got -1"),
+        (["--shape", "320", "16"], "--shape must be at least 32, got 16"),
+        (["--mask-slots", "some"], "--mask-slots must be a number above 0, or match, got some"),
+        (["model.rpn.enabled=false"], "no proposals: set model.rpn.enabled=true"),
+        (["--profil", "x"], "see python -m fastmrcnn.benchmark --help"),
+    ],
+)
+def test_mistakes_are_named_before_anything_runs(recipe: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        benchmark.main(["--config", str(recipe), *arguments])
+
+
+def test_keypoints_cannot_be_made_up(config: Config) -> None:
+    with pytest.raises(UserError, match=r"no keypoints: set model\.keypoint_head\.enabled=false"):
+        check_synthetic(changed(config, "model.keypoint_head.enabled", True))
