@@ -351,3 +351,67 @@ def test_on_a_gpu_waits_are_counted_and_memory_is_measured() -> None:
     found = measure(doubled(), "both", device, SECONDS, bandwidth=1e12)
     assert found["ours"]["extra_bytes"] >= 0
     assert 0 < found["floor_share"] < 1
+
+
+def tune() -> Any:
+    pytest.importorskip("triton")
+    import tune
+
+    return tune
+
+
+def test_tuning_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tune().main(["roi_align", "nms", "mask_loss"]) == 2
+    assert capsys.readouterr().err == "error: tuning needs a GPU, and there is none here\n"
+
+
+def test_tuning_tries_every_choice_with_the_grid_that_it_needs() -> None:
+    """Of the launches at the small workload, which are described here and not run."""
+    module = tune()
+    names = set()
+    for operator, trials in module.OPERATORS.items():
+        for trial in trials(workload.SMALL, CPU):
+            names.add(trial.name)
+            assert trial.name.startswith(operator)
+            assert trial.grid(trial.launch.arguments) == trial.launch.grid
+            parameters = {parameter.name for parameter in trial.launch.kernel.params}
+            assert set(trial.launch.arguments) == parameters
+            options = {"num_warps", "num_stages", "maxnreg"}
+            assert set(trial.choices) <= parameters | options
+            found = list(module.variants(trial))
+            assert len({str(choice) for choice, _ in found}) == len(found) > 1
+            for choice, launch in found:
+                assert launch.num_warps == choice["num_warps"]
+                assert all(launch.arguments[k] == v for k, v in choice.items() if k in parameters)
+                for option in ("num_stages", "maxnreg"):
+                    expected = choice.get(option, trial.launch.options.get(option))
+                    assert launch.options.get(option) == expected
+                assert launch.grid == trial.grid(launch.arguments)
+    assert len(names) == 8
+    # 16 channels in blocks of 64: one program an RoI where the launch has one of 16.
+    pool = next(module.roi_align_trials(workload.SMALL, CPU))
+    _, launch = next(module.variants(pool))
+    assert launch.grid == (workload.SMALL.images * workload.SMALL.box_rois, 1)
+
+
+def test_tuning_shows_the_fastest_and_what_does_not_run() -> None:
+    choices = [{"BLOCK_C": 128, "num_warps": 8, "ms": 0.25}, {"BLOCK_C": 64, "num_warps": 4, "ms": 0.5}]
+    failed = [{"BLOCK_C": 256, "num_warps": 4, "why": "OutOfResources: shared memory"}]
+    shown = tune().text({"kernel": "roi_align", "in_use_ms": 0.3, "choices": choices, "failed": failed})
+    assert shown.splitlines() == [
+        "roi_align: 0.3000 ms as it is launched now",
+        "  0.2500 ms  BLOCK_C 128, num_warps 8",
+        "  0.5000 ms  BLOCK_C 64, num_warps 4",
+        "  1 others do not run here: OutOfResources: shared memory",
+    ]
+
+
+@pytest.mark.gpu
+def test_tuning_on_a_gpu() -> None:
+    """At the small workload: every trial finds a choice, and the gate passes all of them."""
+    module = tune()
+    for trials in module.OPERATORS.values():
+        for trial in trials(workload.SMALL, torch.device("cuda", 0)):
+            found = module.sweep(trial, repeats=3)
+            assert found["choices"], found["failed"][:1]
