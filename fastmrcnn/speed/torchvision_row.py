@@ -71,6 +71,7 @@ class TorchvisionRunner:
             if number == 0:
                 self.first_losses = {name: float(value) for name, value in losses.items()}
         self.first_losses["num_fg"] = float(self.foreground[0])
+        self.optimizer.state.clear()  # a rate of 0 keeps the weights, but momentum has gathered
 
     def step(self, number: int) -> list[Tensor]:
         config = self.workload.config
