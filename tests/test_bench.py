@@ -325,6 +325,7 @@ def test_end_to_end_on_the_cpu(tmp_path: Path) -> None:
         "mask loss 8": every,
         "padded NMS": {"forward"},
         "level assignment": {"forward"},
+        "training step": {"step"},
     }
     assert sorted((BENCH / "results").iterdir()) == before
 

@@ -1,0 +1,100 @@
+"""The whole training step, not only its operators: the last row of the ladder of `fastmrcnn.benchmark`.
+
+On CUDA that is the recipe of R50-FPN at 800x1344 with everything on; elsewhere a narrow network on small
+images, eagerly, to show that it works.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import FOUND
+
+from fastmrcnn import benchmark as command
+from fastmrcnn.config_file import load_config
+from fastmrcnn.prepare import RECIPES
+from fastmrcnn.speed.ladder import climb, make_runner
+from fastmrcnn.speed.rows import Row, Runner, cpu_rows, cuda_rows
+from fastmrcnn.speed.workload import Workload
+
+NARROW = [
+    "model.backbone.name=resnet18",
+    "model.backbone.width=8",
+    "model.fpn.channels=16",
+    "model.rpn.pre_nms_top_n=64",
+    "model.rpn.post_nms_top_n=64",
+    "model.roi.batch_per_image=32",
+    "model.roi.sampling_ratio=1",
+    "model.box_head.hidden=32",
+    "model.mask_head.channels=16",
+]
+
+
+def choose(device: torch.device) -> tuple[Workload, list[Row]]:
+    """The row that is benchmarked comes last; before it torchvision with AMP, and the row to agree with."""
+    on_gpu = device.type == "cuda"
+    overrides = [*command.RANDOM_WEIGHTS, *([] if on_gpu else NARROW)]
+    config = load_config(RECIPES / command.RECIPE, overrides)
+    if not on_gpu:
+        return Workload(config, device, (96, 128), 2, 2), cpu_rows(compiled=False)[-2:]
+    rows = cuda_rows(max_autotune=False)
+    peer = next(row for row in rows if row.program == "torchvision" and row.precision == "bf16")
+    return Workload(config, device, (800, 1344), 12, 50), [peer, rows[2], rows[-1]]
+
+
+def test_training_step(benchmark: Any, device: torch.device, pytestconfig: pytest.Config) -> None:
+    workload, rows = choose(device)
+    last: list[Runner] = []
+
+    def make(row: Row, workload: Workload, mask_slots: int) -> Runner:
+        runner = make_runner(row, workload, mask_slots)
+        if row is rows[-1]:
+            last.append(runner)  # it is run once more below
+        return runner
+
+    *peers, reference, ours = climb(rows, workload, mask_slots=command.MASK_SLOTS, make=make)
+    assert "failure" not in ours, ours["failure"]
+    assert "failure" not in reference, reference["failure"]
+    assert "disagrees" not in ours, ours["disagrees"]
+    height, width = workload.shape
+    name = workload.config.model.backbone.name
+    found: dict[str, Any] = {
+        "operator": f"training step, {name}-FPN, {workload.images} x {height} x {width}",
+        "pass": "step",
+        "error": abs(ours["last_loss"] - reference["last_loss"]) / abs(reference["last_loss"]),
+        "ours": times(ours),
+        "peers": {},
+    }
+    syncs = {"ours": ours["syncs"]} if "syncs" in ours else {}
+    for peer in peers:
+        reason = peer.get("failure") or peer.get("not_run")
+        if reason is not None:
+            found["peers"]["torchvision"] = {"failure": reason}
+            continue
+        found["peers"]["torchvision"] = {**times(peer), "ratio": peer["p50_ms"] / ours["p50_ms"]}
+        syncs["torchvision"] = peer["syncs"]
+    if syncs:
+        found["host_syncs"] = syncs
+
+    def waited() -> None:
+        last[0].step(workload.steps)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.group = f"{found['operator']}, {found['pass']}"
+    benchmark.extra_info.update(found)
+    benchmark.pedantic(waited, rounds=5, warmup_rounds=1)
+    pytestconfig.stash[FOUND].append(found)
+
+
+def times(row: dict[str, Any]) -> dict[str, Any]:
+    """As the operators' rows have them; `extra_bytes` is here the peak of the whole step, weights and all."""
+    return {
+        "p20_ms": row["p20_ms"],
+        "p50_ms": row["p50_ms"],
+        "p80_ms": row["p80_ms"],
+        "extra_bytes": row.get("peak_bytes"),
+        "calls": row["steps"],
+    }
