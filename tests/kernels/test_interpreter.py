@@ -11,22 +11,14 @@ import pytest
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
-MODULES = (
-    "test_level_assign.py",
-    "test_mask_loss.py",
-    "test_mask_predictor.py",
-    "test_mask_targets.py",
-    "test_nms.py",
-    "test_polygon_targets.py",
-    "test_roi_align.py",
-)
+OPERATORS = sorted(path.parent.name for path in (HERE.parents[1] / "kernels").glob("*/kernel.py"))
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_with_triton_interpreted(module: str) -> None:
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_with_triton_interpreted(operator: str) -> None:
     """In a process of its own, since Triton decides when a kernel is decorated."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / module)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / f"test_{operator}.py")],
         cwd=HERE.parents[1],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         text=True,
