@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import shlex
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from fastmrcnn.errors import UserError, run_main
 from fastmrcnn.output import replacing
 from fastmrcnn.pretrained import SPARE, Detector, as_model, open_detector
 from fastmrcnn.weights import COUNTER
+from fastmrcnn.zoo import kind_of, other_settings
 
 
 def main(argv: list[str]) -> None:
@@ -115,18 +115,17 @@ def default_ids(count: int) -> list[int]:
 
 def remarks(program: str, detector: Detector, theirs: dict[str, Tensor]) -> list[str]:
     """What the weights alone do not say, and the other program has to be told."""
-    lines: list[str] = []
-    settings: dict[str, Any] = {}
-    if program == "torchvision":
+    lines = []
+    if program == "torchvision" and "roi_heads.box_predictor.cls_score.bias" in theirs:
         labels = len(theirs["roi_heads.box_predictor.cls_score.bias"])
         lines.append(f"Build its model with num_classes={labels}; label 0 is the background")
-    if detector.card is None:
-        return lines
-    model = detector.card.config.model
-    if program == "torchvision":
-        settings = {"image_mean": [round(v / 255, 6) for v in model.pixel_mean]}
-        settings["image_std"] = [round(v / 255, 6) for v in model.pixel_std]
-        lines.append(f"Its other settings must be those of the training here: {settings}")
+    if detector.card is not None:
+        differing = other_settings(detector.card.config.model, program, kind_of(detector.imported.state))
+        if differing:
+            lines.append(
+                f"To detect the same, {program} needs the settings of this model where its own are others: "
+                f"{'; '.join(differing)}"
+            )
     return lines
 
 

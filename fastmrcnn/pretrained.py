@@ -24,10 +24,8 @@ from fastmrcnn.data.keypoints import COCO_PERSON, schema_of_weights
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
-from fastmrcnn.prepare import RECIPES, choose_device
+from fastmrcnn.prepare import choose_device
 from fastmrcnn.weights import (
-    COUNTER,
-    architecture,
     as_state,
     compare_states,
     copy_state,
@@ -35,6 +33,7 @@ from fastmrcnn.weights import (
     has_statistics,
     with_counters,
 )
+from fastmrcnn.zoo import kind_of, published_recipe
 
 # What depends on the number of classes, or of keypoints.
 _OF_CLASSES = ("box_head.classes.", "box_head.deltas.", "mask_head.predictor.")
@@ -49,55 +48,6 @@ class Detector(NamedTuple):
     imported: Imported
     card: ModelCard | None  # of our own checkpoints
     step: int
-
-
-class Kind(NamedTuple):
-    """What a detector's parameters tell of its architecture."""
-
-    architecture: str  # fpn | c4 | c5
-    backbone: str | None
-    masks: bool
-    keypoints: bool
-    box_convs: bool = False  # a box head with convolutions
-
-    def __str__(self) -> str:
-        heads = {(True, True): "Mask and Keypoint", (True, False): "Mask", (False, True): "Keypoint"}
-        name = heads.get((self.masks, self.keypoints), "Faster")
-        end = " with convolutions in the box head" if self.box_convs else ""
-        return f"{name} R-CNN {self.backbone or 'of unknown backbone'}-{self.architecture.upper()}{end}"
-
-
-# The recipe that evaluates a program's published model as that program does.
-_RECIPES: dict[tuple[str, Kind], str] = {
-    ("torchvision", Kind("fpn", "resnet50", True, False)): "torchvision_mask_rcnn_r50_fpn",
-    ("torchvision", Kind("fpn", "resnet50", True, False, True)): "torchvision_mask_rcnn_r50_fpn_v2",
-    ("torchvision", Kind("fpn", "resnet50", False, True)): "torchvision_keypoint_rcnn_r50_fpn",
-    ("detectron2", Kind("c4", "resnet50", True, False)): "detectron2_mask_rcnn_r50_c4_3x",
-    ("detectron2", Kind("c4", "resnet101", True, False)): "detectron2_mask_rcnn_r101_c4_3x",
-    ("detectron2", Kind("fpn", "resnet50", True, False)): "detectron2_mask_rcnn_r50_fpn_3x",
-    ("detectron2", Kind("fpn", "resnet101", True, False)): "detectron2_mask_rcnn_r101_fpn_3x",
-    ("detectron2", Kind("fpn", "resnext101_32x8d", True, False)): "detectron2_mask_rcnn_x101_fpn_3x",
-    ("detectron2", Kind("fpn", "resnet50", False, True)): "detectron2_keypoint_rcnn_r50_fpn_3x",
-    ("detectron2", Kind("fpn", "resnet101", False, True)): "detectron2_keypoint_rcnn_r101_fpn_3x",
-    ("detectron2", Kind("fpn", "resnext101_32x8d", False, True)): "detectron2_keypoint_rcnn_x101_fpn_3x",
-}
-
-
-def kind_of(state: Mapping[str, Tensor]) -> Kind:
-    """The architecture of a state dict under our names."""
-    backbone = {key.removeprefix("backbone."): value for key, value in state.items()}
-    backbone |= {f"layer4.{k.removeprefix('res5.')}": v for k, v in state.items() if k.startswith("res5.")}
-
-    def some(start: str) -> bool:
-        return any(key.startswith(start) for key in state)
-
-    return Kind(
-        "fpn" if some("fpn.") else "c4" if some("res5.") else "c5",
-        architecture(backbone),
-        some("mask_head."),
-        some("keypoint_head."),
-        some("box_head.convs."),
-    )
 
 
 def open_detector(
@@ -313,21 +263,6 @@ def load_recipe(path: str, device: str, overrides: Sequence[str]) -> tuple[MaskR
     model, lines = as_model(detector, config)
     print(*lines, sep="\n")
     return model.to(place), config
-
-
-def published_recipe(imported: Imported, kind: Kind, path: Path) -> tuple[Config, str]:
-    """Configuration and name of the recipe in configs/zoo/; UserError if there is none of that kind."""
-    name = _RECIPES.get((imported.program, kind))
-    if name is None:
-        raise UserError(
-            f"{path}: holds a {kind} ({imported.program}), for which there is no recipe in configs/zoo/; "
-            "give its configuration as --config"
-        )
-    overrides = []
-    if imported.program == "torchvision" and any(key.endswith(COUNTER) for key in imported.names.values()):
-        # The published weights come with eps=0 and frozen norms; a file with counters was trained without.
-        overrides.append("model.backbone.norm_eps=1e-5")
-    return load_config(RECIPES / "zoo" / f"{name}.yaml", overrides), name
 
 
 def _is_predictor(key: str) -> bool:

@@ -439,3 +439,20 @@ def test_converted_weights_are_no_run_to_go_on_with(folder: Folder) -> None:
 def test_load_config_knows_the_weights() -> None:
     config = load_config(None, ["model.weights=x.pth", "model.weights_strict=false"])
     assert (config.model.weights, config.model.weights_strict) == ("x.pth", False)
+
+
+def test_settings_that_the_other_program_has_to_be_told(
+    folder: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours = folder.convert(folder.save(folder.export("torchvision")), "ours.pt", *folder.options)
+    capsys.readouterr()
+    folder.convert(ours, "back.pth", "--to", "torchvision")
+    said = capsys.readouterr().out
+    assert "Build its model with num_classes=4; label 0 is the background" in said
+    assert "roi.aligned is True, there False" in said
+    assert "anchors.stride_rule is nominal, there grid" in said
+    assert "pixel_mean" not in said
+    folder.convert(ours, "back.pkl", "--to", "detectron2")
+    said = capsys.readouterr().out
+    assert "channel_order is rgb, there bgr" in said
+    assert "roi.aligned" not in said

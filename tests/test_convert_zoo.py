@@ -14,7 +14,7 @@ from fastmrcnn.conversion.classes import COCO
 from fastmrcnn.conversion.programs import export_state, import_state
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
-from fastmrcnn.pretrained import kind_of, published_recipe
+from fastmrcnn.zoo import kind_of, published_recipe
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 ZOO = sorted((CONFIGS / "zoo").glob("*.yaml"))
