@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
         "--config", help="recipe of the model, for --to fastmrcnn (default: found from its architecture)"
     )
     parser.add_argument(
-        "--classes", metavar="FILE", help="class names, one a line, or a COCO file (default: COCO's)"
+        "--classes", metavar="FILE", help="class names, one a line, or a COCO file (default: COCO's 80)"
     )
     parser.add_argument(
         "--all-labels",

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastmrcnn.checkpoint import ModelCard, check_format, find_checkpoint, is_checkpoint, read_card
 from fastmrcnn.config import Config, ModelConfig
 from fastmrcnn.config_file import load_config
-from fastmrcnn.conversion.classes import ClassTable, known_classes
+from fastmrcnn.conversion.classes import ClassTable, known_classes, numbered_classes
 from fastmrcnn.conversion.files import find_weights, is_url, read_weights
 from fastmrcnn.conversion.programs import Imported, grouped, import_state, with_statistics
 from fastmrcnn.conversion.rows import class_count
@@ -198,9 +198,10 @@ def as_model(
 
     Args:
         config: of the model; none: the recipe of the published model that the weights look like.
-        classes: names and ids; none: those of COCO for 80 classes, "person" for a keypoint model's one.
+        classes: names and ids; none: those of COCO for 80 classes, "person" for a keypoint model's one, else
+            numbers.
     Raises:
-        UserError: the classes or the recipe are not known; or the weights do not fit the configuration.
+        UserError: the recipe is not known; or the weights do not fit the configuration.
     """
     path, imported = detector.path, detector.imported
     kind = kind_of(imported.state)
@@ -214,11 +215,12 @@ def as_model(
     count = class_count(imported.state)
     if classes is None:
         classes = known_classes(count or 0, kind.keypoints)
-        if classes is None:
-            raise UserError(
-                f"{path}: has {count} classes and does not tell their names; convert it with python -m "
-                "fastmrcnn.convert IN OUT --classes FILE (one name a line, or a COCO annotation file)"
-            )
+    if classes is None:
+        classes = numbered_classes(count or 0)
+        lines.append(
+            "the file does not tell the names of its classes; python -m fastmrcnn.convert IN OUT --classes FILE "
+            "gives them"
+        )
     if len(classes.names) != count:
         raise UserError(f"{path}: has {count} classes, but {len(classes.names)} names were given")
     keypoints = None

@@ -242,7 +242,6 @@ def test_mistakes_on_the_command_line(folder: Folder, tmp_path: Path) -> None:
     out = str(tmp_path / "x.pt")
     assert "no recipe in configs/zoo/; give its configuration as --config" in folder.refusal(source, out)
     config = folder.options[:2]
-    assert "has 3 classes and does not tell their names" in folder.refusal(source, out, *config)
     (tmp_path / "two.txt").write_text("a\nb", encoding="utf-8")
     two = ["--classes", str(tmp_path / "two.txt")]
     assert "has 3 classes, but 2 names were given" in folder.refusal(source, out, *config, *two)
@@ -254,6 +253,13 @@ def test_mistakes_on_the_command_line(folder: Folder, tmp_path: Path) -> None:
     ours = folder.convert(Path(source), "ours.pt", *folder.options)
     assert "say --to torchvision or detectron2" in folder.refusal(str(ours), out)
     assert not Path(out).exists()
+
+
+def test_classes_without_names_get_numbers(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    source = folder.save(folder.export("torchvision"))
+    checkpoint = read_checkpoint(folder.convert(source, "ours.pt", *folder.options[:2]))
+    assert checkpoint["class_names"] == ["class 1", "class 2", "class 3"]
+    assert "does not tell the names of its classes" in capsys.readouterr().out
 
 
 def test_one_program_to_the_other(folder: Folder) -> None:

@@ -47,6 +47,11 @@ def known_classes(count: int, keypoints: bool = False) -> ClassTable | None:
     return PERSON if count == 1 and keypoints else None
 
 
+def numbered_classes(count: int) -> ClassTable:
+    """For want of names."""
+    return ClassTable([f"class {number}" for number in range(1, count + 1)], list(range(1, count + 1)))
+
+
 def read_classes(path: str | Path) -> ClassTable:
     """Classes from a COCO annotation file (its categories, by id) or from a text file, one name a line.
 

@@ -66,6 +66,8 @@ def read_weights(path: Path) -> Any:
     # A zip archive begins with PK even if its end, by which zipfile knows it, has not arrived.
     if start.startswith(b"PK") or start == _LEGACY_TORCH or not start:
         return read_tensors(path)
+    if start.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8")):
+        raise UserError(f"{path}: is an image, not a file of weights")
     return read_pickle(path)
 
 
