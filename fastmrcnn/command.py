@@ -15,4 +15,6 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=f"python -m fastmrcnn.{module}", description=description, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments"):
+            message += "; settings are given as key=value, such as train.steps=1000"
         raise UserError(f"{message} (see {self.prog} --help)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -40,7 +41,9 @@ def load_config(
             continue
         if not _put(tree, key.strip().split("."), value):
             problems.append(f"{key}: '{key.rsplit('.', 1)[0]}' is a value, not a section")
-    return parse_config(tree, source=str(path) if path else "the command line", problems=problems)
+    sources = [str(path)] if path else []
+    sources += ["the command line"] if overrides or not path else []
+    return parse_config(tree, source=" and ".join(sources), problems=problems)
 
 
 def parse_config(tree: dict[str, Any], source: str, problems: Sequence[str] = ()) -> Config:
@@ -60,6 +63,15 @@ def parse_config(tree: dict[str, Any], source: str, problems: Sequence[str] = ()
 def dump_config(config: Config) -> str:
     """YAML text that `load_config` reads back to an equal configuration."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def differing_keys(one: Config, other: Config) -> list[str]:
+    """Dotted keys that have another value."""
+
+    def value(config: Config, key: str) -> Any:
+        return functools.reduce(getattr, key.split("."), config)
+
+    return [key for key in known_keys() if value(one, key) != value(other, key)]
 
 
 def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
@@ -105,7 +117,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         with path.open(encoding="utf-8") as stream:
             tree = yaml.load(stream, Loader=_Loader)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such configuration file") from None
+        there = [str(other) for other in path.parent.glob("*.yaml")]
+        near = difflib.get_close_matches(str(path), there, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise UserError(f"{path}: no such configuration file{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     except (yaml.YAMLError, RecursionError) as error:
@@ -127,12 +142,23 @@ def _put(tree: dict[str, Any], keys: list[str], value: Any) -> bool:
     return True
 
 
+# In place of pydantic's words, by its type of error.
+_EXPECTED = {
+    **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "expected a whole number"),
+    **dict.fromkeys(("float_parsing", "float_type", "finite_number"), "expected a number"),
+    **dict.fromkeys(("bool_parsing", "bool_type"), "expected true or false"),
+    **dict.fromkeys(("list_type", "tuple_type"), "expected a list"),
+    **dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "expected a section"),
+    "string_type": "expected text",
+}
+
+
 def _explain(entry: Any) -> str:
     place = ".".join(str(part) for part in entry["loc"])
     if entry["type"] == "extra_forbidden":
         near = nearest_key(place)
         return f"unknown key '{place}'" + (f" (did you mean '{near}'?)" if near else "")
-    message = entry["msg"].removeprefix("Value error, ")
+    message = _EXPECTED.get(entry["type"]) or entry["msg"].removeprefix("Value error, ")
     if not place or (entry["type"] == "value_error" and isinstance(entry["input"], dict)):
         return message  # about several keys, which it names
     return f"{place}: {message[0].lower()}{message[1:]}, got {entry['input']!r}"

@@ -75,7 +75,8 @@ def main(argv: list[str]) -> None:
     write_json(output / RESULTS, entries)
     if not entries:
         print(f"Nothing with a score of {arguments.score:g} or more; try a lower --score")
-    print(f"{len(images)} images, {len(entries)} objects")
+    counts = (len(images), "image"), (len(entries), "object")
+    print(", ".join(f"{number} {thing}{'' if number == 1 else 's'}" for number, thing in counts))
     print(f"Overlays and {RESULTS} are in {output}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,12 +56,10 @@ def check_trainable(config: Config) -> None:
     """Raise UserError for a configuration that is valid but cannot be meant."""
     backbone, split = config.model.backbone, config.data.train
     problems = []
-    if not config.data.shapes:
-        for key in ("images", "annotations"):
-            if getattr(split, key) is None:
-                problems.append(
-                    f"data.train.{key} is not set: data.train.images=DIR data.train.annotations=FILE"
-                )
+    missing = [key for key in ("images", "annotations") if getattr(split, key) is None]
+    if missing and not config.data.shapes:
+        keys = " and ".join(f"data.train.{key}" for key in missing)
+        problems.append(f"{keys} must be given: data.train.images=DIR data.train.annotations=FILE")
     if (config.data.val.images is None) != (config.data.val.annotations is None):
         problems.append("data.val needs both images and annotations, or neither")
     random = backbone.weights is None and config.model.weights is None
@@ -91,15 +90,26 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"train.device={name} is not a device; use auto, cpu, cuda or cuda:0") from None
+        raise UserError(f"device '{name}' is not one; use auto, cpu, cuda or cuda:0") from None
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"train.device={name} is not supported; use auto, cpu or cuda")
+        raise UserError(f"device '{name}' is not supported; use auto, cpu or cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"train.device={name}, but torch {torch.__version__} finds {torch.cuda.device_count()} CUDA "
+            f"device '{name}': torch {torch.__version__} finds {torch.cuda.device_count()} CUDA "
             "devices; use auto or cpu"
         )
     return device
+
+
+def busy_machine(device: torch.device) -> list[str]:
+    """A line of advice if others keep the processor busy: torch's threads then wait for each other."""
+    cores = os.cpu_count() or 1
+    if device.type != "cpu" or not hasattr(os, "getloadavg") or torch.get_num_threads() == 1:
+        return []
+    load = os.getloadavg()[0]
+    if load < 1.5 * cores:
+        return []
+    return [f"This machine is busy (load {load:.0f}, {cores} cores); train.threads=1 is often faster then.\n"]
 
 
 def choose_precision(name: str, device: torch.device) -> Precision:

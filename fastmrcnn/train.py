@@ -18,7 +18,7 @@ from tqdm import tqdm
 from fastmrcnn.checkpoint import ModelCard, find_checkpoint, read_checkpoint, restore, save_checkpoint
 from fastmrcnn.command import Parser
 from fastmrcnn.config import Config
-from fastmrcnn.config_file import dump_config, load_config
+from fastmrcnn.config_file import differing_keys, dump_config, load_config, parse_config
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.loader import TrainLoader, largest_targets
 from fastmrcnn.data.polygons import largest_polygons
@@ -30,6 +30,7 @@ from fastmrcnn.metrics import Metrics
 from fastmrcnn.optim import learning_rate
 from fastmrcnn.output import write_text
 from fastmrcnn.prepare import (
+    busy_machine,
     check_trainable,
     choose_device,
     choose_execution,
@@ -122,8 +123,9 @@ def train(
     execution = choose_execution(config, device)
     make_step = TrainingStep(model, config.optim, precision, execution, seed=config.train.seed)
     update, ema = make_step.update, make_step.ema
-    start = restore(state, model, make_step.optimizer, update, ema) if state is not None else 0
+    start = restored(state, make_step, config) if state is not None else 0
     print(f"On {device}: {precision.name}, {execution.description}.")
+    print(*busy_machine(device), sep="", end="")
 
     steps, batch_size, log_every = config.train.steps, config.train.batch, config.train.log_every
     loader = train_loader(train_set, config, start, pin_memory=device.type == "cuda")
@@ -195,6 +197,20 @@ def train(
     return result
 
 
+def restored(state: dict[str, Any], make_step: TrainingStep, config: Config) -> int:
+    """Put the run back where its checkpoint found it; returns the number of steps done."""
+    try:
+        return restore(state, make_step.model, make_step.optimizer, make_step.update, make_step.ema)
+    except UserError as error:
+        before = parse_config(state["config"], "the checkpoint")
+        changed = [key for key in differing_keys(before, config) if key.startswith(("model.", "optim."))]
+        if not changed:
+            raise
+        raise UserError(
+            f"--resume goes on with the same model and optimizer, but {', '.join(changed)} changed: {error}"
+        ) from None
+
+
 def train_loader(dataset: CocoDataset, config: Config, start: int, pin_memory: bool) -> TrainLoader:
     # With the set's largest targets as lower limits, the batches of a bucket share one shape.
     slots, mask_bytes = largest_targets(dataset, config.train.batch)
@@ -261,7 +277,8 @@ def how_to_go_on(folder: Path) -> str:
     try:
         checkpoint = find_checkpoint(folder)
     except UserError:
-        return "nothing was saved yet (train.checkpoint_every is the number of steps between checkpoints)"
+        gone = "" if folder.exists() else f", and {folder} has been removed"
+        return f"nothing was saved yet{gone} (train.checkpoint_every: steps between checkpoints)"
     return f"go on from {checkpoint.name} with: python -m fastmrcnn.train --resume {shlex.quote(str(folder))}"
 
 

@@ -8,7 +8,14 @@ import pytest
 import yaml
 
 from fastmrcnn.config import Config
-from fastmrcnn.config_file import dump_config, known_keys, load_config, nearest_key, parse_config
+from fastmrcnn.config_file import (
+    differing_keys,
+    dump_config,
+    known_keys,
+    load_config,
+    nearest_key,
+    parse_config,
+)
 from fastmrcnn.errors import UserError
 
 
@@ -107,7 +114,7 @@ def test_nearest_key_of_every_known_key_is_a_known_place() -> None:
 def test_all_mistakes_at_once(tmp_path: Path) -> None:
     path = write(tmp_path, "train: {stpes: 1, batch: none}\nmodle: {}\n")
     text = mistakes(path, "optim.lr=-1", "nonsense", "train.seed=[", "output.x=1", "data.workers=two")
-    assert text.startswith(f"configuration from {path}: ")
+    assert text.startswith(f"configuration from {path} and the command line: ")
     for part in (
         "unknown key 'train.stpes' (did you mean 'train.steps'?)",
         "train.batch: ",
@@ -152,6 +159,21 @@ def test_values_that_do_not_go_together() -> None:
     sizes = mistakes(None, "model.anchors.sizes=[[32]]")
     assert sizes.endswith("model.anchors.sizes must have 5 list(s), per level p2..p6, got 1")
     assert "must not exceed" in mistakes(None, "model.rpn.background_iou=0.8")
+
+
+def test_mistakes_are_put_in_plain_words(tmp_path: Path) -> None:
+    assert "train.steps: expected a whole number, got 'many'" in mistakes(None, "train.steps=many")
+    assert "optim.lr: expected a number, got 'fast'" in mistakes(None, "optim.lr=fast")
+    assert "data.shapes: expected true or false, got 'perhaps'" in mistakes(None, "data.shapes=perhaps")
+    assert "train: expected a section, got 5" in mistakes(None, "train=5")
+    file = write(tmp_path, "train: {steps: 3}\n")
+    assert mistakes(file, "train.step=5").startswith(f"configuration from {file} and the command line: ")
+    assert f"(did you mean {file}?)" in mistakes(file.with_name(file.name.replace(".", "e.", 1)))
+
+
+def test_which_keys_differ() -> None:
+    one, other = load_config(), load_config(overrides=["train.steps=5", "model.fpn.channels=32"])
+    assert differing_keys(one, other) == ["model.fpn.channels", "train.steps"]
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

@@ -138,11 +138,23 @@ def test_mistakes_end_in_one_line_and_leave_nothing(
     assert "frozen_bn needs model.backbone.weights" in line("model.backbone.norm=frozen_bn")
     assert "frozen_stages" in line("model.backbone.frozen_stages=1")
     assert "--config configs/small.yaml" in line(f"output={runs}", base=[data.train[0]])
-    assert "data.train.images is not set" in line(f"output={runs}", base=["--config", str(data.recipe)])
-    assert "train.device=toaster is not a device" in line("train.device=toaster")
+    bare = line(f"output={runs}", base=["--config", str(data.recipe)])
+    assert "data.train.images and data.train.annotations must be given" in bare
+    assert "device 'toaster' is not one" in line("train.device=toaster")
     assert "no such" in line("model.backbone.weights=" + str(tmp_path / "none.pth"))
     assert "data.buckets" in line("data.buckets=[[32, 32]]")
     assert "unrecognized arguments: --epochs" in line(base=["--epochs", "3"])
+    assert "given as key=value" in line(base=["--epochs", "3"])
+
+
+def test_a_resumed_run_keeps_its_model(
+    data: TinyData, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = data.run(tmp_path, "train.steps=2")
+    changes = ["train.steps=4", "model.fpn.channels=16", "model.box_head.nms_iou=0.4"]
+    found = refusal(["--resume", str(run), *changes], capsys, monkeypatch)
+    assert "but model.fpn.channels, model.box_head.nms_iou changed" in found
+    assert "fpn.lateral" in found
 
 
 def test_an_image_that_cannot_be_read_stops_a_run_before_it_starts(
@@ -196,7 +208,8 @@ def test_an_interruption_says_how_to_go_on(
     break_at(monkeypatch, step, KeyboardInterrupt())
     found = refusal(data.arguments(tmp_path), capsys, monkeypatch, code=130)
     if not saved:
-        assert found.startswith("stopped; nothing was saved yet")
+        assert found.startswith("stopped; nothing was saved yet, and ")
+        assert f"{tmp_path / 'run_001'} has been removed" in found
         assert not list(tmp_path.glob("*"))
         return
     run = newest_run(tmp_path)

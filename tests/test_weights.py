@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from fastmrcnn.conversion.files import read_tensors
+from fastmrcnn.conversion.files import read_tensors, read_weights
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.backbone import ResNet, make_norm
 from fastmrcnn.weights import architecture, copy_state, load_backbone
@@ -185,6 +186,12 @@ def test_half_a_download(tmp_path: Path, zipped: bool, share: float) -> None:
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
     unchanged_by(str(path), f"^{re.escape(str(path))}: is incomplete or damaged")
+
+
+def test_an_image_is_called_one(tmp_path: Path) -> None:
+    Image.new("RGB", (3, 3)).save(tmp_path / "picture.png")
+    with pytest.raises(UserError, match=r"picture\.png: is an image, not a file of weights"):
+        read_weights(tmp_path / "picture.png")
 
 
 @pytest.mark.parametrize("content", [b"<html>404</html>", b'{"a": 1}', b"PK", b"\x80"])

@@ -94,6 +94,8 @@ class CocoDataset:
             changes.append(f"left out {_count(self.unlabelled, 'image')} with too few labelled keypoints")
         if changes:
             parts.append(", ".join(changes))
+        if self.clipped >= 10 and 3 * self.clipped > objects:
+            parts.append("is bbox [x1, y1, x2, y2] there? COCO's is [x, y, width, height]")
         if negatives:
             use = "image without objects is used as a negative"
             many = "images without objects are used as negatives"

@@ -15,6 +15,7 @@ from fastmrcnn.data.records import ImageRecord, Problems
 from fastmrcnn.errors import UserError
 
 _ORIENTATION = 0x0112  # EXIF tag
+_FLOATING_POINT = "its pixels are floating-point numbers, whose white is unknown; save it with 8 or 16 bits"
 _DAMAGE = (  # what Pillow's decoders raise on damaged files
     OSError,
     SyntaxError,
@@ -46,7 +47,7 @@ def check_headers(records: Sequence[ImageRecord], problems: Problems) -> None:
     for record in records:
         try:
             with Image.open(record.path) as image:
-                turned, (width, height) = _turns_sides(image), image.size
+                turned, (width, height), mode = _turns_sides(image), image.size, image.mode
         except UnidentifiedImageError:
             fault = f"{record.file_name} is not an image file that can be read"
             problems.add("image", record.image_id, fault, "unreadable")
@@ -55,6 +56,8 @@ def check_headers(records: Sequence[ImageRecord], problems: Problems) -> None:
         else:
             if turned:
                 width, height = height, width
+            if mode == "F":
+                problems.add("image", record.image_id, f"{record.file_name}: {_FLOATING_POINT}", "mode")
             found = _size_fault(record, width, height, turned)
             if found:
                 problems.add("image", record.image_id, found, f"size {turned}")
@@ -103,8 +106,8 @@ def _size_fault(record: ImageRecord, width: int, height: int, turned: bool) -> s
             "else annotate it upright"
         )
     return (
-        f"{record.file_name} has width {width}, height {height}, but {given}; put the annotated file in its "
-        "place, or correct the annotations"
+        f"{record.file_name} has width {width}, height {height}, but {given}; perhaps it was resized "
+        "after it was annotated"
     )
 
 
@@ -117,7 +120,7 @@ def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     if image.mode.startswith("I;16") or image.mode == "I":
         return _from_16_bit(np.asarray(image))
     if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers, whose white is unknown")
+        raise ValueError(_FLOATING_POINT)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         coloured = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

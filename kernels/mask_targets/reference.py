@@ -84,9 +84,8 @@ def _adaptive(boxes: Tensor, image: Tensor, matched: Tensor, bitmaps: Bitmaps, h
 
     Each operation and its order are those of torchvision's RoIAlign of float32 bitmaps, bit for bit.
     """
-    chunks = range(0, len(boxes), CHUNK)
-    parts = [(t[i : i + CHUNK] for t in (boxes, image, matched)) for i in chunks]
-    return torch.cat([_adaptive_chunk(*part, bitmaps, how) for part in parts])
+    chunks = zip(boxes.split(CHUNK), image.split(CHUNK), matched.split(CHUNK), strict=True)
+    return torch.cat([_adaptive_chunk(b, i, m, bitmaps, how) for b, i, m in chunks])
 
 
 def _adaptive_chunk(boxes: Tensor, image: Tensor, matched: Tensor, bitmaps: Bitmaps, how: Sampling) -> Tensor:
@@ -115,7 +114,7 @@ def _adaptive_chunk(boxes: Tensor, image: Tensor, matched: Tensor, bitmaps: Bitm
             value = value + ly * hx * corners(bottom * width + left)
             value = value + ly * lx * corners(bottom * width + right)
             total = total + torch.where(real_y & real_x, value, 0.0)
-    return total / (rows.count * columns.count)[:, None, None]
+    return total / (rows.samples * columns.samples)[:, None, None]
 
 
 def _affine(bitmaps: Bitmaps, image: Tensor, dtype: torch.dtype) -> Tensor:
@@ -169,7 +168,7 @@ class _Axis(NamedTuple):
     high: Tensor  # of the second
     weight: Tensor  # of the second
     real: Tensor  # whether this RoI has that many samples, and this one is not outside
-    count: Tensor  # (F,) samples of a mask pixel
+    samples: Tensor  # (F,) of a mask pixel
 
 
 def _axis(start: Tensor, pixel: Tensor, size: Tensor, length: int, resolution: int) -> _Axis:

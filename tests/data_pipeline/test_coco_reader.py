@@ -85,6 +85,23 @@ def test_reads_what_the_file_says(tmp_path: Path) -> None:
     ]
 
 
+def test_corners_in_place_of_width_and_height_are_suspected(tmp_path: Path) -> None:
+    content = tree()
+    boxes = [[4 + i % 3, 4 + i % 4, 22, 18] for i in range(12)]  # x1, y1, x2, y2
+    content["annotations"] = [annotation(i + 1, bbox=box) for i, box in enumerate(boxes)]
+    assert "is bbox [x1, y1, x2, y2] there?" in read(tmp_path, content).summary()[0]
+    content["annotations"] = [annotation(i + 1) for i in range(12)]
+    assert "is bbox" not in read(tmp_path, content).summary()[0]
+
+
+def test_images_in_floating_point_are_refused_before_training(tmp_path: Path) -> None:
+    content = tree()
+    content["images"][0]["file_name"] = "float.tiff"
+    (tmp_path / "images").mkdir()
+    Image.new("F", (30, 20)).save(tmp_path / "images" / "float.tiff")
+    refuse(tmp_path, content, "image 7", "float.tiff", "floating-point", "8 or 16 bits")
+
+
 def test_summary_counts_what_was_left_out(tmp_path: Path) -> None:
     content = tree()
     content["annotations"] += [
