@@ -218,8 +218,8 @@ def as_model(
     if classes is None:
         classes = numbered_classes(count or 0)
         lines.append(
-            "the file does not tell the names of its classes; python -m fastmrcnn.convert IN OUT --classes FILE "
-            "gives them"
+            "the file does not tell the names of its classes; "
+            "python -m fastmrcnn.convert IN OUT --classes FILE gives them"
         )
     if len(classes.names) != count:
         raise UserError(f"{path}: has {count} classes, but {len(classes.names)} names were given")
