@@ -35,6 +35,7 @@ class Target(NamedTuple):
 
     backend: str  # "cuda" or "hip"
     shared: int  # bytes of shared memory that one program can have
+    tensor_memory: bool = False  # products accumulate in it (data centre Blackwell), not in registers
 
 
 H100 = Target("cuda", 227 * 1024)
@@ -48,7 +49,9 @@ def target_of(device: torch.device) -> Target:
     from triton.runtime import driver
 
     properties = driver.active.utils.get_device_properties(device.index or 0)
-    return Target("hip" if torch.version.hip else "cuda", properties["max_shared_mem"])
+    if torch.version.hip:
+        return Target("hip", properties["max_shared_mem"])
+    return Target("cuda", properties["max_shared_mem"], torch.cuda.get_device_capability(device)[0] == 10)
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,8 @@ def specs_of(module: ModuleType, arch: str) -> list[CompileSpec]:
     """What a module launches on an architecture. One whose launches depend on it takes a `Target`."""
     if not inspect.signature(module.compile_specs).parameters:
         return module.compile_specs()
-    return module.compile_specs(Target(_backend(arch), ARCHITECTURES[arch].shared_of_block))
+    limits = ARCHITECTURES[arch]
+    return module.compile_specs(Target(_backend(arch), limits.shared_of_block, limits.tensor_columns > 0))
 
 
 def inspect_kernel(spec: CompileSpec, arch: str) -> Row:

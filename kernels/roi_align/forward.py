@@ -72,10 +72,14 @@ def two_programs(config: Config, target: Target) -> Config:
     """For channels_last in half precision on NVIDIA: room for two programs on a multiprocessor.
 
     While one computes weights the other loads. Two of 8 warps have 128 registers a thread, and each has
-    three buffers of a tile beside its weights; where that is too much shared memory, half the channels.
+    three buffers of a tile beside its weights. Where that is too much shared memory, half the channels; so
+    too where sums are kept in tensor memory, all of which 256 channels take.
     """
-    most = config.block_c if _shared(config.block_c) * 2 <= target.shared else 128
-    return config._replace(block_c=min(config.block_c, most), options={"num_stages": STAGES, "maxnreg": 128})
+    fits = 2 * _shared(config.block_c) <= target.shared and not target.tensor_memory
+    return config._replace(
+        block_c=config.block_c if fits else min(config.block_c, 128),
+        options={"num_stages": STAGES, "maxnreg": 128},
+    )
 
 
 def _shared(block_c: int) -> int:

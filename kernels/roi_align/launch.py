@@ -41,7 +41,7 @@ def configure(dtype: torch.dtype, channels: int, vectors: bool, target: Target) 
     most = {torch.float64: 32, torch.float32: 32}.get(dtype, 256 if vectors and not hip else 128)
     most = most if vectors else most // 2
     block_c = max(16, min(most, triton.next_power_of_2(channels)))
-    blocks = (block_c, 8 if vectors and not hip else 4, {})
+    blocks: tuple[int, int, dict[str, Any]] = (block_c, 8 if vectors and not hip else 4, {})
     if interpreting():  # bf16 arithmetic of the interpreter is wrong
         return Config(wide, wide, "ieee", 1.0, *blocks)
     if dtype == torch.bfloat16:
