@@ -67,20 +67,20 @@ def target_pixels(
     start_y, side_y, count_y = _axis(y1, y2, input_height, SIDE, SAMPLES, ALIGNED, DTYPE)
     step_x = _divide(side_x, count_x)
     step_y = _divide(side_y, count_y)
-    steps_x = _loops(count_x, input_width, real, SIDE, SAMPLES)
-    steps_y = _loops(count_y, input_height, real, SIDE, SAMPLES)
     bin_x = start_x + (pixel % SIDE).to(DTYPE) * side_x
     bin_y = start_y + (pixel // SIDE).to(DTYPE) * side_y
     total = tl.zeros(pixel.shape, DTYPE)
-    for i in range(steps_y):
-        y = bin_y + (i + 0.5) * step_y
-        for j in range(steps_x):
-            x = bin_x + (j + 0.5) * step_x
-            if SAMPLES == 0:
+    if SAMPLES == 0:
+        for i in range(_loops(count_y, input_height, real, SIDE)):
+            for j in range(_loops(count_x, input_width, real, SIDE)):
+                y, x = bin_y + (i + 0.5) * step_y, bin_x + (j + 0.5) * step_x
                 total += _in_the_input(crop, affine, x, y, height, width, input_height, input_width, mask)
-            else:
+    else:
+        mask = mask & (pixel < tl.where(real, SIDE * SIDE, 0))
+        for i in range(SAMPLES):
+            for j in range(SAMPLES):
+                y, x = bin_y + (i + 0.5) * step_y, bin_x + (j + 0.5) * step_x
                 total += _in_the_annotation(crop, affine, x, y, height, width, mask)
-    # What is not real has no loops to run, and gives zero.
     return _divide(total, (total * 0.0 + count_x * count_y).to(DTYPE))
 
 
@@ -101,14 +101,10 @@ def _axis(
 
 
 @triton.jit
-def _loops(count, length, real, SIDE: tl.constexpr, SAMPLES: tl.constexpr):
-    """How many samples to read: no more than a box within the image has, however large the box is."""
-    if SAMPLES == 0:
-        most = (length + SIDE - 1) // SIDE + 1
-        loops = tl.where(count < most, count, most).to(tl.int32)
-    else:
-        loops = tl.full((), SAMPLES, tl.int32)
-    return tl.where(real, loops, 0)
+def _loops(count, length, real, SIDE: tl.constexpr):
+    """Adaptive samples to read: no more than a box within the image has, however large the box is."""
+    most = (length + SIDE - 1) // SIDE + 1
+    return tl.where(real, tl.where(count < most, count, most).to(tl.int32), 0)
 
 
 @triton.jit
