@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import golden_models as peers
@@ -11,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastmrcnn import convert
+from fastmrcnn.checkpoint import load_checkpoint
 from fastmrcnn.config_file import parse_config
 from fastmrcnn.conversion.names import detectron2_names, torchvision_names
 from fastmrcnn.model.build import build_model
@@ -131,6 +134,26 @@ def test_losses_and_gradients(peer: str, norm: str, prefix: str, run: Callable[[
             wrong.append((name, parameter.grad.norm().item(), expected))
     assert compared > 50
     assert not wrong
+
+
+@pytest.mark.slow
+def test_a_file_of_torchvision_needs_no_words(tmp_path: Path) -> None:
+    """Converted by command, with the recipe that is found from the weights."""
+    model, batch, data = build("torchvision")
+    state = peers.peer_state(model, "torchvision")
+    state["backbone.body.bn1.num_batches_tracked"] = torch.tensor(0)  # as the golden model has it
+    torch.save(state, tmp_path / "theirs.pth")
+    convert.main([str(tmp_path / "theirs.pth"), str(tmp_path / "ours.pt")])
+    converted = load_checkpoint(tmp_path / "ours.pt", "cpu")
+    with torch.no_grad():
+        found = converted(batch)
+    for image in range(2):
+        boxes, scores = data[f"det{image}.boxes"], data[f"det{image}.scores"]
+        assert int(found.valid[image].sum()) == len(boxes)
+        distance = np.abs(found.boxes[image, : len(boxes)].numpy()[:, None] - boxes[None]).max(-1)
+        distance += 1e3 * np.abs(found.scores[image, : len(boxes)].numpy()[:, None] - scores[None])
+        assert distance.min(1).max() < 0.15
+        assert distance.min(0).max() < 0.15
 
 
 @pytest.mark.parametrize("peer", ["torchvision", "detectron2"])
