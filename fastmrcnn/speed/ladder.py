@@ -29,8 +29,9 @@ class Tolerance(NamedTuple):
 
 
 # A choice between two nearly equal scores may fall the other way in any row, and then training goes on from
-# other RoIs; bf16 has a relative step of 2**-8 besides.
-TOLERANCES = {"fp32": Tolerance(1e-3, 0.03, 0.05), "bf16": Tolerance(0.03, 0.05, 0.1)}
+# other RoIs; bf16 has a relative step of 2**-8 besides. (On a small network on a CPU, 15 steps: bf16 is off
+# by 3e-4 at first, 5e-4 at last and not at all in the distance.)
+TOLERANCES = {"fp32": Tolerance(5e-3, 0.03, 0.05), "bf16": Tolerance(0.01, 0.05, 0.1)}
 
 MakeRunner = Callable[[Row, Workload, int], Runner]
 

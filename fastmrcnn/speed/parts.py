@@ -150,8 +150,9 @@ class Costs(TorchDispatchMode):
     """Counts what the operations of each part cost at least, on a device of the given ceilings.
 
     An operation reads each of its inputs once, writes each of its outputs once, and does its products; the
-    longer of the two times is its floor. So the floor of a part is that of its operations as they are: what
-    fusing them would save is not in it. Of custom operators only the bytes are known.
+    longer of the two times is its floor. What it reads in places only, as RoIAlign does, counts whole. So
+    the floor of a part is that of its operations as they are: what fusing them would save is not in it. Of
+    custom operators only the bytes are known.
     """
 
     def __init__(self, parts: Parts, ceilings: Ceilings) -> None:

@@ -13,7 +13,7 @@ from fastmrcnn.errors import UserError
 from fastmrcnn.speed.parts import OTHER, PARTS, PREFIX, Costs, Parts, Place
 from fastmrcnn.speed.report import table
 from fastmrcnn.speed.rows import OurRunner
-from fastmrcnn.speed.timing import STEP, ceilings
+from fastmrcnn.speed.timing import STEP, ceilings, marked_step
 
 BACKWARD_SCOPE = 1  # of torch's RecordScope: a node of the backward pass
 TRACE = "trace.json"
@@ -86,16 +86,19 @@ def times_by_part(events: list[Any], parts: Parts, *, on_device: bool) -> tuple[
         on_device: count the kernels that an operation launched, and not the operation itself. The whole
             is then all kernels' time, and idle time of the device is in no part.
     """
-    mark = next(event.time_range for event in events if event.name == STEP)
+    within, whole = marked_step(events)
     found: dict[Place, float] = defaultdict(float)
-    for event in events:
-        if not mark.start <= event.time_range.start <= mark.end or "CPU" not in str(event.device_type):
-            continue
-        micros = event.self_device_time_total if on_device else event.self_cpu_time_total
+    for event in within:
+        micros = kernel_time(event) if on_device else event.self_cpu_time_total
         if micros > 0:
             found[place_of(event, parts)] += micros / 1e6
-    whole = sum(found.values()) if on_device else (mark.end - mark.start) / 1e6
-    return found, whole
+    return found, sum(found.values()) if on_device else whole / 1e6
+
+
+def kernel_time(event: Any) -> float:
+    """Microseconds of the kernels that an operation itself launched."""
+    # A marked stretch of the device's time line comes among them, if it is there at all.
+    return sum(kernel.duration for kernel in event.kernels if not kernel.name.startswith((PREFIX, STEP)))
 
 
 def place_of(event: Any, parts: Parts) -> Place:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 T = TypeVar("T")
@@ -98,14 +99,19 @@ def device_calls(function: Callable[[], Any], device: torch.device) -> DeviceCal
 
 def count_calls(events: Iterable[Any]) -> DeviceCalls:
     """Count launches and waits within the marked step: the profiler itself waits after it."""
-    events = list(events)
-    marks = [event.time_range for event in events if event.name == STEP]
-    start, end = min(mark.start for mark in marks), min(mark.end for mark in marks)
-    names = [event.name for event in events if start <= event.time_range.start <= end]
+    names = [event.name for event in marked_step(list(events))[0]]
     return DeviceCalls(
         launches=sum(name.startswith(LAUNCHES) for name in names),
         syncs=sum(name.startswith(SYNCS) or name == BLOCKING_COPY for name in names),
     )
+
+
+def marked_step(events: Sequence[Any]) -> tuple[list[Any], float]:
+    """Of torch.profiler's events those that the host had within the marked step, and its microseconds."""
+    on_host = [event for event in events if event.device_type == DeviceType.CPU]
+    mark = next(event.time_range for event in on_host if event.name == STEP)
+    within = [event for event in on_host if mark.start <= event.time_range.start <= mark.end]
+    return within, mark.end - mark.start
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
