@@ -11,7 +11,8 @@ from fastmrcnn.config_file import load_config
 from fastmrcnn.optim import learning_rate
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-RECIPES = sorted(CONFIGS.rglob("*.yaml"))
+# Those in zoo/, which judge published weights, have a test of their own.
+RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "zoo")
 COCO_RECIPES = [
     path
     for path in CONFIGS.glob("*.yaml")
