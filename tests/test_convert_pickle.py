@@ -219,6 +219,15 @@ def test_attributes_of_containers_are_dropped(tmp_path: Path) -> None:
     assert found == {"w": torch.ones(1)}
 
 
+def test_a_bomb_of_lists(tmp_path: Path) -> None:
+    bomb: list[Any] = []
+    for _ in range(18):
+        bomb = [bomb] * 50
+    path = write(tmp_path / "w.pkl", {"w": np.ones(1, np.float32), "bomb": bomb})
+    assert path.stat().st_size < 10_000
+    assert read_pickle(path)["w"].tolist() == [1.0]
+
+
 def test_a_list_that_holds_itself(tmp_path: Path) -> None:
     loop: list[Any] = []
     loop.append(loop)

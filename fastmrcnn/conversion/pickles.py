@@ -168,19 +168,32 @@ class _Reader(pickle.Unpickler):
         raise RefusedError(f"a reference to something outside the file ({pid!r:.60})")
 
 
-def _tensors(tree: Any, depth: int = 0) -> Any:
-    """The tree with tensors for stand-ins. Nothing but data may be left in it."""
+def _tensors(tree: Any, depth: int = 0, done: dict[int, Any] | None = None) -> Any:
+    """The tree with tensors for stand-ins. Nothing but data may be left in it.
+
+    Args:
+        done: what has become of a container, by its id: a few that hold each other many times over would
+            otherwise take for ever.
+    """
     if isinstance(tree, _Array):
         if tree.value is None:
             raise RefusedError("a numpy array without contents")
         # A copy, aligned, writable and in the machine's byte order.
         return torch.from_numpy(np.array(tree.value, dtype=tree.value.dtype.newbyteorder("="), order="C"))
-    if depth > 20:
-        raise RefusedError("containers within containers without end")
-    if isinstance(tree, Mapping):
-        return {_tensors(key, depth + 1): _tensors(value, depth + 1) for key, value in tree.items()}
-    if type(tree) in (list, tuple):
-        return type(tree)(_tensors(value, depth + 1) for value in tree)
     if tree is None or type(tree) in (bool, int, float, str, bytes):
         return tree
-    raise RefusedError(f"a {type(tree).__name__.lstrip('_')}")
+    if depth > 20:
+        raise RefusedError("containers within containers without end")
+    done = {} if done is None else done
+    if id(tree) not in done:
+        if isinstance(tree, Mapping):
+            found: Any = {
+                _tensors(key, depth + 1, done): _tensors(value, depth + 1, done)
+                for key, value in tree.items()
+            }
+        elif type(tree) in (list, tuple):
+            found = type(tree)(_tensors(value, depth + 1, done) for value in tree)
+        else:
+            raise RefusedError(f"a {type(tree).__name__.lstrip('_')}")
+        done[id(tree)] = found
+    return done[id(tree)]
