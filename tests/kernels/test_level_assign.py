@@ -78,6 +78,16 @@ def test_shapes_and_strides(shape: tuple[int, ...], device: str) -> None:
             assert torch.equal(levels, expected)
 
 
+def test_beyond_31_bits() -> None:
+    """The last coordinate lies more than 2**31 elements after the first; untouched memory costs nothing."""
+    torch.use_deterministic_algorithms(False)  # it would touch all of it
+    stride = 2**31 // 3 + 1
+    near = torch.tensor([[0.0, 0, 100, 100], [10, 20, 240, 250]], dtype=torch.float16)
+    far = torch.empty(3 * stride + 2, dtype=torch.float16).as_strided((2, 4), (1, stride))
+    far.copy_(near)
+    assert assign_levels(far).tolist() == assign_levels(near).tolist() == [0, 2]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_opcheck_and_compile(device: str) -> None:
     boxes = torch.rand(2, 3, 4, device=device) * 900

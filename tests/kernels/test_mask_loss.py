@@ -289,6 +289,24 @@ def test_bad_input() -> None:
             mask_loss(*args)
 
 
+def test_beyond_31_bits() -> None:
+    """Slots, and then the first and last column, 2**31 elements apart (4 GiB, of which hardly any is used)."""
+    torch.use_deterministic_algorithms(False)  # it would touch all of it
+    classes, targets, weight = torch.tensor([1, 0]), torch.ones(2, 2, 4), torch.ones(2)
+    room = torch.empty(2**31 + 64, dtype=torch.float16)
+    near = torch.randn(2, 2, 2, 4, generator=torch.Generator().manual_seed(0)).half()
+    for strides in ((2**31, 8, 4, 1), (1, 2, 4, 2**31 // 3 + 1)):
+        far = room.as_strided(near.shape, strides)
+        far.copy_(near)
+        results = []
+        for logits in (far, near):
+            leaf = logits.detach().requires_grad_()
+            loss = mask_loss(leaf, classes, targets, weight)
+            results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+        assert results[0][0].equal(results[1][0])
+        assert results[0][1].equal(results[1][1])
+
+
 @pytest.mark.gpu
 def test_extra_memory() -> None:
     """Beyond inputs and the dense gradient, at most a tenth of that gradient, and no host sync."""
