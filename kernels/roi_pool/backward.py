@@ -113,10 +113,10 @@ def _backward_kernel(
         )  # fmt: skip
         levels = level_of(x1, y1, x2, y2, len(SCALES), AREA)
         scales = scale_of(levels, x1, SCALES)
-        start_y, bin_y, samples_y = place(y1, y2, scales, OH, SAMPLES, ALIGNED, KIND, MOST)
-        start_x, bin_x, samples_x = place(x1, x2, scales, OW, SAMPLES, ALIGNED, KIND, MOST)
-        top, bottom = reach(start_y, bin_y, samples_y, height, OH, KIND)
-        left, right = reach(start_x, bin_x, samples_x, width, OW, KIND)
+        start_y, bin_y, _steps, samples_y = place(y1, y2, scales, OH, SAMPLES, ALIGNED, KIND, MOST)
+        start_x, bin_x, _steps, samples_x = place(x1, x2, scales, OW, SAMPLES, ALIGNED, KIND, MOST)
+        top, bottom = reach(start_y, bin_y, samples_y, height, OH)
+        left, right = reach(start_x, bin_x, samples_x, width, OW)
         hit = real & (levels == level) & (images == image)
         hit = hit & (bottom >= top) & (y0 <= bottom) & (y0 + TILE > top)
         hit = hit & (right >= left) & (x0 <= right) & (x0 + TILE > left)
@@ -132,10 +132,10 @@ def _backward_kernel(
             high_x = tl.load(box_ptr + 2 * stride_coordinate).to(DTYPE)
             high_y = tl.load(box_ptr + 3 * stride_coordinate).to(DTYPE)
             scale = scale_of(level, low_x, SCALES)
-            from_y, step_y, count_y = place(low_y, high_y, scale, OH, SAMPLES, ALIGNED, KIND, MOST)
-            from_x, step_x, count_x = place(low_x, high_x, scale, OW, SAMPLES, ALIGNED, KIND, MOST)
-            first_i, last_i = bins_of_tile(y0, from_y, step_y, OH, TILE, KIND)
-            first_j, last_j = bins_of_tile(x0, from_x, step_x, OW, TILE, KIND)
+            from_y, length_y, step_y, _samples = place(low_y, high_y, scale, OH, SAMPLES, ALIGNED, KIND, MOST)
+            from_x, length_x, step_x, _samples = place(low_x, high_x, scale, OW, SAMPLES, ALIGNED, KIND, MOST)
+            first_i, last_i = bins_of_tile(y0, from_y, length_y, OH, TILE, KIND)
+            first_j, last_j = bins_of_tile(x0, from_x, length_x, OW, TILE, KIND)
             roi_grad = grad_ptr + roi.to(tl.int64) * grad_r
             roi_winner = winner_ptr + roi.to(tl.int64) * winner_r
             bins_j = last_j - first_j + 1
@@ -153,8 +153,8 @@ def _backward_kernel(
                     here = on_row[:, None, :] & on_column[None, :, :]
                     acc += tl.where(here, share[None, None, :], 0.0)
                 else:
-                    at_y = onto_map(sample_at(won >> 16, i, from_y, step_y, count_y), height)
-                    at_x = onto_map(sample_at(won & 0xFFFF, j, from_x, step_x, count_x), width)
+                    at_y = onto_map(sample_at(won >> 16, i, from_y, length_y, step_y), height)
+                    at_x = onto_map(sample_at(won & 0xFFFF, j, from_x, length_x, step_x), width)
                     of_row = tl.maximum(1 - tl.abs((y0 + side)[:, None] - at_y[None, :]), 0.0)
                     of_column = tl.maximum(1 - tl.abs((x0 + side)[:, None] - at_x[None, :]), 0.0)
                     of_column = of_column * share[None, :]

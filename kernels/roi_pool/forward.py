@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._spec import Launch
+from .._spec import Launch, Target, target_of
 from ..level_assign.reference import first_threshold
 from ..roi_align.geometry import level_of, load_boxes, scale_of, select
 from ..roi_align.launch import box_arguments, layout_of
@@ -20,7 +20,6 @@ from .geometry import on_map, onto_map, place, sample_at, window
 from .points import MOST_SAMPLES
 
 BLOCK_J = 8  # bins of a program
-MOST_CHANNELS = 128  # of a program
 
 
 def launch(
@@ -30,6 +29,7 @@ def launch(
     valid: Tensor | None,
     kind: str,
     how: Pooling,
+    target: Target | None = None,
 ) -> tuple[Tensor, Tensor, Launch]:
     first = features[0]
     images, channels = first.shape[:2]
@@ -40,7 +40,10 @@ def launch(
         torch.empty((rois, channels, oh, ow), dtype=dtype, device=first.device, memory_format=form)
         for dtype in (first.dtype, torch.int32)
     )
-    block_c = max(16, min(MOST_CHANNELS, triton.next_power_of_2(channels)))
+    layout = layout_of(features)
+    # Eight channels a thread, where they are one load; fewer where they take more registers.
+    most_channels = 128 if layout == "channels_last" and first.element_size() == 2 else 64
+    block_c = max(16, min(most_channels, triton.next_power_of_2(channels)))
     parts = triton.cdiv(ow, BLOCK_J)
     arguments = {
         "maps": tuple(features),
@@ -53,12 +56,14 @@ def launch(
         "rois_per_image": max(rois // max(images, 1), 1),
         "num_images": images,
         "channels": channels,
-        "LAYOUT": layout_of(features),
+        "LAYOUT": layout,
         "BLOCK_J": BLOCK_J,
         "BLOCK_C": block_c,
     }
     grid = (rois * oh * parts, triton.cdiv(channels, block_c))
-    return out, winner, Launch(_forward_kernel, grid, arguments)
+    hip = (target or target_of(first.device)).backend == "hip"
+    num_warps = 2 if hip else 4  # of 64 threads: as many channels for each
+    return out, winner, Launch(_forward_kernel, grid, arguments, num_warps)
 
 
 def geometry(kind: str, how: Pooling, sizes: list[tuple[int, int]], dtype: torch.dtype) -> dict[str, Any]:
@@ -113,10 +118,10 @@ def _forward_kernel(
     scale = scale_of(level, x1, SCALES)
     height = select(heights, level, level * 0 + heights[0])
     width = select(widths, level, level * 0 + widths[0])
-    start_y, bin_y, samples_y = place(y1, y2, scale, OH, SAMPLES, ALIGNED, KIND, MOST)
-    start_x, bin_x, samples_x = place(x1, x2, scale, OW, SAMPLES, ALIGNED, KIND, MOST)
-    top, bottom = window(i, start_y, bin_y, samples_y, height, KIND)
-    left, right = window(j, start_x, bin_x, samples_x, width, KIND)
+    start_y, bin_y, step_y, samples_y = place(y1, y2, scale, OH, SAMPLES, ALIGNED, KIND, MOST)
+    start_x, bin_x, step_x, samples_x = place(x1, x2, scale, OW, SAMPLES, ALIGNED, KIND, MOST)
+    top, bottom = window(i, start_y, bin_y, step_y, samples_y, height, KIND)
+    left, right = window(j, start_x, bin_x, step_x, samples_x, width, KIND)
     bottom = tl.where(real, bottom, top)
     right = tl.where(j < OW, right, left)
     most_columns = tl.max(right - left, axis=0)
@@ -144,7 +149,7 @@ def _forward_kernel(
         if KIND == "pool":
             row_ptr = map_ptr + y.to(tl.int64) * stride_y
         else:
-            at_y = sample_at(y, i, start_y, bin_y, samples_y)
+            at_y = sample_at(y, i, start_y, bin_y, step_y)
             end = tl.where(on_map(at_y, height), right, left)  # no column of a row off the map is on it
             at_y = onto_map(at_y, height)
             low_y = tl.floor(at_y)
@@ -159,7 +164,7 @@ def _forward_kernel(
                 mask = read[:, None] & inside
                 value = _load(row_ptr, x, stride_x, map_channel, mask, DTYPE)
             else:
-                at_x = sample_at(x, j, start_x, bin_x, samples_x)
+                at_x = sample_at(x, j, start_x, bin_x, step_x)
                 read = (x < end) & on_map(at_x, width)
                 mask = read[:, None] & inside
                 at_x = onto_map(at_x, width)

@@ -16,7 +16,7 @@ def place(
     low, high, scale,
     BINS: tl.constexpr, SAMPLES: tl.constexpr, ALIGNED: tl.constexpr, KIND: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
-    """Start, length of a bin, and samples per bin, in pixels of the level.
+    """Start, length of a bin, distance of its samples, and samples per bin, in pixels of the level.
 
     A box whose sides overflow is moved off the map.
     """
@@ -34,7 +34,7 @@ def place(
     length = _divide(side, (side * 0.0 + BINS).to(side.dtype))
     samples = tl.ceil(length) if SAMPLES == 0 else length * 0.0 + SAMPLES
     samples = tl.minimum(tl.maximum(samples, 0.0), MOST).to(side.dtype)
-    return start, length, samples
+    return start, length, _divide(length, tl.maximum(samples, 1.0).to(side.dtype)), samples
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def _round(x):
 
 
 @triton.jit
-def window(bins, start, length, samples, size, KIND: tl.constexpr):
+def window(bins, start, length, step, samples, size, KIND: tl.constexpr):
     """First and end of the points of each bin that matter."""
     bins = (length * 0.0 + bins).to(length.dtype)
     if KIND == "pool":
@@ -54,12 +54,11 @@ def window(bins, start, length, samples, size, KIND: tl.constexpr):
         end = start + tl.ceil((bins + 1) * length)
         limit = size.to(length.dtype)
     else:
-        step = _divide(length, tl.maximum(samples, 1.0).to(length.dtype))
         begin = start + bins * length
         ordered = step > 0  # inverted boxes: all samples
-        step = tl.where(ordered, step, 1.0)
-        first = tl.where(ordered, tl.floor((-1 - begin) / step - 0.5) - 1, 0.0)
-        end = tl.where(ordered, tl.ceil((size - begin) / step - 0.5) + 2, samples)
+        scale = 1.0 / tl.where(ordered, step, 1.0)
+        first = tl.where(ordered, tl.floor((-1 - begin) * scale - 0.5) - 1, 0.0)
+        end = tl.where(ordered, tl.ceil((size - begin) * scale - 0.5) + 2, samples)
         limit = samples
     first = tl.minimum(tl.maximum(first, 0.0), limit).to(tl.int32)
     end = tl.minimum(tl.maximum(end, 0.0), limit).to(tl.int32)
@@ -67,9 +66,8 @@ def window(bins, start, length, samples, size, KIND: tl.constexpr):
 
 
 @triton.jit
-def sample_at(number, bins, start, length, samples):
+def sample_at(number, bins, start, length, step):
     """Where a sample lies."""
-    step = _divide(length, tl.maximum(samples, 1.0).to(length.dtype))
     return start + bins.to(length.dtype) * length + (number.to(length.dtype) + 0.5) * step
 
 
@@ -84,20 +82,16 @@ def onto_map(at, size):
 
 
 @triton.jit
-def reach(start, length, samples, size, BINS: tl.constexpr, KIND: tl.constexpr):
-    """First and last line that a point of any bin can touch; the last is before the first if none does."""
+def reach(start, length, samples, size, BINS: tl.constexpr):
+    """First and last line that a point of any bin can touch; the last is before the first if none can."""
     other = start + BINS * length
     low = tl.minimum(start, other)  # other is the lower in inverted boxes
     high = tl.maximum(start, other)
-    if KIND == "pool":
-        high = tl.ceil(high) - 1
     touches = (samples >= 1) & (high >= -1) & (low <= size)
     border = (size - 1).to(length.dtype)
     first = tl.floor(tl.minimum(tl.maximum(low, 0.0), border)).to(tl.int32)
-    last = tl.floor(tl.minimum(tl.maximum(high, 0.0), border)).to(tl.int32)
-    if KIND != "pool":
-        last = tl.minimum(last + 1, size - 1)
-    return first, tl.where(touches, last, first - 1)
+    last = tl.floor(tl.minimum(tl.maximum(high, 0.0), border)).to(tl.int32) + 1
+    return first, tl.where(touches, tl.minimum(last, size - 1), first - 1)
 
 
 @triton.jit

@@ -202,14 +202,14 @@ def most_points(sizes: list[tuple[int, int]], kind: str, how: Pooling) -> int:
         if level + 1 < len(sizes):
             area = level_assign.first_threshold(how.k_min + level, how.canonical_size, how.canonical_level)
             area *= 1.01 * how.spatial_scales[level] ** 2
-            # A side of s pixels has at most s + 3 + 3 * bins lines: the most points have the boxes that are
+            # A side of s pixels has at most s + 3 + 2 * bins lines: the most points have the boxes that are
             # as high or as wide as the map.
-            high, wide = max(most_y - 3 - 3 * oh, 1), max(most_x - 3 - 3 * ow, 1)
+            high, wide = max(most_y - 3 - 2 * oh, 1), max(most_x - 3 - 2 * ow, 1)
             points = min(
                 points,
                 max(
-                    most_y * (max(area / high, 1) + 3 + 3 * ow),
-                    most_x * (max(area / wide, 1) + 3 + 3 * oh),
+                    most_y * (max(area / high, 1) + 3 + 2 * ow),
+                    most_x * (max(area / wide, 1) + 3 + 2 * oh),
                 ),
             )
         most = max(most, math.ceil(points))
@@ -219,6 +219,6 @@ def most_points(sizes: list[tuple[int, int]], kind: str, how: Pooling) -> int:
 def _most_lines(size: int, bins: int, kind: str) -> int:
     """Most points along an axis in all bins: windows overlap; samples are at least (n - 1) / n apart."""
     if kind == "pool":
-        return size + 3 * bins
-    lines = [min(bins * n, (size + 1) * n // (n - 1) + 2 + 5 * bins) for n in range(2, size + 16)]
+        return size + 2 * bins
+    lines = [bins, *(min(bins * n, (size + 1) * n // (n - 1) + 8) for n in range(2, size + 16))]
     return max(lines)
