@@ -290,7 +290,7 @@ def test_bad_input() -> None:
 
 
 def test_beyond_31_bits() -> None:
-    """Slots, and then the first and last column, 2**31 elements apart (4 GiB, of which hardly any is used)."""
+    """Slots, and then the first and last column, 2**31 elements apart; 4 GiB, hardly any used."""
     torch.use_deterministic_algorithms(False)  # it would touch all of it
     classes, targets, weight = torch.tensor([1, 0]), torch.ones(2, 2, 4), torch.ones(2)
     room = torch.empty(2**31 + 64, dtype=torch.float16)
