@@ -264,6 +264,25 @@ def test_torchvision_starts_from_the_same_losses(config: Config) -> None:
     assert theirs.first_losses["num_fg"] > 0
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_every_row_of_ours_runs_and_agrees(config: Config, tmp_path: Path) -> None:
+    workload = Workload(config, torch.device("cuda"), (64, 96), images=2, steps=10, objects=3, num_classes=3)
+    rows = [row for row in cuda_rows(max_autotune=False) if row.program == "fastmrcnn"]
+    found = climb(rows, workload, mask_slots=4, report=quiet)
+    assert not broken(found), report.ladder_table(found)
+    assert all(row["peak_bytes"] > 0 for row in found)
+    assert (found[-1]["graphs"], found[-1]["graph_breaks"], found[-1]["syncs"]) == (1, 0, 0)
+    assert found[-1]["launches"] < found[0]["launches"] / 5
+    runner = OurRunner(benchmark.profiled_row(workload.device), workload, 4)
+    runner.warm_up()
+    profiled = profile_step(runner, tmp_path)
+    named = sum(row["ms"] for row in profiled["parts"] if row["part"] != OTHER)
+    assert named > 0.9 * profiled["step_ms"] > 0
+    for row in inference.measure_inference(workload, compiled=True, report=quiet):
+        assert row.get("failure") is None
+        assert row["detections_per_image"] == 10
+
+
 # Clocks and counters
 
 
