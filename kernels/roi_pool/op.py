@@ -200,7 +200,7 @@ def multilevel_roi_warp(
     )
     pooled: list[Tensor] = []
     for level, (feature, scale) in enumerate(zip(pyramid.features, how.spatial_scales, strict=True)):
-        here = levels == level
+        here = (levels == level) & boxes.isfinite().all(dim=-1)  # rounding would make some infinite sides 1
         first, sides = quantise(boxes * scale)
         part = multilevel_roi_align(
             [feature],
