@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
 import platform
 import subprocess
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ def environment(device: torch.device) -> dict[str, Any]:
         versions["cuda"] = str(torch.version.cuda)
         versions["cudnn"] = str(torch.backends.cudnn.version())
     for name in ("triton", "torchvision"):
-        if importlib.util.find_spec(name) is not None:
-            versions[name] = str(getattr(importlib.import_module(name), "__version__", "unknown"))
+        # Of the package, not of the module: one that was built for another torch does not import.
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None
     return {
