@@ -323,6 +323,8 @@ def test_end_to_end_on_the_cpu(tmp_path: Path) -> None:
         "RoIAlign 7x7": every,
         "RoIAlign 14x14": every,
         "mask loss 8": every,
+        "mask predictor and loss": every,
+        "mask predictor and loss from bitmaps": every,
         "padded NMS": {"forward"},
         "level assignment": {"forward"},
         "training step": {"step"},
