@@ -170,9 +170,7 @@ def _mask_head(config: ModelConfig, channels: int, num_classes: int) -> MaskHead
             channels, mask.resolution, num_classes, fcs=mask.fcs, hidden=mask.hidden, **settings
         )
     norm = _optional_norm(mask.norm)
-    return FcnMaskHead(
-        channels, num_classes, convs=mask.convs, channels=mask.channels, norm=norm, **settings
-    )
+    return FcnMaskHead(channels, num_classes, convs=mask.convs, channels=mask.channels, norm=norm, **settings)
 
 
 def _optional_norm(name: str) -> Norm | None:

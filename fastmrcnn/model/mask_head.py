@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmrcnn.kernels import mask_loss, mask_targets, polygon_mask_targets
+from fastmrcnn.kernels import (
+    class_mask_logits,
+    class_mask_loss,
+    class_mask_loss_from_bitmaps,
+    mask_loss,
+    mask_targets,
+    polygon_mask_targets,
+)
 from fastmrcnn.model.backbone import Norm
 from fastmrcnn.model.convs import init_convs, make_convs, run_convs
 from fastmrcnn.model.roi_sampler import PackedRois
@@ -53,6 +60,14 @@ class MaskHead(nn.Module):
         self.aligned = aligned
         self.loss_weight = loss_weight
         self.mask_channels = 1 if class_agnostic else num_classes + self.softmax
+
+    def loss_of_rois(self, x: Tensor, rois: PackedRois, batch: Batch, masks: PackedMasks) -> Tensor:
+        """`loss` of the RoI features (T, C, M/2, M/2)."""
+        return self.loss(self(x), rois, batch, masks)
+
+    def masks_of_rois(self, x: Tensor, classes: Tensor) -> Tensor:
+        """`of_class` of the RoI features (D, C, M/2, M/2)."""
+        return self.of_class(self(x), classes)
 
     def loss(self, logits: Tensor, rois: PackedRois, batch: Batch, masks: PackedMasks) -> Tensor:
         """Mean cross-entropy over the pixels of the foreground.
@@ -138,8 +153,42 @@ class FcnMaskHead(MaskHead):
 
     def forward(self, x: Tensor) -> Tensor:
         """RoI features (F, C, M/2, M/2) -> mask logits (F, mask_channels, M, M)."""
-        x = run_convs(x, self.convs, self.norms)
-        return self.predictor(F.relu(self.deconv(x), inplace=True))
+        return self.predictor(self.features(x))
+
+    def loss_of_rois(self, x: Tensor, rois: PackedRois, batch: Batch, masks: PackedMasks) -> Tensor:
+        """With the ground-truth class's logits alone, which are never stored."""
+        if self.softmax:
+            return super().loss_of_rois(x, rois, batch, masks)
+        x = self.features(x)
+        predictor = (x, self.predictor.weight, self.predictor.bias, rois.classes)
+        if self.target == "polygon":
+            loss = class_mask_loss(*predictor, self.targets(rois, batch, masks, x.shape[-1]), rois.valid)
+        else:
+            loss = class_mask_loss_from_bitmaps(
+                *predictor,
+                rois.valid,
+                rois.boxes,
+                rois.image,
+                rois.matched,
+                *masks,
+                image_sizes=batch.sizes,
+                image_shape=(batch.pixels.shape[-2], batch.pixels.shape[-1]),
+                sampling_ratio=self.target_sampling_ratio,
+                aligned=self.aligned,
+                bitmap=self.target == "bitmap",
+            )
+        return loss * self.loss_weight
+
+    def masks_of_rois(self, x: Tensor, classes: Tensor) -> Tensor:
+        """With the logits of the given classes alone."""
+        if self.softmax:
+            return super().masks_of_rois(x, classes)
+        x = self.features(x)
+        return class_mask_logits(x, self.predictor.weight, self.predictor.bias, classes).sigmoid()
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the predictor gets: (F, channels, M, M)."""
+        return F.relu(self.deconv(run_convs(x, self.convs, self.norms)), inplace=True)
 
 
 class MlpMaskHead(MaskHead):

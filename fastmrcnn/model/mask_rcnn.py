@@ -126,7 +126,7 @@ class MaskRCNN(nn.Module):
                 x = self.pooler(features, chosen.boxes, chosen.valid, self.mask_resolution, chosen.image)
             else:
                 x = pooled.flatten(0, 1).index_select(0, chosen.slot)
-            losses["loss_mask"] = self.mask_head.loss(self.mask_head(x), chosen, batch, targets.masks)
+            losses["loss_mask"] = self.mask_head.loss_of_rois(x, chosen, batch, targets.masks)
             losses["masks_dropped"] = losses["num_fg"] - chosen.valid.sum()
         if self.keypoint_head is not None:
             if targets.keypoints is None:
@@ -154,7 +154,7 @@ class MaskRCNN(nn.Module):
                 x = self.pooler(features, found.boxes, found.valid, self.mask_resolution)
             else:
                 x = self.box_features(features, found.boxes, found.valid)
-            masks = self.mask_head.of_class(self.mask_head(x.flatten(0, 1)), found.classes.flatten())
+            masks = self.mask_head.masks_of_rois(x.flatten(0, 1), found.classes.flatten())
             found = found._replace(masks=masks.unflatten(0, found.valid.shape))
         if self.keypoint_head is not None:
             x = self.pooler(features, found.boxes, found.valid, self.keypoint_resolution)

@@ -43,11 +43,12 @@ _PLACES = {
     "box_head.forward": "box head",
     "box_head.losses": "box losses",
     "mask_head.forward": "mask head",
-    "mask_head.loss": "mask loss",
+    "mask_head.features": "mask head",
+    "mask_head.loss_of_rois": "mask loss",
     "keypoint_head.forward": "keypoint head",
     "keypoint_head.loss": "keypoint loss",
 }
-PARTS = [*_PLACES.values(), OPTIMIZER, OTHER]
+PARTS = [*dict.fromkeys(_PLACES.values()), OPTIMIZER, OTHER]
 
 
 class Place(NamedTuple):
