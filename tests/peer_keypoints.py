@@ -10,6 +10,7 @@ every parameter's gradient, and the detections of eval mode.
 
 from __future__ import annotations
 
+import importlib
 import sys
 import zlib
 from typing import Any
@@ -63,7 +64,7 @@ def main(folder: str, output: str) -> None:
     from torchvision.ops.misc import FrozenBatchNorm2d
 
     sys.path.insert(0, folder)
-    from fill import fill
+    fill = importlib.import_module("fill").fill
 
     model = keypointrcnn_resnet50_fpn(weights=None, weights_backbone=None, **OPTIONS)
     freeze_norms(model, FrozenBatchNorm2d)

@@ -94,7 +94,8 @@ LOSSES = {
         name: name for name in ("loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask")
     },
 }
-CASES = [("torchvision", "bn", ""), ("torchvision", "frozen_bn", "frozen."), ("detectron2", "frozen_bn", "")]
+TRAINED = ("torchvision", "bn", "")
+CASES = [("torchvision", "frozen_bn", "frozen."), ("detectron2", "frozen_bn", "")]
 
 
 @pytest.fixture(params=["eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -108,8 +109,16 @@ def run(request: pytest.FixtureRequest) -> Iterator[Callable[[MaskRCNN], Any]]:
     torch._dynamo.reset()
 
 
+def test_losses_and_gradients_with_batch_statistics() -> None:
+    check_losses_and_gradients(*TRAINED, lambda model: model)
+
+
 @pytest.mark.parametrize(("peer", "norm", "prefix"), CASES)
 def test_losses_and_gradients(peer: str, norm: str, prefix: str, run: Callable[[MaskRCNN], Any]) -> None:
+    check_losses_and_gradients(peer, norm, prefix, run)
+
+
+def check_losses_and_gradients(peer: str, norm: str, prefix: str, run: Callable[[MaskRCNN], Any]) -> None:
     model, batch, data = build(peer, norm)
     model.train()
     keys = model.draw_keys(batch, torch.Generator().manual_seed(0))
