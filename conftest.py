@@ -1,4 +1,4 @@
-"""The whole suite runs on all cores, a file of tests at a time; anything less runs in one process."""
+"""The whole suite runs on all cores; anything less runs in one process."""
 
 from __future__ import annotations
 
