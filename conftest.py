@@ -6,21 +6,16 @@ import os
 
 import pytest
 
+DEFAULT = "not slow and not gpu"
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: processes and threads would compete
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
-    if not pluginmanager.hasplugin("xdist"):  # pyproject.toml gives these to every run
-        parser.addoption("--numprocesses", help="needs pytest-xdist")
-        parser.addoption("--dist", help="needs pytest-xdist")
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One process where tests were named, and where they use all cores or the GPU themselves."""
-    by_itself = config.args_source is not pytest.Config.ArgsSource.TESTPATHS
-    return 0 if by_itself or config.option.markexpr != DEFAULT else os.cpu_count() or 1
-
-
-DEFAULT = "not slow and not gpu"
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at its options
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    # Tests that were named, slow ones and benchmarks want the machine for themselves.
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and config.option.markexpr == DEFAULT
+    if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
+        config.option.numprocesses = os.cpu_count() or 1
+        config.option.dist = "worksteal"
