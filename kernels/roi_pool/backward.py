@@ -43,7 +43,10 @@ def launch(
         torch.empty((num_images, channels, *size), dtype=grad.dtype, device=grad.device, memory_format=form)
         for size in sizes
     ]
-    block_c = max(16, min(MOST_CHANNELS, triton.next_power_of_2(channels)))
+    # The weights of a tile are many registers: with these shares of them no target spills.
+    weighted = kind != "pool"
+    most = MOST_CHANNELS // 2 if weighted and not channels_last else MOST_CHANNELS
+    block_c = max(16, min(most, triton.next_power_of_2(channels)))
     tiles = [num_images * triton.cdiv(h, TILE) * triton.cdiv(w, TILE) for h, w in sizes]
     arguments = {
         "grad_ptr": grad,
@@ -63,7 +66,8 @@ def launch(
         "ROIS": ROIS,
         "BLOCK_C": block_c,
     }
-    return grads, Launch(_backward_kernel, (sum(tiles), triton.cdiv(channels, block_c)), arguments)
+    grid = (sum(tiles), triton.cdiv(channels, block_c))
+    return grads, Launch(_backward_kernel, grid, arguments, num_warps=8 if weighted and channels_last else 4)
 
 
 @triton.jit
