@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FOUND
 
+from conftest import FOUND
 from fastmrcnn import benchmark as command
 from fastmrcnn.config_file import load_config
 from fastmrcnn.prepare import RECIPES
