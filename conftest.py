@@ -7,13 +7,17 @@ import os
 import pytest
 
 DEFAULT = "not slow and not gpu"
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: processes and threads would compete
+if IS_WORKER:  # before torch is imported: processes and threads would compete
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at its options
 def pytest_cmdline_main(config: pytest.Config) -> None:
+    # A worker is started with the same command line: were it to share its tests out too, workers would never end.
+    if IS_WORKER:
+        return
     # Tests that were named, slow ones and benchmarks want the machine for themselves.
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and config.option.markexpr == DEFAULT
     if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
