@@ -301,7 +301,9 @@ def test_table_says_what_is_no_file_of_results(tmp_path: Path, capsys: pytest.Ca
 
 def run_bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "bench/", "--benchmark-only", "-q", *arguments]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    # Beside a worker of pytest-xdist, pytest-benchmark does not measure.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
     return subprocess.run(command, cwd=BENCH.parent, env=environment, capture_output=True, text=True)
 
 
