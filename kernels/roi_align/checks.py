@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,13 +26,16 @@ def pooling(
     aligned: bool,
     canonical_size: float,
     canonical_level: int,
-    k_min: int,
+    k_min: int | None,
 ) -> Pooling:
+    """`k_min` None: that of the first map's scale."""
     scales = [float(scale) for scale in spatial_scales]
     if not all(scale > 0 and math.isfinite(scale) for scale in scales):
         raise ValueError(f"spatial scales must be positive, got {spatial_scales}")
     if not canonical_size > 0:
         raise ValueError(f"canonical_size must be positive, got {canonical_size}")
+    if k_min is None:
+        k_min = round(-math.log2(scales[0]))
     return Pooling(
         pair(output_size),
         scales,
@@ -41,6 +45,76 @@ def pooling(
         int(canonical_level),
         int(k_min),
     )
+
+
+class Inputs(NamedTuple):
+    """Maps and boxes in one form, checked. Boxes and their images get no gradient."""
+
+    features: list[Tensor]  # of each level, (N, C, Hl, Wl)
+    boxes: Tensor  # (R, 4)
+    batch_index: Tensor | None  # (R,); None: each image has R / N boxes in turn
+    valid: Tensor | None  # (R,) bool
+
+
+def check_single(input: Tensor, boxes: Tensor | Sequence[Tensor]) -> Inputs:
+    """Boxes of one map in the two forms of torchvision's operators: (R, 5), or a (Ri, 4) per image."""
+    check_features([input], "input")
+    if isinstance(boxes, Tensor):
+        if boxes.ndim != 2 or boxes.shape[1] != 5:
+            raise ValueError(f"boxes must be (R, 5) or a list of (Ri, 4), got {tuple(boxes.shape)}")
+        batch_index, xyxy = boxes[:, 0], boxes[:, 1:]
+    else:
+        xyxy, batch_index = pack(boxes, input.shape[0])
+    check_boxes(xyxy, input)
+    check_images(batch_index, None, input.shape[0])
+    return Inputs([input], xyxy.detach(), batch_index.detach(), None)
+
+
+def check_pyramid(
+    features: Sequence[Tensor],
+    boxes: Tensor,
+    spatial_scales: Sequence[float],
+    valid: Tensor | None,
+    batch_index: Tensor | None,
+) -> Inputs:
+    """Boxes of a pyramid: (N, S, 4), or (R, 4) with `batch_index`."""
+    features = list(features)
+    check_features(features, "features")
+    if len(spatial_scales) != len(features):
+        raise ValueError(
+            f"spatial_scales must have one number per level, got {len(spatial_scales)} for {len(features)}"
+        )
+    num_images = features[0].shape[0]
+    packed = batch_index is not None
+    if boxes.ndim != (2 if packed else 3) or boxes.shape[-1] != 4:
+        wanted = "(R, 4), with batch_index," if packed else "(N, S, 4),"
+        raise ValueError(f"boxes must be {wanted} got {tuple(boxes.shape)}")
+    slots = tuple(boxes.shape[:-1])
+    if not packed and slots[0] != num_images:
+        raise ValueError(f"boxes are of {slots[0]} images, features of {num_images}")
+    check_boxes(boxes, features[0])
+    for name, tensor in (("valid", valid), ("batch_index", batch_index)):
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != slots:
+            raise ValueError(
+                f"{name} must be {slots} for boxes {tuple(boxes.shape)}, got {tuple(tensor.shape)}"
+            )
+        if tensor.device != boxes.device:
+            raise ValueError(f"{name} must be on {boxes.device} as boxes are, got {tensor.device}")
+    if valid is not None:
+        if valid.dtype != torch.bool:
+            raise ValueError(f"valid must be bool, got {valid.dtype}")
+        valid = valid.reshape(-1)
+    if batch_index is not None:
+        batch_index = batch_index.detach()
+        check_images(batch_index, valid, num_images)
+    return Inputs(features, boxes.detach().reshape(-1, 4), batch_index, valid)
+
+
+def by_image(pooled: Tensor, boxes: Tensor, batch_index: Tensor | None) -> Tensor:
+    """(R, ...) as the boxes of `check_pyramid` came: (N, S, ...), or as it is with `batch_index`."""
+    return pooled.unflatten(0, boxes.shape[:-1]) if batch_index is None else pooled
 
 
 def pack(boxes: Sequence[Tensor], num_images: int) -> tuple[Tensor, Tensor]:

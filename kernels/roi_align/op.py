@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._library import NAMESPACE, runs_triton
 from . import reference
-from .checks import check_boxes, check_features, check_images, pack, pair, pooling
+from .checks import Inputs, by_image, check_features, check_pyramid, check_single, pack, pair, pooling
 from .rois import Pooling, is_channels_last, memory_format
 
 
@@ -45,17 +45,9 @@ def roi_align(
         ValueError: a shape, dtype, device or number is not as above; for CPU tensors outside of
             torch.compile, also an image index out of range, which elsewhere gives zeros.
     """
-    check_features([input], "input")
-    if isinstance(boxes, Tensor):
-        if boxes.ndim != 2 or boxes.shape[1] != 5:
-            raise ValueError(f"boxes must be (R, 5) or a list of (Ri, 4), got {tuple(boxes.shape)}")
-        batch_index, xyxy = boxes[:, 0], boxes[:, 1:]
-    else:
-        xyxy, batch_index = pack(boxes, input.shape[0])
-    check_boxes(xyxy, input)
-    check_images(batch_index, None, input.shape[0])
+    inputs = check_single(input, boxes)
     how = pooling(output_size, [spatial_scale], sampling_ratio, aligned, 224.0, 4, 0)
-    return _call([input], xyxy, batch_index, None, how)
+    return _call(inputs, how)
 
 
 def multilevel_roi_align(
@@ -98,41 +90,11 @@ def multilevel_roi_align(
     Raises:
         ValueError: as `roi_align`.
     """
-    features = list(features)
-    check_features(features, "features")
-    if len(spatial_scales) != len(features):
-        raise ValueError(
-            f"spatial_scales must have one number per level, got {len(spatial_scales)} for {len(features)}"
-        )
-    num_images = features[0].shape[0]
-    packed = batch_index is not None
-    if boxes.ndim != (2 if packed else 3) or boxes.shape[-1] != 4:
-        wanted = "(R, 4), with batch_index," if packed else "(N, S, 4)"
-        raise ValueError(f"boxes must be {wanted} got {tuple(boxes.shape)}")
-    slots = tuple(boxes.shape[:-1])
-    if not packed and slots[0] != num_images:
-        raise ValueError(f"boxes are of {slots[0]} images, features of {num_images}")
-    check_boxes(boxes, features[0])
-    for name, tensor in (("valid", valid), ("batch_index", batch_index)):
-        if tensor is not None and tuple(tensor.shape) != slots:
-            raise ValueError(
-                f"{name} must be {slots} for boxes {tuple(boxes.shape)}, got {tuple(tensor.shape)}"
-            )
-        if tensor is not None and tensor.device != boxes.device:
-            raise ValueError(f"{name} must be on {boxes.device} as boxes are, got {tensor.device}")
-    if valid is not None:
-        if valid.dtype != torch.bool:
-            raise ValueError(f"valid must be bool, got {valid.dtype}")
-        valid = valid.reshape(-1)
-    if batch_index is not None:
-        check_images(batch_index, valid, num_images)
-    if k_min is None:
-        k_min = round(-math.log2(spatial_scales[0])) if spatial_scales[0] > 0 else 0
+    inputs = check_pyramid(features, boxes, spatial_scales, valid, batch_index)
     how = pooling(
         output_size, spatial_scales, sampling_ratio, aligned, canonical_size, canonical_level, k_min
     )
-    pooled = _call(features, boxes.reshape(-1, 4), batch_index, valid, how)
-    return pooled if packed else pooled.unflatten(0, slots)
+    return by_image(_call(inputs, how), boxes, batch_index)
 
 
 class MultiScaleRoIAlign(nn.Module):
@@ -200,11 +162,8 @@ class MultiScaleRoIAlign(nn.Module):
         )
 
 
-def _call(
-    features: list[Tensor], boxes: Tensor, batch_index: Tensor | None, valid: Tensor | None, how: Pooling
-) -> Tensor:
-    batch_index = None if batch_index is None else batch_index.detach()
-    return _roi_align(features, boxes.detach(), batch_index, valid, list(how.output_size), *how[1:])
+def _call(inputs: Inputs, how: Pooling) -> Tensor:
+    return _roi_align(*inputs, list(how.output_size), *how[1:])
 
 
 @torch.library.custom_op(f"{NAMESPACE}::roi_align", mutates_args=())

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..level_assign.op import assign_levels
-from ..roi_align.checks import check_boxes, check_features, check_images, pack, pooling
+from ..roi_align.checks import by_image, check_pyramid, check_single, pooling
 from ..roi_align.op import multilevel_roi_align
 from .points import quantise
 from .registration import largest
@@ -42,17 +40,9 @@ def roi_pool(
         ValueError: a shape, dtype, device or number is not as above; for CPU tensors outside of
             torch.compile, also an image index out of range, which elsewhere gives zeros.
     """
-    check_features([input], "input")
-    if isinstance(boxes, Tensor):
-        if boxes.ndim != 2 or boxes.shape[1] != 5:
-            raise ValueError(f"boxes must be (R, 5) or a list of (Ri, 4), got {tuple(boxes.shape)}")
-        batch_index, xyxy = boxes[:, 0], boxes[:, 1:]
-    else:
-        xyxy, batch_index = pack(boxes, input.shape[0])
-    check_boxes(xyxy, input)
-    check_images(batch_index, None, input.shape[0])
+    inputs = check_single(input, boxes)
     how = pooling(output_size, [spatial_scale], 0, False, 224.0, 4, 0)
-    return largest([input], xyxy, batch_index, None, "pool", how)
+    return largest(inputs, "pool", how)
 
 
 def multilevel_roi_pool(
@@ -90,17 +80,9 @@ def multilevel_roi_pool(
     Raises:
         ValueError: as `roi_pool`.
     """
-    pyramid = _check(features, boxes, spatial_scales, valid, batch_index)
-    how = pooling(
-        output_size,
-        spatial_scales,
-        0,
-        False,
-        canonical_size,
-        canonical_level,
-        _finest(spatial_scales, k_min),
-    )
-    return pyramid.shaped(largest(*pyramid.flat, "pool", how))
+    inputs = check_pyramid(features, boxes, spatial_scales, valid, batch_index)
+    how = pooling(output_size, spatial_scales, 0, False, canonical_size, canonical_level, k_min)
+    return by_image(largest(inputs, "pool", how), boxes, batch_index)
 
 
 def multilevel_roi_align_max(
@@ -136,17 +118,11 @@ def multilevel_roi_align_max(
     Raises:
         ValueError: as `roi_pool`.
     """
-    pyramid = _check(features, boxes, spatial_scales, valid, batch_index)
+    inputs = check_pyramid(features, boxes, spatial_scales, valid, batch_index)
     how = pooling(
-        output_size,
-        spatial_scales,
-        sampling_ratio,
-        aligned,
-        canonical_size,
-        canonical_level,
-        _finest(spatial_scales, k_min),
+        output_size, spatial_scales, sampling_ratio, aligned, canonical_size, canonical_level, k_min
     )
-    return pyramid.shaped(largest(*pyramid.flat, "align", how))
+    return by_image(largest(inputs, "align", how), boxes, batch_index)
 
 
 def multilevel_roi_warp(
@@ -184,22 +160,21 @@ def multilevel_roi_warp(
     """
     if mode not in ("avg", "max"):
         raise ValueError(f"mode must be 'avg' or 'max', got {mode!r}")
-    pyramid = _check(features, boxes, spatial_scales, valid, batch_index)
-    finest = _finest(spatial_scales, k_min)
-    how = pooling(output_size, spatial_scales, sampling_ratio, True, canonical_size, canonical_level, finest)
+    inputs = check_pyramid(features, boxes, spatial_scales, valid, batch_index)
+    how = pooling(output_size, spatial_scales, sampling_ratio, True, canonical_size, canonical_level, k_min)
     if mode == "max":
-        return pyramid.shaped(largest(*pyramid.flat, "warp", how))
+        return by_image(largest(inputs, "warp", how), boxes, batch_index)
     # Levels follow from boxes before they are rounded, so each level gets a call with the boxes that it has.
     boxes = boxes.detach().to(torch.promote_types(boxes.dtype, torch.float32))
     levels = assign_levels(
         boxes,
-        k_min=finest,
-        k_max=finest + len(how.spatial_scales) - 1,
+        k_min=how.k_min,
+        k_max=how.k_min + len(how.spatial_scales) - 1,
         canonical_size=how.canonical_size,
         canonical_level=how.canonical_level,
     )
     pooled: list[Tensor] = []
-    for level, (feature, scale) in enumerate(zip(pyramid.features, how.spatial_scales, strict=True)):
+    for level, (feature, scale) in enumerate(zip(inputs.features, how.spatial_scales, strict=True)):
         here = (levels == level) & boxes.isfinite().all(dim=-1)  # rounding would make some infinite sides 1
         first, sides = quantise(boxes * scale)
         part = multilevel_roi_align(
@@ -214,60 +189,3 @@ def multilevel_roi_warp(
         )
         pooled = [pooled[0] + part] if pooled else [part]
     return pooled[0]
-
-
-class _Pyramid(NamedTuple):
-    features: list[Tensor]
-    boxes: Tensor
-    batch_index: Tensor | None
-    valid: Tensor | None
-
-    @property
-    def flat(self) -> tuple[list[Tensor], Tensor, Tensor | None, Tensor | None]:
-        """With boxes (R, 4) and valid (R,)."""
-        valid = None if self.valid is None else self.valid.reshape(-1)
-        return self.features, self.boxes.reshape(-1, 4), self.batch_index, valid
-
-    def shaped(self, pooled: Tensor) -> Tensor:
-        return pooled.unflatten(0, self.boxes.shape[:-1]) if self.batch_index is None else pooled
-
-
-def _check(
-    features: Sequence[Tensor],
-    boxes: Tensor,
-    spatial_scales: Sequence[float],
-    valid: Tensor | None,
-    batch_index: Tensor | None,
-) -> _Pyramid:
-    features = list(features)
-    check_features(features, "features")
-    if len(spatial_scales) != len(features):
-        raise ValueError(
-            f"spatial_scales must have one number per level, got {len(spatial_scales)} for {len(features)}"
-        )
-    num_images = features[0].shape[0]
-    packed = batch_index is not None
-    if boxes.ndim != (2 if packed else 3) or boxes.shape[-1] != 4:
-        wanted = "(R, 4), with batch_index," if packed else "(N, S, 4)"
-        raise ValueError(f"boxes must be {wanted} got {tuple(boxes.shape)}")
-    if not packed and boxes.shape[0] != num_images:
-        raise ValueError(f"boxes are of {boxes.shape[0]} images, features of {num_images}")
-    check_boxes(boxes, features[0])
-    slots = tuple(boxes.shape[:-1])
-    for name, tensor in (("valid", valid), ("batch_index", batch_index)):
-        if tensor is not None and (tuple(tensor.shape) != slots or tensor.device != boxes.device):
-            raise ValueError(
-                f"{name} must be {slots} on {boxes.device} for boxes {tuple(boxes.shape)}, "
-                f"got {tuple(tensor.shape)} on {tensor.device}"
-            )
-    if valid is not None and valid.dtype != torch.bool:
-        raise ValueError(f"valid must be bool, got {valid.dtype}")
-    if batch_index is not None:
-        check_images(batch_index, valid, num_images)
-    return _Pyramid(features, boxes, batch_index, valid)
-
-
-def _finest(spatial_scales: Sequence[float], k_min: int | None) -> int:
-    if k_min is not None:
-        return k_min
-    return round(-math.log2(spatial_scales[0])) if spatial_scales[0] > 0 else 0

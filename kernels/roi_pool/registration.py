@@ -9,28 +9,20 @@ import torch
 from torch import Tensor
 
 from .._library import NAMESPACE, runs_triton
-from ..roi_align.checks import pair
+from ..roi_align.checks import Inputs, pair
 from ..roi_align.rois import Pooling, is_channels_last, memory_format
 from . import reference
 from .points import MOST_SAMPLES
 
 
-def largest(
-    features: list[Tensor],
-    boxes: Tensor,
-    batch_index: Tensor | None,
-    valid: Tensor | None,
-    kind: str,
-    how: Pooling,
-) -> Tensor:
-    """(R, C, oh, ow) of boxes (R, 4): see `reference.multilevel_roi_max`."""
-    for feature in features:
+def largest(inputs: Inputs, kind: str, how: Pooling) -> Tensor:
+    """(R, C, oh, ow): see `reference.multilevel_roi_max`."""
+    for feature in inputs.features:
         if max(feature.shape[2:]) > MOST_SAMPLES:
             raise ValueError(f"maps must be at most {MOST_SAMPLES} pixels wide, got {tuple(feature.shape)}")
     if how.sampling_ratio > MOST_SAMPLES:
         raise ValueError(f"sampling_ratio must be at most {MOST_SAMPLES}, got {how.sampling_ratio}")
-    batch_index = None if batch_index is None else batch_index.detach()
-    out, _ = _roi_max(features, boxes.detach(), batch_index, valid, kind, list(how.output_size), *how[1:])
+    out, _ = _roi_max(*inputs, kind, list(how.output_size), *how[1:])
     return out
 
 
