@@ -20,7 +20,7 @@ from .launch import (
     parts_of,
     product_arguments,
 )
-from .rois import Pooling, memory_format
+from .rois import Pooling, empty_maps
 
 ITEMS_PER_WORD = 32
 
@@ -37,11 +37,7 @@ def launches(
     target: Target | None = None,
 ) -> tuple[list[Tensor], list[Launch]]:
     rois, channels = grad.shape[:2]
-    form = memory_format(channels_last)
-    grads = [
-        torch.empty((num_images, channels, *size), dtype=grad.dtype, device=grad.device, memory_format=form)
-        for size in sizes
-    ]
+    grads = empty_maps(grad, num_images, sizes, channels_last)
     vectors = channels_last and grad.stride(1) == 1
     config = configure(grad.dtype, channels, vectors, target or target_of(grad.device))
     tiles = [num_images * triton.cdiv(h, TILE) * triton.cdiv(w, TILE) for h, w in sizes]

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,7 +21,7 @@ from .launch import (
     parts_of,
     product_arguments,
 )
-from .rois import Pooling, is_channels_last, memory_format
+from .rois import Pooling, empty_pooled
 
 STAGES = 3  # of the loop over tiles: what is loaded while the product of a tile runs
 
@@ -38,13 +37,7 @@ def launch(
     first = features[0]
     images, channels = first.shape[:2]
     rois = boxes.shape[0]
-    oh, ow = how.output_size
-    out = torch.empty(
-        (rois, channels, oh, ow),
-        dtype=first.dtype,
-        device=first.device,
-        memory_format=memory_format(is_channels_last(first)),
-    )
+    out = empty_pooled(features, rois, how.output_size)
     layout = layout_of(features)
     vectors, target = layout == "channels_last", target or target_of(first.device)
     config = configure(first.dtype, channels, vectors, target)

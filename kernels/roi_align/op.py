@@ -11,8 +11,17 @@ from torch import Tensor, nn
 
 from .._library import NAMESPACE, runs_triton
 from . import reference
-from .checks import Inputs, by_image, check_features, check_pyramid, check_single, pack, pair, pooling
-from .rois import Pooling, is_channels_last, memory_format
+from .checks import by_image, check_features, check_pyramid, check_single, pack, pair, pooling
+from .rois import (
+    MAPS_SCHEMA,
+    POOLING_SCHEMA,
+    Maps,
+    Pooling,
+    empty_maps,
+    empty_pooled,
+    is_channels_last,
+    memory_format,
+)
 
 
 def roi_align(
@@ -47,7 +56,7 @@ def roi_align(
     """
     inputs = check_single(input, boxes)
     how = pooling(output_size, [spatial_scale], sampling_ratio, aligned, 224.0, 4, 0)
-    return _call(inputs, how)
+    return _roi_align(*inputs, *how.arguments)
 
 
 def multilevel_roi_align(
@@ -94,7 +103,7 @@ def multilevel_roi_align(
     how = pooling(
         output_size, spatial_scales, sampling_ratio, aligned, canonical_size, canonical_level, k_min
     )
-    return by_image(_call(inputs, how), boxes, batch_index)
+    return by_image(_roi_align(*inputs, *how.arguments), boxes, batch_index)
 
 
 class MultiScaleRoIAlign(nn.Module):
@@ -162,33 +171,20 @@ class MultiScaleRoIAlign(nn.Module):
         )
 
 
-def _call(inputs: Inputs, how: Pooling) -> Tensor:
-    return _roi_align(*inputs, list(how.output_size), *how[1:])
-
-
-@torch.library.custom_op(f"{NAMESPACE}::roi_align", mutates_args=())
+@torch.library.custom_op(
+    f"{NAMESPACE}::roi_align",
+    mutates_args=(),
+    schema="(Tensor[] features, Tensor boxes, Tensor? batch_index, Tensor? valid, "
+    f"{POOLING_SCHEMA}) -> Tensor",
+)
 def _roi_align(
     features: Sequence[Tensor],
     boxes: Tensor,
     batch_index: Tensor | None,
     valid: Tensor | None,
-    output_size: Sequence[int],
-    spatial_scales: Sequence[float],
-    sampling_ratio: int,
-    aligned: bool,
-    canonical_size: float,
-    canonical_level: int,
-    k_min: int,
+    *arguments: Any,
 ) -> Tensor:
-    how = Pooling(
-        pair(output_size),
-        list(spatial_scales),
-        sampling_ratio,
-        aligned,
-        canonical_size,
-        canonical_level,
-        k_min,
-    )
+    how = Pooling.of(arguments)
     if runs_triton(boxes):
         from . import kernel
 
@@ -206,85 +202,40 @@ def _(
     output_size: Sequence[int],
     *how: Any,
 ) -> Tensor:
-    shape = (boxes.shape[0], features[0].shape[1], *output_size)
-    return torch.empty(
-        shape,
-        dtype=features[0].dtype,
-        device=features[0].device,
-        memory_format=memory_format(is_channels_last(features[0])),
-    )
+    return empty_pooled(features, boxes.shape[0], output_size)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::roi_align_backward", mutates_args=())
+@torch.library.custom_op(
+    f"{NAMESPACE}::roi_align_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor boxes, Tensor? batch_index, Tensor? valid, "
+    f"{MAPS_SCHEMA}, {POOLING_SCHEMA}) -> Tensor[]",
+)
 def _roi_align_backward(
-    grad: Tensor,
-    boxes: Tensor,
-    batch_index: Tensor | None,
-    valid: Tensor | None,
-    num_images: int,
-    heights: Sequence[int],
-    widths: Sequence[int],
-    channels_last: bool,
-    output_size: Sequence[int],
-    spatial_scales: Sequence[float],
-    sampling_ratio: int,
-    aligned: bool,
-    canonical_size: float,
-    canonical_level: int,
-    k_min: int,
+    grad: Tensor, boxes: Tensor, batch_index: Tensor | None, valid: Tensor | None, *arguments: Any
 ) -> list[Tensor]:
-    how = Pooling(
-        pair(output_size),
-        list(spatial_scales),
-        sampling_ratio,
-        aligned,
-        canonical_size,
-        canonical_level,
-        k_min,
-    )
-    sizes = list(zip(heights, widths, strict=True))
+    maps, how = Maps(*arguments[:4]), Pooling.of(arguments[4:])
+    where = (boxes, batch_index, valid, maps.num_images, maps.sizes)
     if runs_triton(boxes):
         from . import kernel
 
-        return kernel.multilevel_roi_align_backward(
-            grad, boxes, batch_index, valid, num_images, sizes, channels_last, how
-        )
-    grads = reference.multilevel_roi_align_backward(grad, boxes, batch_index, valid, num_images, sizes, how)
-    return [part.clone(memory_format=memory_format(channels_last)) for part in grads]
+        return kernel.multilevel_roi_align_backward(grad, *where, maps.channels_last, how)
+    grads = reference.multilevel_roi_align_backward(grad, *where, how)
+    return [part.clone(memory_format=memory_format(maps.channels_last)) for part in grads]
 
 
 @_roi_align_backward.register_fake
 def _(
-    grad: Tensor,
-    boxes: Tensor,
-    batch_index: Tensor | None,
-    valid: Tensor | None,
-    num_images: int,
-    heights: Sequence[int],
-    widths: Sequence[int],
-    channels_last: bool,
-    *how: Any,
+    grad: Tensor, boxes: Tensor, batch_index: Tensor | None, valid: Tensor | None, *arguments: Any
 ) -> list[Tensor]:
-    return [
-        torch.empty(
-            (num_images, grad.shape[1], height, width),
-            dtype=grad.dtype,
-            device=grad.device,
-            memory_format=memory_format(channels_last),
-        )
-        for height, width in zip(heights, widths, strict=True)
-    ]
+    maps = Maps(*arguments[:4])
+    return empty_maps(grad, maps.num_images, maps.sizes, maps.channels_last)
 
 
 def _forward_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     features, boxes, batch_index, valid, *how = inputs
     ctx.save_for_backward(boxes, batch_index, valid)
-    ctx.maps = (
-        features[0].shape[0],
-        [f.shape[2] for f in features],
-        [f.shape[3] for f in features],
-        is_channels_last(features[0]),
-    )
+    ctx.maps = Maps.of(features)
     ctx.how = how
 
 

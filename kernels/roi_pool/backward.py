@@ -8,7 +8,6 @@ atomics, and the same bits in every run.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 from .._spec import Launch
 from ..roi_align.geometry import level_of, load_boxes, scale_of, select
 from ..roi_align.launch import box_arguments
-from ..roi_align.rois import Pooling, memory_format
+from ..roi_align.rois import Pooling, empty_maps
 from .forward import geometry
 from .geometry import bins_of_tile, onto_map, place, reach, sample_at
 
@@ -38,11 +37,7 @@ def launch(
     how: Pooling,
 ) -> tuple[list[Tensor], Launch]:
     rois, channels = grad.shape[:2]
-    form = memory_format(channels_last)
-    grads = [
-        torch.empty((num_images, channels, *size), dtype=grad.dtype, device=grad.device, memory_format=form)
-        for size in sizes
-    ]
+    grads = empty_maps(grad, num_images, sizes, channels_last)
     # The weights of a tile are many registers: with these shares of them no target spills.
     weighted = kind != "pool"
     most = MOST_CHANNELS // 2 if weighted and not channels_last else MOST_CHANNELS

@@ -15,7 +15,7 @@ from .._spec import Launch, Target, target_of
 from ..level_assign.reference import first_threshold
 from ..roi_align.geometry import level_of, load_boxes, scale_of, select
 from ..roi_align.launch import box_arguments, layout_of
-from ..roi_align.rois import Pooling, is_channels_last, memory_format
+from ..roi_align.rois import Pooling, empty_pooled
 from .geometry import on_map, onto_map, place, sample_at, window
 from .points import MOST_SAMPLES
 
@@ -35,11 +35,8 @@ def launch(
     images, channels = first.shape[:2]
     rois = boxes.shape[0]
     oh, ow = how.output_size
-    form = memory_format(is_channels_last(first))
-    out, winner = (
-        torch.empty((rois, channels, oh, ow), dtype=dtype, device=first.device, memory_format=form)
-        for dtype in (first.dtype, torch.int32)
-    )
+    out = empty_pooled(features, rois, how.output_size)
+    winner = empty_pooled(features, rois, how.output_size, torch.int32)
     layout = layout_of(features)
     # Eight channels a thread, where they are one load; fewer where they take more registers.
     most_channels = 128 if layout == "channels_last" and first.element_size() == 2 else 64

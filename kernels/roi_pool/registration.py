@@ -9,8 +9,17 @@ import torch
 from torch import Tensor
 
 from .._library import NAMESPACE, runs_triton
-from ..roi_align.checks import Inputs, pair
-from ..roi_align.rois import Pooling, is_channels_last, memory_format
+from ..roi_align.checks import Inputs
+from ..roi_align.rois import (
+    MAPS_SCHEMA,
+    POOLING_SCHEMA,
+    Maps,
+    Pooling,
+    empty_maps,
+    empty_pooled,
+    is_channels_last,
+    memory_format,
+)
 from . import reference
 from .points import MOST_SAMPLES
 
@@ -22,34 +31,25 @@ def largest(inputs: Inputs, kind: str, how: Pooling) -> Tensor:
             raise ValueError(f"maps must be at most {MOST_SAMPLES} pixels wide, got {tuple(feature.shape)}")
     if how.sampling_ratio > MOST_SAMPLES:
         raise ValueError(f"sampling_ratio must be at most {MOST_SAMPLES}, got {how.sampling_ratio}")
-    out, _ = _roi_max(*inputs, kind, list(how.output_size), *how[1:])
+    out, _ = _roi_max(*inputs, kind, *how.arguments)
     return out
 
 
-@torch.library.custom_op(f"{NAMESPACE}::roi_max", mutates_args=())
+@torch.library.custom_op(
+    f"{NAMESPACE}::roi_max",
+    mutates_args=(),
+    schema="(Tensor[] features, Tensor boxes, Tensor? batch_index, Tensor? valid, str kind, "
+    f"{POOLING_SCHEMA}) -> (Tensor, Tensor)",
+)
 def _roi_max(
     features: Sequence[Tensor],
     boxes: Tensor,
     batch_index: Tensor | None,
     valid: Tensor | None,
     kind: str,
-    output_size: Sequence[int],
-    spatial_scales: Sequence[float],
-    sampling_ratio: int,
-    aligned: bool,
-    canonical_size: float,
-    canonical_level: int,
-    k_min: int,
+    *arguments: Any,
 ) -> tuple[Tensor, Tensor]:
-    how = Pooling(
-        pair(output_size),
-        list(spatial_scales),
-        sampling_ratio,
-        aligned,
-        canonical_size,
-        canonical_level,
-        k_min,
-    )
+    how = Pooling.of(arguments)
     if runs_triton(boxes):
         from . import kernel
 
@@ -69,56 +69,44 @@ def _(
     output_size: Sequence[int],
     *how: Any,
 ) -> tuple[Tensor, Tensor]:
-    first = features[0]
-    shape = (boxes.shape[0], first.shape[1], *output_size)
-    form = memory_format(is_channels_last(first))
-    out, winner = (
-        torch.empty(shape, dtype=dtype, device=first.device, memory_format=form)
-        for dtype in (first.dtype, torch.int32)
-    )
-    return out, winner
+    rois = boxes.shape[0]
+    return empty_pooled(features, rois, output_size), empty_pooled(features, rois, output_size, torch.int32)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::roi_max_backward", mutates_args=())
+@torch.library.custom_op(
+    f"{NAMESPACE}::roi_max_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor winner, Tensor boxes, Tensor? batch_index, Tensor? valid, "
+    f"{MAPS_SCHEMA}, str kind, {POOLING_SCHEMA}) -> Tensor[]",
+)
 def _roi_max_backward(
     grad: Tensor,
     winner: Tensor,
     boxes: Tensor,
     batch_index: Tensor | None,
     valid: Tensor | None,
-    num_images: int,
-    heights: Sequence[int],
-    widths: Sequence[int],
-    channels_last: bool,
-    kind: str,
-    output_size: Sequence[int],
-    spatial_scales: Sequence[float],
-    sampling_ratio: int,
-    aligned: bool,
-    canonical_size: float,
-    canonical_level: int,
-    k_min: int,
+    *arguments: Any,
 ) -> list[Tensor]:
-    how = Pooling(
-        pair(output_size),
-        list(spatial_scales),
-        sampling_ratio,
-        aligned,
-        canonical_size,
-        canonical_level,
-        k_min,
-    )
-    sizes = list(zip(heights, widths, strict=True))
+    maps, kind, how = Maps(*arguments[:4]), arguments[4], Pooling.of(arguments[5:])
     if runs_triton(boxes):
         from . import kernel
 
         return kernel.multilevel_roi_max_backward(
-            grad, winner, boxes, batch_index, valid, num_images, sizes, channels_last, kind, how
+            grad,
+            winner,
+            boxes,
+            batch_index,
+            valid,
+            maps.num_images,
+            maps.sizes,
+            maps.channels_last,
+            kind,
+            how,
         )
     grads = reference.multilevel_roi_max_backward(
-        grad, winner, boxes, batch_index, num_images, sizes, kind, how
+        grad, winner, boxes, batch_index, maps.num_images, maps.sizes, kind, how
     )
-    return [part.clone(memory_format=memory_format(channels_last)) for part in grads]
+    return [part.clone(memory_format=memory_format(maps.channels_last)) for part in grads]
 
 
 @_roi_max_backward.register_fake
@@ -128,32 +116,16 @@ def _(
     boxes: Tensor,
     batch_index: Tensor | None,
     valid: Tensor | None,
-    num_images: int,
-    heights: Sequence[int],
-    widths: Sequence[int],
-    channels_last: bool,
-    *how: Any,
+    *arguments: Any,
 ) -> list[Tensor]:
-    return [
-        torch.empty(
-            (num_images, grad.shape[1], height, width),
-            dtype=grad.dtype,
-            device=grad.device,
-            memory_format=memory_format(channels_last),
-        )
-        for height, width in zip(heights, widths, strict=True)
-    ]
+    maps = Maps(*arguments[:4])
+    return empty_maps(grad, maps.num_images, maps.sizes, maps.channels_last)
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     features, boxes, batch_index, valid, *how = inputs
     ctx.save_for_backward(output[1], boxes, batch_index, valid)
-    ctx.maps = (
-        features[0].shape[0],
-        [f.shape[2] for f in features],
-        [f.shape[3] for f in features],
-        is_channels_last(features[0]),
-    )
+    ctx.maps = Maps.of(features)
     ctx.how = how
 
 
