@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from fastmrcnn.conversion.files import read_tensors, read_weights
 from fastmrcnn.errors import UserError
-from fastmrcnn.model.backbone import ResNet, make_norm
+from fastmrcnn.model.backbone import ResNet
+from fastmrcnn.model.norms import make_norm
 from fastmrcnn.weights import architecture, copy_state, load_backbone
 
 

@@ -2,60 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Norm = Callable[[int], nn.Module]
-
-
-class FrozenBatchNorm2d(nn.Module):
-    """Batch normalisation with fixed statistics and a fixed affine map: buffers, no parameters."""
-
-    def __init__(self, channels: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.eps = eps
-        self.register_buffer("weight", torch.ones(channels))
-        self.register_buffer("bias", torch.zeros(channels))
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels))
-
-    weight: Tensor
-    bias: Tensor
-    running_mean: Tensor
-    running_var: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        shift = self.bias - self.running_mean * scale
-        # Cast the four small vectors, not the map: a float32 scale would widen a bf16 map.
-        return torch.addcmul(shift.to(x.dtype)[:, None, None], x, scale.to(x.dtype)[:, None, None])
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.numel()}, eps={self.eps}"
-
-
-def make_norm(name: str, eps: float = 1e-5) -> Norm:
-    """Constructor of a normalisation layer: frozen_bn | bn | sync_bn | gn."""
-    makers: dict[str, Norm] = {
-        "frozen_bn": lambda channels: FrozenBatchNorm2d(channels, eps),
-        "bn": lambda channels: nn.BatchNorm2d(channels, eps),
-        "sync_bn": lambda channels: nn.SyncBatchNorm(channels, eps),
-        "gn": lambda channels: nn.GroupNorm(_groups(channels), channels, eps),
-    }
-    if name not in makers:
-        raise ValueError(f"norm must be one of {', '.join(makers)}, got {name}")
-    return makers[name]
-
-
-def _groups(channels: int) -> int:
-    """32 groups (arXiv 1803.08494), or fewer where that leaves under 4 channels in a group."""
-    groups = min(32, max(1, channels // 4))
-    while channels % groups:
-        groups -= 1
-    return groups
+from fastmrcnn.model.convs import Conv2d
+from fastmrcnn.model.norms import Norm
 
 
 class BasicBlock(nn.Module):
@@ -63,16 +14,15 @@ class BasicBlock(nn.Module):
 
     def __init__(self, inputs: int, planes: int, stride: int, norm: Norm, **_: object) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inputs, planes, 3, stride, padding=1, bias=False)
+        self.conv1 = Conv2d(inputs, planes, 3, stride, padding=1, bias=False)
         self.bn1 = norm(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.conv2 = Conv2d(planes, planes, 3, padding=1, bias=False)
         self.bn2 = norm(planes)
         self.downsample = _shortcut(inputs, planes, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = self.bn2(self.conv2(y))
-        return F.relu(y + (x if self.downsample is None else self.downsample(x)), inplace=True)
+        y = self.conv1(x, self.bn1, relu=True)
+        return self.conv2(y, self.bn2, residual=_residual(x, self.downsample), relu=True)
 
 
 class Bottleneck(nn.Module):
@@ -93,25 +43,28 @@ class Bottleneck(nn.Module):
         width = planes * width_per_group // 64 * groups
         outputs = planes * self.expansion
         first, second = (stride, 1) if stride_in_1x1 else (1, stride)
-        self.conv1 = nn.Conv2d(inputs, width, 1, first, bias=False)
+        self.conv1 = Conv2d(inputs, width, 1, first, bias=False)
         self.bn1 = norm(width)
-        self.conv2 = nn.Conv2d(width, width, 3, second, padding=1, groups=groups, bias=False)
+        self.conv2 = Conv2d(width, width, 3, second, padding=1, groups=groups, bias=False)
         self.bn2 = norm(width)
-        self.conv3 = nn.Conv2d(width, outputs, 1, bias=False)
+        self.conv3 = Conv2d(width, outputs, 1, bias=False)
         self.bn3 = norm(outputs)
         self.downsample = _shortcut(inputs, outputs, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
-        y = self.bn3(self.conv3(y))
-        return F.relu(y + (x if self.downsample is None else self.downsample(x)), inplace=True)
+        y = self.conv1(x, self.bn1, relu=True)
+        y = self.conv2(y, self.bn2, relu=True)
+        return self.conv3(y, self.bn3, residual=_residual(x, self.downsample), relu=True)
 
 
 def _shortcut(inputs: int, outputs: int, stride: int, norm: Norm) -> nn.Sequential | None:
     if stride == 1 and inputs == outputs:
         return None
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), norm(outputs))
+    return nn.Sequential(Conv2d(inputs, outputs, 1, stride, bias=False), norm(outputs))
+
+
+def _residual(x: Tensor, downsample: nn.Sequential | None) -> Tensor:
+    return x if downsample is None else downsample[0](x, downsample[1])
 
 
 # name: (block, blocks per stage, groups, width per group)
@@ -155,7 +108,7 @@ class ResNet(nn.Module):
         self.frozen_stages = frozen_stages
         self.strides = [4 * 2**index for index in range(stages)]
         self.out_channels = [stage_channels(name, index, width) for index in range(1, stages + 1)]
-        self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        self.conv1 = Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = norm(width)
         for index in range(1, stages + 1):
             self.add_module(f"layer{index}", _stage(name, index, norm, width, stride_in_1x1))
@@ -176,7 +129,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(N, 3, H, W) -> res2, res3, ... at strides 4, 8, ..."""
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = self.conv1(x, self.bn1, relu=True)
         x = F.max_pool2d(x, 3, stride=2, padding=1)
         features = []
         for index in range(1, len(self.strides) + 1):

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from fastmrcnn.kernels import padded_nms
 from fastmrcnn.model import boxes as box_ops
-from fastmrcnn.model.backbone import Norm
 from fastmrcnn.model.convs import init_convs, make_convs, run_convs
 from fastmrcnn.model.losses import masked_sum, smooth_l1
+from fastmrcnn.model.norms import Norm
 from fastmrcnn.model.sampling import take
 from fastmrcnn.structures import Detections, Proposals, SampledRois, Targets
 

@@ -7,12 +7,13 @@ from torch import nn
 from fastmrcnn.config import ModelConfig
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.anchors import AnchorGenerator
-from fastmrcnn.model.backbone import Norm, ResNet, make_norm, residual_stage, stage_channels
+from fastmrcnn.model.backbone import ResNet, residual_stage, stage_channels
 from fastmrcnn.model.box_head import BoxHead
 from fastmrcnn.model.fpn import FeaturePyramid
 from fastmrcnn.model.keypoint_head import KeypointHead
 from fastmrcnn.model.mask_head import FcnMaskHead, MaskHead, MlpMaskHead
 from fastmrcnn.model.mask_rcnn import MaskRCNN
+from fastmrcnn.model.norms import Norm, make_norm
 from fastmrcnn.model.roi_pooler import RoiPooler
 from fastmrcnn.model.roi_sampler import RoiSampler
 from fastmrcnn.model.rpn import RegionProposalNetwork

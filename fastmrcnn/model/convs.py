@@ -1,19 +1,70 @@
-"""A stack of 3x3 convolutions, as heads have it."""
+"""Convolutions together with what follows them: norm, sum with a residual, ReLU."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmrcnn.model.backbone import Norm
+from fastmrcnn.model.conv_relu import conv_relu
+from fastmrcnn.model.norms import FrozenBatchNorm2d, Norm
+
+
+class Conv2d(nn.Conv2d):
+    """`nn.Conv2d`, same parameters, whose `forward` takes the layers that follow.
+
+    A frozen batch norm is folded into weights and bias, so that it costs no pass over the map.
+    """
+
+    fused = False  # bias, residual and ReLU within cuDNN's convolution: see `fuse_epilogues`
+
+    def forward(
+        self,
+        x: Tensor,
+        norm: nn.Module | None = None,
+        residual: Tensor | None = None,
+        relu: bool = False,
+    ) -> Tensor:
+        """relu(norm(conv(x)) + residual), each where given."""
+        weight, bias = self.weight, self.bias
+        if isinstance(norm, FrozenBatchNorm2d) and norm.folded:
+            scale, shift = norm.affine()
+            weight = weight * scale[:, None, None, None]
+            bias = shift if bias is None else torch.addcmul(shift, bias, scale)
+            norm = None
+        if self.fused and relu and norm is None and bias is not None:
+            return conv_relu(x, weight, bias, residual, self.stride, self.padding)  # type: ignore[arg-type]
+        x = self._conv_forward(x, weight, bias)
+        if norm is not None:
+            x = norm(x)
+        if residual is not None:
+            x = x.add_(residual)  # neither a convolution's nor a norm's backward looks at its result
+        return F.relu(x, inplace=True) if relu else x
+
+
+def fuse_epilogues(model: nn.Module, fused: bool = True) -> int:
+    """Let cuDNN add bias and residual and apply the ReLU within the convolution, where it can.
+
+    Returns:
+        the number of convolutions that have an epilogue to fuse, if something follows them.
+    """
+    count = 0
+    for module in model.modules():
+        # cuDNN's fused 7x7 convolutions on channels_last are slow (pytorch/pytorch issue 68506), and it has
+        # few fused kernels for groups.
+        if isinstance(module, Conv2d) and max(module.kernel_size) <= 3 and module.groups == 1:
+            module.fused = fused
+            count += 1
+    return count
 
 
 def make_convs(
     inputs: int, channels: int, count: int, norm: Norm | None = None
 ) -> tuple[nn.ModuleList, nn.ModuleList]:
-    """`count` convolutions, and a norm for each, with which they have no bias; no norms if there is none."""
+    """`count` 3x3 convolutions, and a norm for each, with which they have no bias; no norms if there is
+    none."""
     convs = nn.ModuleList(
-        nn.Conv2d(inputs if index == 0 else channels, channels, 3, padding=1, bias=norm is None)
+        Conv2d(inputs if index == 0 else channels, channels, 3, padding=1, bias=norm is None)
         for index in range(count)
     )
     return convs, nn.ModuleList([] if norm is None else [norm(channels) for _ in convs])
@@ -27,11 +78,8 @@ def init_convs(convs: nn.ModuleList) -> None:
             nn.init.zeros_(conv.bias)
 
 
-def run_convs(x: Tensor, convs: nn.ModuleList, norms: nn.ModuleList) -> Tensor:
-    """(F, C, h, w) -> (F, channels, h, w), a ReLU after each."""
+def run_convs(x: Tensor, convs: nn.ModuleList, norms: nn.ModuleList | None = None) -> Tensor:
+    """(F, C, h, w) -> (F, channels, h, w), a norm, if there are any, and a ReLU after each."""
     for index, conv in enumerate(convs):
-        x = conv(x)
-        if len(norms):
-            x = norms[index](x)
-        x = F.relu(x, inplace=True)
+        x = conv(x, norm=norms[index] if norms else None, relu=True)
     return x

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmrcnn.model.backbone import Norm
+from fastmrcnn.model.norms import Norm
 
 
 class FeaturePyramid(nn.Module):

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmrcnn.model.convs import make_convs, run_convs
 from fastmrcnn.model.roi_sampler import PackedRois
 from fastmrcnn.model.sampling import take
 from fastmrcnn.structures import SampledRois
@@ -42,10 +43,7 @@ class KeypointHead(nn.Module):
         self.loss_normalizer = loss_normalizer
         self.most_keypoints = most_keypoints
         self.loss_weight = loss_weight
-        self.convs = nn.ModuleList(
-            nn.Conv2d(in_channels if index == 0 else channels, channels, 3, padding=1)
-            for index in range(convs)
-        )
+        self.convs, _ = make_convs(in_channels, channels, convs)
         inputs = channels if convs else in_channels
         self.deconv = nn.ConvTranspose2d(inputs, num_keypoints, 4, stride=2, padding=1)
         for layer in (*self.convs, self.deconv):
@@ -54,8 +52,7 @@ class KeypointHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """RoI features (T, C, M/4, M/4) -> heatmap logits (T, J, M, M) float32."""
-        for conv in self.convs:
-            x = F.relu(conv(x), inplace=True)
+        x = run_convs(x, self.convs)
         # In float32: the loss and the search for the highest position need it, and it is a small map.
         return F.interpolate(self.deconv(x).float(), scale_factor=2.0, mode="bilinear", align_corners=False)
 

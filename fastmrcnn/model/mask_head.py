@@ -16,8 +16,8 @@ from fastmrcnn.kernels import (
     mask_targets,
     polygon_mask_targets,
 )
-from fastmrcnn.model.backbone import Norm
 from fastmrcnn.model.convs import init_convs, make_convs, run_convs
+from fastmrcnn.model.norms import Norm
 from fastmrcnn.model.roi_sampler import PackedRois
 from fastmrcnn.structures import Batch, PackedMasks, PackedPolygons
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastmrcnn.kernels import padded_nms
 from fastmrcnn.model import boxes as box_ops
 from fastmrcnn.model.anchors import AnchorGenerator
+from fastmrcnn.model.convs import make_convs, run_convs
 from fastmrcnn.model.losses import masked_sum, smooth_l1
 from fastmrcnn.model.matcher import match
 from fastmrcnn.model.sampling import sample, take
@@ -22,7 +23,7 @@ class RpnHead(nn.Module):
 
     def __init__(self, channels: int, anchors_per_cell: int, convs: int = 1) -> None:
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(convs))
+        self.convs, _ = make_convs(channels, channels, convs)
         self.objectness = nn.Conv2d(channels, anchors_per_cell, 1)
         self.deltas = nn.Conv2d(channels, anchors_per_cell * 4, 1)
         for conv in (*self.convs, self.objectness, self.deltas):
@@ -33,8 +34,7 @@ class RpnHead(nn.Module):
         """Per level: objectness logits (N, R_l) and deltas (N, R_l, 4), in the anchors' order."""
         objectness, deltas = [], []
         for x in features:
-            for conv in self.convs:
-                x = F.relu(conv(x), inplace=True)
+            x = run_convs(x, self.convs)
             objectness.append(self.objectness(x).permute(0, 2, 3, 1).flatten(1))
             deltas.append(self.deltas(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, 4))
         return objectness, deltas

@@ -13,8 +13,8 @@ from fastmrcnn.checkpoint import ModelCard
 from fastmrcnn.config import Config
 from fastmrcnn.data.transforms import Size
 from fastmrcnn.errors import UserError
-from fastmrcnn.model.backbone import FrozenBatchNorm2d
 from fastmrcnn.model.build import build_model
+from fastmrcnn.model.norms import FrozenBatchNorm2d
 from fastmrcnn.structures import Batch
 from fastmrcnn.synthetic import synthetic_batches
 
@@ -96,11 +96,10 @@ def fit_frozen_norms(model: nn.Module, batch: Batch) -> None:
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(variance)
 
-    hooks = [
-        module.register_forward_pre_hook(fit)
-        for module in model.modules()
-        if isinstance(module, FrozenBatchNorm2d)
-    ]
+    norms = [module for module in model.modules() if isinstance(module, FrozenBatchNorm2d)]
+    hooks = [norm.register_forward_pre_hook(fit) for norm in norms]
+    for norm in norms:
+        norm.folded = False  # so that it sees its input
     first = batch._replace(pixels=batch.pixels[:1], sizes=batch.sizes[:1])
     try:
         if hooks:
@@ -111,3 +110,5 @@ def fit_frozen_norms(model: nn.Module, batch: Batch) -> None:
     finally:
         for hook in hooks:
             hook.remove()
+        for norm in norms:
+            del norm.folded

@@ -14,7 +14,8 @@ from torch._dynamo.testing import CompileCounter
 from fastmrcnn.config import Config
 from fastmrcnn.config_file import load_config, parse_config
 from fastmrcnn.errors import UserError
-from fastmrcnn.model.backbone import ResNet, make_norm
+from fastmrcnn.model.backbone import ResNet
+from fastmrcnn.model.norms import make_norm
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_head import softmax_mask_loss
 from fastmrcnn.model.mask_rcnn import MaskRCNN

@@ -1,0 +1,110 @@
+"""relu(conv(x) + bias + residual) as one operator: on CUDA one kernel of cuDNN, with a backward of our own.
+
+Without it the convolution writes its result, and another kernel reads and writes it again to add the bias
+and apply the ReLU. Inductor does not fuse into cuDNN's convolutions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def conv_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+) -> Tensor:
+    """Under autocast x, weight and residual are cast to its type, as a convolution's would be.
+
+    Args:
+        x: (N, C, H, W).
+        weight: (D, C, kh, kw), one group, no dilation.
+        bias: (D,), of any floating type.
+        residual: (N, D, h, w), added before the ReLU.
+    Returns:
+        (N, D, h, w), channels_last.
+    """
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        x, weight = x.to(dtype), weight.to(dtype)
+        residual = None if residual is None else residual.to(dtype)
+    return _conv_relu(x, weight, bias, residual, list(stride), list(padding))
+
+
+@torch.library.custom_op("fastmrcnn::conv_relu", mutates_args=())
+def _conv_relu(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stride: list[int], padding: list[int]
+) -> Tensor:
+    y = F.conv2d(x, weight, bias.to(x.dtype), stride, padding)
+    if residual is not None:
+        y = y + residual
+    return y.relu().contiguous(memory_format=torch.channels_last)
+
+
+@_conv_relu.register_kernel("cuda")
+def _cudnn(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stride: list[int], padding: list[int]
+) -> Tensor:
+    x, bias = x.contiguous(memory_format=torch.channels_last), bias.to(x.dtype)
+    ones = [1] * len(stride)
+    if residual is None:
+        return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, ones, 1)
+    residual = residual.contiguous(memory_format=torch.channels_last)
+    return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, stride, padding, ones, 1)
+
+
+@_conv_relu.register_fake
+def _fake(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stride: list[int], padding: list[int]
+) -> Tensor:
+    sides = [
+        (side + 2 * pad - kernel) // step + 1
+        for side, pad, kernel, step in zip(x.shape[2:], padding, weight.shape[2:], stride, strict=True)
+    ]
+    shape = (x.shape[0], weight.shape[0], *sides)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, _, ctx.stride, ctx.padding = inputs
+    ctx.save_for_backward(x, weight, output)
+    ctx.bias_dtype = bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, y = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
+    # Where the ReLU cut, nothing flows back; one map serves all four gradients.
+    grad = torch.where(y > 0, grad, 0)
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad,
+        x,
+        weight,
+        None,
+        ctx.stride,
+        ctx.padding,
+        [1, 1],
+        False,
+        [0, 0],
+        1,
+        [needs_x, needs_weight, False],
+    )
+    # The sum over a whole map is kept in float32, whatever the map is.
+    total = grad.sum((0, 2, 3), dtype=_sum_dtype(grad)).to(ctx.bias_dtype) if needs_bias else None
+    return grad_x, grad_weight, total, grad if needs_residual else None, None, None
+
+
+def _sum_dtype(grad: Tensor) -> torch.dtype:
+    return torch.promote_types(grad.dtype, torch.float32)
+
+
+_conv_relu.register_autograd(_backward, setup_context=_setup_context)
