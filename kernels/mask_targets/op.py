@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._library import NAMESPACE, runs_triton
+from .._library import NAMESPACE, check_range, runs_triton
 from . import reference
 from .reference import Bitmaps, Sampling
 
@@ -107,21 +107,8 @@ def check(boxes: Tensor, image: Tensor, matched: Tensor, valid: Tensor | None, b
         raise ValueError(f"boxes must be floating point, got {boxes.dtype}")
     if bitmaps.buffer.dtype != torch.uint8:
         raise ValueError(f"buffer must be uint8, got {bitmaps.buffer.dtype}")
-    if boxes.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_range("image", image, images, valid)
-        _check_range("matched", matched, objects, valid)
-
-
-def _check_range(name: str, index: Tensor, size: int, valid: Tensor | None) -> None:
-    """On the CPU, where it costs no wait, an index out of range is an error."""
-    fine = (index >= 0) & (index < size)
-    if valid is not None:
-        fine = fine | (valid == 0)
-    try:
-        torch._assert_async(fine.all())  # on the CPU it raises at once, and traces without a host read
-    except RuntimeError:
-        wrong = index[~fine].tolist()
-        raise ValueError(f"{name} of valid slots must be in 0..{size - 1}, got {wrong}") from None
+    check_range("image of valid slots", image, images, valid)
+    check_range("matched of valid slots", matched, objects, valid)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::mask_targets", mutates_args=())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._library import NAMESPACE, runs_triton
+from .._library import NAMESPACE, may_look, require_all, runs_triton
 from . import reference
 
 
@@ -113,15 +113,16 @@ def _check(
         raise ValueError(f"first_part must have slots for {len(boxes)} boxes, got {(images, slots)}")
     if resolution < 1:
         raise ValueError(f"resolution must be positive, got {resolution}")
-    if boxes.device.type == "cpu" and not torch.compiler.is_compiling():
+    if may_look(boxes):
         known = reference.in_range(image, matched, first_part)
-        try:
-            torch._assert_async(known.all())  # on the CPU it raises at once, and traces without a host read
-        except RuntimeError:
-            wrong = list(zip(image[~known].tolist(), matched[~known].tolist(), strict=True))
-            raise ValueError(
-                f"image and matched must be in 0..{images - 1} and 0..{slots - 1}, got {wrong[:5]}"
-            ) from None
+        ranges = f"0..{images - 1} and 0..{slots - 1}"
+        require_all(
+            known,
+            lambda: (
+                f"image and matched must be in {ranges}, got "
+                f"{list(zip(image[~known][:5].tolist(), matched[~known][:5].tolist(), strict=True))}"
+            ),
+        )
 
 
 @torch.library.custom_op(f"{NAMESPACE}::polygon_mask_targets", mutates_args=())

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._library import check_range
 from .rois import Pooling
 
 
@@ -66,7 +67,7 @@ def check_single(input: Tensor, boxes: Tensor | Sequence[Tensor]) -> Inputs:
     else:
         xyxy, batch_index = pack(boxes, input.shape[0])
     check_boxes(xyxy, input)
-    check_images(batch_index, None, input.shape[0])
+    check_range("image indices of boxes", batch_index, input.shape[0])
     return Inputs([input], xyxy.detach(), batch_index.detach(), None)
 
 
@@ -108,7 +109,7 @@ def check_pyramid(
         valid = valid.reshape(-1)
     if batch_index is not None:
         batch_index = batch_index.detach()
-        check_images(batch_index, valid, num_images)
+        check_range("image indices of boxes", batch_index, num_images, valid)
     return Inputs(features, boxes.detach().reshape(-1, 4), batch_index, valid)
 
 
@@ -149,18 +150,3 @@ def check_boxes(boxes: Tensor, feature: Tensor) -> None:
         raise ValueError(f"boxes must be floating point, got {boxes.dtype}")
     if boxes.device != feature.device:
         raise ValueError(f"boxes must be on {feature.device} as the features are, got {boxes.device}")
-
-
-def check_images(batch_index: Tensor, valid: Tensor | None, num_images: int) -> None:
-    """On the CPU, where it costs no wait, an index out of range is an error."""
-    if batch_index.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    fine = (batch_index >= 0) & (batch_index < num_images)
-    if valid is not None:
-        fine = fine | ~valid
-    try:
-        torch._assert_async(fine.all(), "out of range")
-    except RuntimeError:
-        raise ValueError(
-            f"image indices of boxes must be in 0..{num_images - 1}, got some that are not"
-        ) from None
