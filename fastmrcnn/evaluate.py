@@ -19,18 +19,17 @@ from fastmrcnn.command import Parser
 from fastmrcnn.config import Config
 from fastmrcnn.config_file import load_config
 from fastmrcnn.conversion.files import is_url
-from fastmrcnn.data.coco import CocoDataset, ImageRecord, align_classes, object_bitmap, read_coco
+from fastmrcnn.data.coco import CocoDataset, ImageRecord, align_classes, object_bitmap
 from fastmrcnn.data.images import read_image
 from fastmrcnn.data.keypoints import check_same_keypoints
-from fastmrcnn.data.loader import EvalLoader
-from fastmrcnn.data.proposals import attach_proposals, write_proposals
+from fastmrcnn.data.proposals import write_proposals
 from fastmrcnn.errors import UserError, run_main
 from fastmrcnn.inference import ImageDetections, card_of, coco_results, run_model, split_detections
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.output import new_run_folder, replacing, write_json
 from fastmrcnn.paste import paste_masks
-from fastmrcnn.prepare import keypoint_options
+from fastmrcnn.prepare import evaluation_loader, proposals_problem, read_split
 from fastmrcnn.pretrained import load_recipe
 from fastmrcnn.proposal_eval import collect_proposals, proposal_recall
 from fastmrcnn.visualize import Instances, draw_comparison
@@ -112,15 +111,8 @@ def run_evaluation(
         write_proposals(output / "proposals.npz", proposals)
         return proposal_recall(dataset.annotations, proposals, show=progress)
     chosen = choose_pictures(dataset, config.evaluate.pictures if pictures is None else pictures)
-    data, threshold = config.data, config.model.mask_head.threshold
-    loader = EvalLoader(
-        dataset,
-        batch=config.evaluate.batch,
-        short_side=data.short_side_test,
-        long_side_max=data.long_side_max,
-        buckets=data.buckets,
-        workers=data.workers,
-    )
+    threshold, offset = config.model.mask_head.threshold, config.data.keypoint_offset
+    loader = evaluation_loader(dataset, config)
     sigmas = config.evaluate.oks_sigmas
     if dataset.num_keypoints is not None:
         choose_sigmas(dataset.num_keypoints, sigmas)  # a mistake in them is told at once
@@ -135,7 +127,7 @@ def run_evaluation(
             cut += int(detections.cut[: loaded.real].sum())
             found = split_detections(detections, loaded.to_original, loaded.original_sizes)
             for image_id, one in zip(loaded.image_ids, found, strict=True):
-                results += coco_results(one, image_id, dataset.category_ids, threshold, data.keypoint_offset)
+                results += coco_results(one, image_id, dataset.category_ids, threshold, offset)
                 if image_id in chosen:
                     kept[image_id] = one
             bar.update(loaded.real)
@@ -194,23 +186,10 @@ def read_validation_set(config: Config, model: nn.Module, checkpoint: str) -> Co
         raise UserError(
             "no validation set: give data.val.images=DIR and data.val.annotations=FILE on the command line"
         )
-    dataset = read_coco(
-        split.images,
-        split.annotations,
-        max_objects=config.data.max_objects,
-        min_box_side=config.data.min_box_side,
-        require_masks=config.model.mask_head.enabled,
-        keypoints=keypoint_options(config),
-        key="data.val",
-    )
+    if problem := proposals_problem(config, "val"):
+        raise UserError(problem)
+    dataset = read_split(config, "val")
     check_same_keypoints(dataset.keypoints, card.keypoints, dataset.annotations, checkpoint)
-    if (split.proposals is None) != config.model.rpn.enabled:
-        raise UserError(
-            "data.val.proposals goes with a model without an RPN, and that with it; "
-            "python -m fastmrcnn.propose writes the file"
-        )
-    if split.proposals is not None:
-        dataset = attach_proposals(dataset, split.proposals, config.model.rpn.post_nms_top_n_test)
     return align_classes(dataset, card.class_names, card.category_ids, checkpoint)
 
 

@@ -7,21 +7,23 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from fastmrcnn.coco_eval import choose_sigmas
-from fastmrcnn.config import Config, SplitConfig
+from fastmrcnn.config import Config
 from fastmrcnn.config_file import load_config
 from fastmrcnn.data.coco import CocoDataset, check_same_classes, read_coco
 from fastmrcnn.data.keypoints import KeypointOptions
+from fastmrcnn.data.loader import EvalLoader
 from fastmrcnn.data.proposals import attach_proposals
 from fastmrcnn.data.shapes import write_shapes
 from fastmrcnn.errors import UserError
 from fastmrcnn.output import new_run_folder
 
 RECIPES = Path(__file__).parent / "configs"
+SplitName = Literal["train", "val"]
 
 
 class Precision(NamedTuple):
@@ -73,13 +75,8 @@ def check_trainable(config: Config) -> None:
             "model.backbone.frozen_stages needs model.backbone.weights or model.weights; from random weights "
             "set it to 0"
         )
-    for name, own in (("train", split), ("val", config.data.val)):
-        used = name == "train" or own.annotations is not None
-        if used and (own.proposals is None) != config.model.rpn.enabled:
-            problems.append(
-                f"data.{name}.proposals goes with model.rpn.enabled=false, and that with it; "
-                "python -m fastmrcnn.propose writes the file"
-            )
+    names: tuple[SplitName, ...] = ("train",) if config.data.val.annotations is None else ("train", "val")
+    problems += [problem for name in names if (problem := proposals_problem(config, name))]
     if problems:
         raise UserError("; ".join(problems))
 
@@ -189,28 +186,55 @@ def keypoint_options(config: Config, least: int = 0) -> KeypointOptions | None:
     return KeypointOptions(config.data.keypoint_flip_pairs, config.data.keypoint_offset, least)
 
 
-def read_sets(config: Config) -> tuple[CocoDataset, CocoDataset | None]:
-    data = config.data
-
-    def read(split: SplitConfig, key: str, most: int) -> CocoDataset:
-        assert split.images is not None, "check_trainable() comes first"
-        assert split.annotations is not None, "check_trainable() comes first"
-        dataset = read_coco(
-            split.images,
-            split.annotations,
-            max_objects=data.max_objects,
-            min_box_side=data.min_box_side,
-            require_masks=config.model.mask_head.enabled,
-            keypoints=keypoint_options(config, data.min_keypoints if key == "data.train" else 0),
-            key=key,
+def proposals_problem(config: Config, name: SplitName) -> str | None:
+    """What is wrong with a split's file of proposals, which stands in for an RPN; None if nothing is."""
+    if (getattr(config.data, name).proposals is None) != config.model.rpn.enabled:
+        return (
+            f"data.{name}.proposals goes with model.rpn.enabled=false, and that with it; "
+            "python -m fastmrcnn.propose writes the file"
         )
-        return dataset if split.proposals is None else attach_proposals(dataset, split.proposals, most)
+    return None
 
-    rpn = config.model.rpn
-    train_set = read(data.train, "data.train", rpn.post_nms_top_n)
+
+def read_split(config: Config, name: SplitName) -> CocoDataset:
+    """The set that data.train or data.val names, with its proposals if it has some."""
+    data, rpn, train = config.data, config.model.rpn, name == "train"
+    split = data.train if train else data.val
+    assert split.images is not None, "the caller checks"
+    assert split.annotations is not None, "the caller checks"
+    dataset = read_coco(
+        split.images,
+        split.annotations,
+        max_objects=data.max_objects,
+        min_box_side=data.min_box_side,
+        require_masks=config.model.mask_head.enabled,
+        keypoints=keypoint_options(config, data.min_keypoints if train else 0),
+        key=f"data.{name}",
+    )
+    if split.proposals is None:
+        return dataset
+    most = rpn.post_nms_top_n if train else rpn.post_nms_top_n_test
+    return attach_proposals(dataset, split.proposals, most)
+
+
+def read_sets(config: Config) -> tuple[CocoDataset, CocoDataset | None]:
+    """Training and validation set of a configuration that `check_trainable` let pass."""
+    train_set = read_split(config, "train")
     if train_set.num_keypoints is not None:
         choose_sigmas(train_set.num_keypoints, config.evaluate.oks_sigmas)  # not only after the training
-    if data.val.images is None or data.val.annotations is None:
+    if config.data.val.annotations is None:
         return train_set, None
-    val_set = read(data.val, "data.val", rpn.post_nms_top_n_test)
-    return train_set, check_same_classes(train_set, val_set)
+    return train_set, check_same_classes(train_set, read_split(config, "val"))
+
+
+def evaluation_loader(dataset: CocoDataset, config: Config) -> EvalLoader:
+    """All images of a set, resized and padded as the configuration says for evaluation."""
+    data = config.data
+    return EvalLoader(
+        dataset,
+        batch=config.evaluate.batch,
+        short_side=data.short_side_test,
+        long_side_max=data.long_side_max,
+        buckets=data.buckets,
+        workers=data.workers,
+    )

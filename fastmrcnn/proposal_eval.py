@@ -16,11 +16,10 @@ from tqdm import tqdm
 from fastmrcnn.coco_eval import load_ground_truth
 from fastmrcnn.config import Config
 from fastmrcnn.data.coco import CocoDataset
-from fastmrcnn.data.loader import EvalLoader
 from fastmrcnn.data.records import ImageProposals
 from fastmrcnn.inference import split_detections
 from fastmrcnn.model.mask_rcnn import MaskRCNN, as_detections
-from fastmrcnn.prepare import choose_precision
+from fastmrcnn.prepare import choose_precision, evaluation_loader
 from fastmrcnn.structures import to_device
 
 LIMITS = (100, 300, 1000)
@@ -41,19 +40,11 @@ def collect_proposals(
         config: its sections data, evaluate and train.precision are used.
         device: of the model; none: that of its first parameter.
     """
-    data, place = config.data, device or next(model.parameters()).device
+    place = device or next(model.parameters()).device
     how = choose_precision(config.train.precision, place)
-    loader = EvalLoader(
-        dataset,
-        batch=config.evaluate.batch,
-        short_side=data.short_side_test,
-        long_side_max=data.long_side_max,
-        buckets=data.buckets,
-        workers=data.workers,
-    )
     found: dict[int, ImageProposals] = {}
     with tqdm(total=len(dataset), unit="img", desc="propose", disable=not progress) as bar:
-        for loaded in loader:
+        for loaded in evaluation_loader(dataset, config):
             with torch.no_grad(), torch.autocast(place.type, dtype=how.dtype, enabled=how.autocast):
                 batch = to_device(loaded.batch, place)
                 proposals = as_detections(model.propose(model.features(batch), batch))
