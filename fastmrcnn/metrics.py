@@ -32,6 +32,9 @@ class Metrics:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
         self._names: list[str] = []
         self._sums: Tensor | None = None
+        self._most: Tensor | None = None
+        self.most_foreground = 0  # RoIs of a batch so far
+        self.masks_dropped = 0  # of all batches so far
         self._count = 0
         self._images = 0
         self._data_time = 0.0
@@ -51,6 +54,7 @@ class Metrics:
         values = torch.stack([value.detach().float() for value in present.values()])
         # Steps after a bad one are not trained on; their losses are not to drown the message.
         self._sums = values if self._sums is None else self._sums + values
+        self._most = values if self._most is None else torch.maximum(self._most, values)
         self._names = list(present)
         self._count += 1
         self._images += images
@@ -61,8 +65,11 @@ class Metrics:
     ) -> tuple[dict[str, Any], int]:
         """Means since the last read, and the number of the first bad step or -1. Waits for the device."""
         assert self._sums is not None, "read() before add()"
+        assert self._most is not None
         # The one host read of the loop: every loss and the flag in a single transfer.
-        *sums, bad = torch.cat([self._sums, first_bad_step.float().reshape(1)]).tolist()
+        *values, bad = torch.cat([self._sums, self._most, first_bad_step.float().reshape(1)]).tolist()
+        count = len(self._names)
+        sums, most = values[:count], dict(zip(self._names, values[count:], strict=True))
         seconds = time.perf_counter() - self._since
         means = {name: value / self._count for name, value in zip(self._names, sums, strict=True)}
         per_step = seconds / self._count
@@ -76,9 +83,15 @@ class Metrics:
             "images_per_second": self._images / seconds,
             "eta_seconds": per_step * steps_left,
         }
+        if "num_fg" in most:
+            row["num_fg_max"] = most["num_fg"]
         if torch.cuda.is_available() and first_bad_step.is_cuda:
             row["max_mem_mb"] = torch.cuda.max_memory_allocated() / 2**20
-        self._sums, self._count, self._images, self._data_time = None, 0, 0, 0.0
+        if bad < 0:
+            self.most_foreground = max(self.most_foreground, int(most.get("num_fg", 0)))
+            self.masks_dropped += round(means.get("masks_dropped", 0) * self._count)
+        self._sums, self._most = None, None
+        self._count, self._images, self._data_time = 0, 0, 0.0
         self._since = time.perf_counter()
         if bad < 0:
             self.write(row)

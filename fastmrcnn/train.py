@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import sys
 import tempfile
@@ -192,6 +193,9 @@ def train(
     if val_set is not None and start < steps:
         result = evaluate(steps - 1, config.evaluate.pictures)
     metrics.close()
+    advice = mask_slot_advice(config, metrics.most_foreground, metrics.masks_dropped)
+    if advice is not None:
+        print(advice)
     plot_losses(folder / "metrics.json", folder / "losses.png")
     print_next(folder, last_checkpoint, config, val_set)
     return result
@@ -261,6 +265,33 @@ def stop_at_bad_loss(bad_step: int, recent: deque[tuple[int, list[int]]], checkp
         f"the loss or its gradient is not finite at step {bad_step} (image ids {images}); the weights are "
         f"those before it, saved in {checkpoint}; lower optim.lr, lengthen optim.warmup_steps or set "
         f"optim.clip_norm, then go on with --resume {checkpoint}"
+    )
+
+
+def mask_slot_advice(config: Config, most_foreground: int, dropped: int) -> str | None:
+    """A line if the mask head had too few slots, or far more than the run has ever filled.
+
+    Args:
+        most_foreground: RoIs of a batch.
+        dropped: RoIs of all batches that found no slot.
+    """
+    head, roi, batch = config.model.mask_head, config.model.roi, config.train.batch
+    if not head.enabled or most_foreground == 0:
+        return None
+    key = "model.mask_head.slots_per_image"
+    enough = math.ceil(most_foreground / batch)
+    if dropped:
+        return (
+            f"{dropped} foreground RoIs found no slot in the mask head and gave it nothing to learn; "
+            f"{key}={enough} would have held them all."
+        )
+    slots = head.slots_per_image or int(roi.batch_per_image * roi.foreground_share)
+    spare = math.ceil(1.25 * enough)
+    if slots < 2 * spare:
+        return None
+    return (
+        f"The mask head ran {slots * batch} slots a step, of which at most {most_foreground} were filled; "
+        f"{key}={spare} would be faster and leave a quarter to spare."
     )
 
 

@@ -44,6 +44,7 @@ def test_a_row_holds_means_under_detectron2s_names(tmp_path: Path) -> None:
         "loss_box_reg": 8,
         "loss_mask": 10,
         "num_fg": 7,
+        "num_fg_max": 7,
         "masks_dropped": 0,
         "lr": 0.01,
         "data_time": 1.0,

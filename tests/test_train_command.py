@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from tiny import CrashError, TinyData, assert_same_state, break_at, newest_run, 
 
 from fastmrcnn import train
 from fastmrcnn.checkpoint import read_checkpoint
-from fastmrcnn.config_file import load_config
+from fastmrcnn.config_file import load_config, parse_config
 from fastmrcnn.errors import run_main
 from fastmrcnn.evaluate import RESULTS
 
@@ -248,3 +249,25 @@ def test_ctrl_c_in_a_terminal(data: TinyData, tmp_path: Path) -> None:
     last = errors.strip().split("\n")[-1]
     assert last.endswith(f"python -m fastmrcnn.train --resume {tmp_path / 'run_001'}")
     assert read_checkpoint(tmp_path / "run_001")["step"] >= 2
+
+
+@pytest.mark.parametrize(
+    ("slots", "most", "dropped", "expected"),
+    [
+        (None, 0, 0, None),  # nothing seen yet
+        (None, 40, 0, "slots_per_image=4 would be faster"),  # 16 images: 2.5, rounded up, and a quarter more
+        (None, 1500, 0, None),  # of 2048 that there are
+        (7, 40, 0, None),
+        (8, 40, 0, "ran 128 slots a step, of which at most 40 were filled"),
+        (2, 40, 9, "9 foreground RoIs found no slot .*slots_per_image=3 would have held them all"),
+    ],
+)
+def test_advice_on_mask_slots(slots: int | None, most: int, dropped: int, expected: str | None) -> None:
+    config = parse_config({"model": {"mask_head": {"slots_per_image": slots}}}, "the test")
+    found = train.mask_slot_advice(config, most, dropped)
+    assert found is None if expected is None else re.search(expected, found or "")
+
+
+def test_no_advice_without_a_mask_head() -> None:
+    config = parse_config({"model": {"mask_head": {"enabled": False}}}, "the test")
+    assert train.mask_slot_advice(config, 40, 0) is None

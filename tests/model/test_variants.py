@@ -15,10 +15,10 @@ from fastmrcnn.config import Config
 from fastmrcnn.config_file import load_config, parse_config
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.backbone import ResNet
-from fastmrcnn.model.norms import make_norm
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_head import softmax_mask_loss
 from fastmrcnn.model.mask_rcnn import MaskRCNN
+from fastmrcnn.model.norms import make_norm
 from fastmrcnn.structures import Proposals
 
 RESNEXT = {"backbone": {"name": "resnext50_32x4d"}}
