@@ -6,11 +6,12 @@ import importlib.util
 import json
 import platform
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from fastmrcnn.speed.environment import driver_version, git_commit
 
 
 def environment(commit: str | None) -> dict[str, Any]:
@@ -26,11 +27,10 @@ def environment(commit: str | None) -> dict[str, Any]:
         import torchvision
 
         versions["torchvision"] = torchvision.__version__
-    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "gpu": torch.cuda.get_device_name(),
-        "driver": driver.splitlines()[0] if driver else None,
-        "commit": commit or _output("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"),
+        "driver": driver_version(),
+        "commit": commit or git_commit(Path(__file__).parent),
         "versions": versions,
     }
 
@@ -47,11 +47,3 @@ def write(folder: Path, facts: dict[str, Any], found: list[dict[str, Any]]) -> P
             rows = {(row["operator"], row["pass"]): row for row in kept} | rows
     path.write_text(json.dumps({**facts, "results": list(rows.values())}, indent=1) + "\n")
     return path
-
-
-def _output(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip() or None

@@ -18,6 +18,7 @@ from fastmrcnn.errors import UserError, run_main
 from fastmrcnn.output import write_text
 from fastmrcnn.prepare import RECIPES, choose_device, choose_execution
 from fastmrcnn.speed import report
+from fastmrcnn.speed.environment import environment
 from fastmrcnn.speed.inference import inference_table, measure_inference
 from fastmrcnn.speed.ladder import broken, climb
 from fastmrcnn.speed.loading import loading_table, measure_loading
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> None:
         torch.set_num_threads(config.train.threads)
     check_synthetic(config)
     workload = make_workload(arguments, config, device)
-    facts, what = report.environment(device), report.describe(workload)
+    facts, what = environment(device), report.describe(workload)
     found: dict[str, Any] = {**facts, "workload": what, "config": config.model_dump(mode="json")}
     print(report.heading(facts, what) + "\n")
 

@@ -1,42 +1,13 @@
-"""What a benchmark writes: where it ran, and its tables."""
+"""What a benchmark writes: what was run, and its tables."""
 
 from __future__ import annotations
 
-import contextlib
-import platform
-import subprocess
-from importlib import metadata
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from fastmrcnn.speed.ladder import first_loss
 from fastmrcnn.speed.workload import Workload
 
 Row = dict[str, Any]
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """The machine, the versions and the commit that figures come from; `gpu` is None on a CPU."""
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
-    if device.type == "cuda":
-        versions["cuda"] = str(torch.version.cuda)
-        versions["cudnn"] = str(torch.backends.cudnn.version())
-    for name in ("triton", "torchvision"):
-        # Of the package, not of the module: one that was built for another torch does not import.
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None
-    return {
-        "gpu": gpu,
-        "cpu": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "driver": driver.splitlines()[0] if driver else None,
-        "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"),
-        "versions": versions,
-    }
 
 
 def describe(workload: Workload) -> dict[str, Any]:
@@ -117,20 +88,3 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     """Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _output(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip() or None
