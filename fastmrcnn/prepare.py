@@ -39,6 +39,7 @@ class Execution(NamedTuple):
     compiled: bool = False
     max_autotune: bool = False
     cuda_graphs: bool = False
+    fuse_epilogues: bool = False
     description: str = ""
 
 
@@ -123,11 +124,13 @@ def choose_execution(config: Config, device: torch.device) -> Execution:
     """Compile and replay on CUDA; on a CPU neither, since compiling takes longer than a short run.
 
     Raises:
-        UserError: CUDA graphs are asked for on a CPU.
+        UserError: CUDA graphs or cuDNN's epilogues are asked for on a CPU.
     """
     train, cuda = config.train, device.type == "cuda"
     if train.cuda_graphs == "on" and not cuda:
         raise UserError(f"train.cuda_graphs=on needs a CUDA device, this is {device}; use auto or off")
+    if train.fuse_epilogues and not cuda:
+        raise UserError(f"train.fuse_epilogues=true needs a CUDA device, this is {device}; leave it out")
     compiled = cuda if train.compile == "auto" else train.compile != "off"
     graphs = cuda if train.cuda_graphs == "auto" else train.cuda_graphs == "on"
     how = [
@@ -136,7 +139,10 @@ def choose_execution(config: Config, device: torch.device) -> Execution:
     ]
     if train.compile == "auto" and not cuda:
         how[0] += ": compiling on a CPU takes minutes (train.compile=on to do it all the same)"
-    return Execution(compiled, train.compile == "max-autotune", graphs, ", ".join(how))
+    if train.fuse_epilogues:
+        how.append("bias, residual and ReLU within cuDNN's convolutions (train.fuse_epilogues=true)")
+    autotune = train.compile == "max-autotune"
+    return Execution(compiled, autotune, graphs, train.fuse_epilogues, ", ".join(how))
 
 
 def prepare_run(config: Config, folder: Path | None) -> tuple[Config, Path, CocoDataset, CocoDataset | None]:

@@ -7,7 +7,9 @@ sequence can be recorded once as a CUDA graph and replayed.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from fastmrcnn.checkpoint import ModelCard
 from fastmrcnn.config import OptimConfig
 from fastmrcnn.cuda_graph import GraphedStep, Shapes, shapes_of
 from fastmrcnn.model.build import build_model
+from fastmrcnn.model.convs import fuse_epilogues
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.model.sampling import SamplingKeys
 from fastmrcnn.optim import Ema, GatedStep, build_optimizer
@@ -67,6 +70,7 @@ class TrainingStep:
     ) -> None:
         self.model = model
         self.seed = seed
+        fuse_epilogues(model, execution.fuse_epilogues)
         self.device = next(model.parameters()).device
         self.optimizer = build_optimizer(model, optim)
         self.update = GatedStep(
@@ -137,8 +141,15 @@ def compiled(forward: Forward, execution: Execution) -> Forward:
     """`forward` as one graph for each shape, if `execution` says so."""
     if not execution.compiled:
         return forward
+    keep_compile_cache()
     # Every bucket is a compilation of its own; the default of 8 is for functions that recompile by mistake.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     # The whole step is recorded as a CUDA graph, optimizer included, so Inductor is not to make its own.
     mode = "max-autotune-no-cudagraphs" if execution.max_autotune else None
     return torch.compile(forward, fullgraph=True, dynamic=False, mode=mode)
+
+
+def keep_compile_cache() -> None:
+    """Let Inductor's cache outlive the machine's temporary files, unless the user has put it elsewhere."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(home) / "fastmrcnn" / "inductor"))

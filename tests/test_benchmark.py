@@ -222,7 +222,7 @@ def test_the_rows_add_one_technique_each() -> None:
     for before, after in itertools.pairwise(ours):
         changes = sum(
             getattr(before, name) != getattr(after, name)
-            for name in ("precision", "layout", "packed", "execution")
+            for name in ("precision", "layout", "packed", "folded", "execution")
         )
         assert changes == 1, after.name
     assert [row.name for row in cpu_rows(compiled=True)][-1] == "+ compiled"
@@ -445,7 +445,7 @@ def test_command_prints_the_ladder_and_writes_it(
     assert (
         "| torchvision, eager fp32 | not run: torchvision's Mask R-CNN has model.backbone.width=64" in printed
     )
-    assert printed.count("\n| ") == 5
+    assert printed.count("\n| ") == 6
     found = json.loads(output.read_text())
     assert found["gpu"] is None
     assert found["versions"]["torch"] == torch.__version__

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 from batches import random_batch, small_config, small_model
 from nosync import NoSync
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from fastmrcnn.config import Config, OptimConfig
 from fastmrcnn.cuda_graph import GraphedStep, leaves
 from fastmrcnn.errors import UserError
+from fastmrcnn.model.convs import Conv2d
 from fastmrcnn.model.sampling import SamplingKeys
 from fastmrcnn.prepare import Execution, choose_execution, choose_precision
-from fastmrcnn.step import TrainingStep
+from fastmrcnn.step import TrainingStep, keep_compile_cache
 from fastmrcnn.structures import Batch, Losses, to_device
 
 CPU = torch.device("cpu")
@@ -137,9 +140,37 @@ def test_what_is_chosen_is_said() -> None:
     train = config.train.model_copy(update={"compile": "max-autotune", "cuda_graphs": "off"})
     chosen = choose_execution(config.model_copy(update={"train": train}), torch.device("cuda"))
     assert (chosen.compiled, chosen.max_autotune, chosen.cuda_graphs) == (True, True, False)
+    assert not chosen.fuse_epilogues
+    train = config.train.model_copy(update={"fuse_epilogues": True})
+    chosen = choose_execution(config.model_copy(update={"train": train}), torch.device("cuda"))
+    assert chosen.fuse_epilogues
+    assert "cuDNN" in chosen.description
+    with pytest.raises(UserError, match="fuse_epilogues=true needs a CUDA device"):
+        choose_execution(config.model_copy(update={"train": train}), CPU)
     train = config.train.model_copy(update={"cuda_graphs": "on"})
     with pytest.raises(UserError, match="cuda_graphs=on needs a CUDA device"):
         choose_execution(config.model_copy(update={"train": train}), CPU)
+
+
+def test_epilogues_are_fused_where_that_was_chosen() -> None:
+    losses = []
+    for fused in (False, True):
+        step = make_step(execution=Execution(fuse_epilogues=fused))
+        convs = [module for module in step.model.modules() if isinstance(module, Conv2d)]
+        assert {conv.fused for conv in convs if conv.kernel_size[0] <= 3} == {fused}
+        losses.append(step(random_batch(1), 0, 0.01).present())
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
+
+
+def test_the_compile_cache_is_where_it_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is put back
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    keep_compile_cache()
+    assert cache_dir() == str(tmp_path / "fastmrcnn" / "inductor")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
+    keep_compile_cache()
+    assert cache_dir() == str(tmp_path / "mine")
 
 
 @pytest.mark.gpu

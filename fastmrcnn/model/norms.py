@@ -42,6 +42,13 @@ class FrozenBatchNorm2d(nn.Module):
         return f"{self.weight.numel()}, eps={self.eps}"
 
 
+def fold_norms(model: nn.Module, folded: bool) -> None:
+    """Whether the model's frozen norms are folded into the convolutions before them."""
+    for module in model.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.folded = folded
+
+
 def make_norm(name: str, eps: float = 1e-5) -> Norm:
     """Constructor of a normalisation layer: frozen_bn | bn | sync_bn | gn."""
     makers: dict[str, Norm] = {

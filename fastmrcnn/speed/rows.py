@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastmrcnn.model.norms import fold_norms
 from fastmrcnn.optim import learning_rate
 from fastmrcnn.prepare import Execution, choose_precision
 from fastmrcnn.speed.workload import Workload, changed
@@ -27,6 +28,7 @@ class Row:
     precision: str = "fp32"
     layout: str | None = None  # nchw | channels_last
     packed: bool = False  # mask slots shared by the images of a batch
+    folded: bool = True  # frozen batch norms, into the convolutions before them
     execution: Execution = EAGER
 
 
@@ -51,22 +53,29 @@ def cuda_rows(max_autotune: bool) -> list[Row]:
         Row("torchvision, eager fp32", "torchvision"),
         Row("torchvision, eager AMP bf16", "torchvision", "bf16"),
     ]
-    ours = [Row("eager fp32", layout="nchw")]
+    ours = [Row("eager fp32", layout="nchw", folded=False)]
     ours.append(replace(ours[-1], name="+ channels_last", layout="channels_last"))
     ours.append(replace(ours[-1], name="+ bf16", precision="bf16"))
     ours.append(replace(ours[-1], name="+ mask slots packed", packed=True))
-    ours.append(replace(ours[-1], name="+ compiled", execution=Execution(compiled=True)))
-    ours.append(replace(ours[-1], name="+ CUDA graphs", execution=Execution(compiled=True, cuda_graphs=True)))
+    ours.append(replace(ours[-1], name="+ batch norm folded", folded=True))
+    execution = Execution(compiled=True)
+    ours.append(replace(ours[-1], name="+ compiled", execution=execution))
+    execution = execution._replace(cuda_graphs=True)
+    ours.append(replace(ours[-1], name="+ CUDA graphs", execution=execution))
+    execution = execution._replace(fuse_epilogues=True)
+    ours.append(replace(ours[-1], name="+ epilogues in cuDNN", execution=execution))
     if max_autotune:
-        every = Execution(compiled=True, max_autotune=True, cuda_graphs=True)
-        ours.append(replace(ours[-1], name="+ max-autotune", execution=every))
+        # A convolution that is given to cuDNN whole cannot be tried as a Triton kernel.
+        execution = execution._replace(fuse_epilogues=False, max_autotune=True)
+        ours.append(replace(ours[-1], name="max-autotune, without epilogues in cuDNN", execution=execution))
     return peers + ours
 
 
 def cpu_rows(compiled: bool) -> list[Row]:
     """On a CPU bf16 is no technique (most have no unit for it), and neither are layouts and CUDA graphs."""
-    rows = [Row("torchvision, eager fp32", "torchvision"), Row("eager fp32")]
+    rows = [Row("torchvision, eager fp32", "torchvision"), Row("eager fp32", folded=False)]
     rows.append(replace(rows[-1], name="+ mask slots packed", packed=True))
+    rows.append(replace(rows[-1], name="+ batch norm folded", folded=True))
     if compiled:
         rows.append(replace(rows[-1], name="+ compiled", execution=Execution(compiled=True)))
     return rows
@@ -90,6 +99,7 @@ class OurRunner:
         model.load_state_dict(workload.start)
         if row.layout == "nchw":
             model = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        fold_norms(model, row.folded)
         self.precision = choose_precision(row.precision, device)
         self.make_step = TrainingStep(model, config.optim, self.precision, row.execution, seed=workload.seed)
         self.batches = [self._on_device(batch, row.layout) for batch in workload.batches]

@@ -14,7 +14,7 @@ from fastmrcnn.config import Config
 from fastmrcnn.data.transforms import Size
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.build import build_model
-from fastmrcnn.model.norms import FrozenBatchNorm2d
+from fastmrcnn.model.norms import FrozenBatchNorm2d, fold_norms
 from fastmrcnn.structures import Batch
 from fastmrcnn.synthetic import synthetic_batches
 
@@ -98,8 +98,7 @@ def fit_frozen_norms(model: nn.Module, batch: Batch) -> None:
 
     norms = [module for module in model.modules() if isinstance(module, FrozenBatchNorm2d)]
     hooks = [norm.register_forward_pre_hook(fit) for norm in norms]
-    for norm in norms:
-        norm.folded = False  # so that it sees its input
+    fold_norms(model, False)  # so that they see their inputs
     first = batch._replace(pixels=batch.pixels[:1], sizes=batch.sizes[:1])
     try:
         if hooks:
@@ -110,5 +109,4 @@ def fit_frozen_norms(model: nn.Module, batch: Batch) -> None:
     finally:
         for hook in hooks:
             hook.remove()
-        for norm in norms:
-            del norm.folded
+        fold_norms(model, True)
