@@ -6,7 +6,9 @@ Triton too. Needs torch and, where Triton runs, triton; importing needs torch al
 
 from .level_assign.op import assign_levels
 from .mask_loss.op import mask_loss
+from .mask_paste.op import paste_masks
 from .mask_predictor.op import class_mask_logits, class_mask_loss, class_mask_loss_from_bitmaps
+from .mask_rle.op import mask_rle
 from .mask_targets.op import mask_targets
 from .nms.op import batched_nms, nms, padded_nms
 from .patch import patch, unpatch
@@ -22,6 +24,7 @@ __all__ = [
     "class_mask_loss",
     "class_mask_loss_from_bitmaps",
     "mask_loss",
+    "mask_rle",
     "mask_targets",
     "multilevel_roi_align",
     "multilevel_roi_align_max",
@@ -29,6 +32,7 @@ __all__ = [
     "multilevel_roi_warp",
     "nms",
     "padded_nms",
+    "paste_masks",
     "patch",
     "polygon_mask_targets",
     "roi_align",

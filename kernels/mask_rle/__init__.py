@@ -1,0 +1,1 @@
+"""Mask RLE: run lengths of pasted masks, without the bitmaps."""

@@ -1,0 +1,96 @@
+"""Mask RLE: public function and its registration."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._library import NAMESPACE, check_range, runs_triton
+from ..mask_paste.checks import check, check_table
+from . import reference
+
+
+def mask_rle(
+    masks: Tensor,
+    boxes: Tensor,
+    height: int,
+    width: int,
+    threshold: float = 0.5,
+    *,
+    max_runs: int = 4096,
+    sizes: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run lengths of the bitmaps of `paste_masks`, made without them: COCO's uncompressed RLE.
+
+    Runs go down the columns, from left to right; the first is of zeros and may be empty, and zeros and ones
+    take turns. The host does not wait.
+
+    Args:
+        masks: (D, M, M) floating point, probabilities within the box.
+        boxes: (D, 4) floating point xyxy in output pixels; see `paste_masks`.
+        height, width: of the image, in pixels; with `sizes`, of the largest.
+        threshold: a pixel belongs to the object from this probability on; above 0, at most 1. The kernels
+            are compiled for it.
+        max_runs: room for the runs of an object.
+        sizes: (D, 2) integer, height and width of each object's own image, at most `height` and `width`,
+            where the objects are those of several images. None: all have `height` and `width`.
+        valid: (D,) bool; slots that are not valid are empty bitmaps. None: all are.
+
+    Returns:
+        runs: (D, max_runs) int32, 0 behind an object's last run.
+        count: (D,) int32, how many runs the object has, also if that is more than `max_runs`. Then `runs`
+            holds the first of them only.
+
+    Raises:
+        ValueError: a shape, dtype, device or number is not as above, or an image has 2^31 pixels or more; in
+            eager mode on the CPU also if a size is out of range, which elsewhere is clamped.
+    """
+    check(masks, boxes, height, width, threshold, valid)
+    if sizes is not None:
+        check_table("sizes", sizes, (masks.shape[0], 2), masks)
+        if sizes.is_floating_point() or sizes.is_complex() or sizes.dtype == torch.bool:
+            raise ValueError(f"sizes must be of an integer dtype, got {sizes.dtype}")
+        for name, limit, column in (("heights", height, 0), ("widths", width, 1)):
+            check_range(f"{name} in sizes", sizes[:, column], limit + 1)
+    if max_runs < 1:
+        raise ValueError(f"max_runs must be at least 1, got {max_runs}")
+    if height * width >= 2**31:
+        raise ValueError(f"an image must have fewer than 2^31 pixels, got {height} x {width}")
+    return _mask_rle(masks.detach(), boxes.detach(), sizes, valid, height, width, threshold, max_runs)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::mask_rle", mutates_args=())
+def _mask_rle(
+    masks: Tensor,
+    boxes: Tensor,
+    sizes: Tensor | None,
+    valid: Tensor | None,
+    height: int,
+    width: int,
+    threshold: float,
+    max_runs: int,
+) -> tuple[Tensor, Tensor]:
+    if runs_triton(masks):
+        from . import kernel
+
+        return kernel.mask_rle(masks, boxes, sizes, valid, height, width, threshold, max_runs)
+    return reference.mask_rle(masks, boxes, sizes, valid, height, width, threshold, max_runs)
+
+
+@_mask_rle.register_fake
+def _(
+    masks: Tensor,
+    boxes: Tensor,
+    sizes: Tensor | None,
+    valid: Tensor | None,
+    height: int,
+    width: int,
+    threshold: float,
+    max_runs: int,
+) -> tuple[Tensor, Tensor]:
+    slots = masks.shape[0]
+    return (
+        masks.new_empty((slots, max_runs), dtype=torch.int32),
+        masks.new_empty((slots,), dtype=torch.int32),
+    )
