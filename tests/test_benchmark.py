@@ -451,9 +451,9 @@ def test_command_prints_the_ladder_and_writes_it(
     assert found["versions"]["torch"] == torch.__version__
     assert {"cpu", "threads", "driver", "commit", "workload", "config", "ladder"} <= found.keys()
     assert found["workload"]["images"] == 2
-    peer, eager, packed = found["ladder"]
+    peer, eager, packed, folded = found["ladder"]
     assert "not_run" in peer
-    for row in (eager, packed):
+    for row in (eager, packed, folded):
         assert row["steps"] == 2
         assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
         assert row["processor_ms"] > 0
