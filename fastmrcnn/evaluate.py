@@ -28,7 +28,7 @@ from fastmrcnn.inference import ImageDetections, card_of, coco_results, run_mode
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.output import new_run_folder, replacing, write_json
-from fastmrcnn.paste import paste_masks
+from fastmrcnn.paste import paste_to_host
 from fastmrcnn.prepare import evaluation_loader, proposals_problem, read_split
 from fastmrcnn.pretrained import load_recipe
 from fastmrcnn.proposal_eval import collect_proposals, proposal_recall
@@ -126,8 +126,9 @@ def run_evaluation(
             detections = run_model(model, loaded.batch, config.train.precision, device)
             cut += int(detections.cut[: loaded.real].sum())
             found = split_detections(detections, loaded.to_original, loaded.original_sizes)
-            for image_id, one in zip(loaded.image_ids, found, strict=True):
-                results += coco_results(one, image_id, dataset.category_ids, threshold, offset)
+            ids = loaded.image_ids
+            results += coco_results(found, ids, dataset.category_ids, threshold, offset)
+            for image_id, one in zip(ids, found, strict=True):
                 if image_id in chosen:
                     kept[image_id] = one
             bar.update(loaded.real)
@@ -235,7 +236,7 @@ def draw_picture(
     boxes, classes = found.boxes[keep], found.classes[keep].tolist()
     masks = None
     if found.masks is not None:
-        masks = paste_masks(found.masks[keep], boxes, found.height, found.width, threshold).numpy()
+        masks = paste_to_host(found.masks[keep], boxes, found.height, found.width, threshold)
     predicted = Instances(
         boxes.numpy(),
         masks,

@@ -21,14 +21,18 @@ from fastmrcnn.data.loader import prepare_image
 from fastmrcnn.errors import UserError
 from fastmrcnn.heatmaps import decode_heatmaps
 from fastmrcnn.output import replacing
-from fastmrcnn.paste import encode_masks, paste_masks
+from fastmrcnn.paste import encode_images, paste_to_host
 from fastmrcnn.prepare import choose_precision
 from fastmrcnn.structures import Batch, Detections, to_device, tree_map
 from fastmrcnn.visualize import draw_instances
 
 
 class ImageDetections(NamedTuple):
-    """The detections of one image, by falling score, on the host and in the pixels of that image."""
+    """The detections of one image, by falling score, in the pixels of that image.
+
+    All but the masks are on the host. Masks stay on the device of the model: pasted there, they come as bits,
+    and encoded there, as lengths of runs.
+    """
 
     boxes: Tensor  # (n, 4) float32 xyxy, within the image
     scores: Tensor  # (n,) float32
@@ -50,8 +54,8 @@ def split_detections(
         sizes: height and width of the n original images.
         score: detections below it are dropped, as are those whose box has no area within the image.
     """
-    # Heatmaps are large: they are read where they are, those of the kept detections alone.
-    host = tree_map(lambda tensor: tensor.cpu(), detections._replace(heatmaps=None))
+    # Masks and heatmaps are large: they stay where they are, and of those only the kept detections' are read.
+    host = tree_map(lambda tensor: tensor.cpu(), detections._replace(masks=None, heatmaps=None))
     affine = affine.detach().cpu().float()
     found = []
     for index, (height, width) in enumerate(sizes):
@@ -60,7 +64,10 @@ def split_detections(
         boxes = torch.minimum((host.boxes[index] * scale + shift).clamp(min=0), limit)
         some = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
         keep = host.valid[index] & some & (host.scores[index] >= score)
-        masks = None if host.masks is None else host.masks[index][keep].float()
+        kept = keep.nonzero()[:, 0]
+        masks = None
+        if detections.masks is not None:
+            masks = detections.masks[index].index_select(0, kept.to(detections.masks.device)).float()
         scores, classes = host.scores[index][keep].float(), host.classes[index][keep]
         keypoints = None
         if detections.heatmaps is not None:
@@ -72,15 +79,16 @@ def split_detections(
 
 
 def coco_results(
-    found: ImageDetections,
-    image_id: int,
+    found: Sequence[ImageDetections],
+    image_ids: Sequence[int],
     category_ids: Sequence[int],
     threshold: float = 0.5,
     keypoint_offset: float = 0.5,
 ) -> list[dict[str, Any]]:
-    """Detections as COCO's result entries.
+    """Detections as COCO's result entries, image by image.
 
     Args:
+        found: of some images. Their masks are encoded together, on the device where they are.
         category_ids: the data set's id of each class.
         threshold: of a pasted mask.
         keypoint_offset: taken off x and y of keypoints, as COCO numbers pixels.
@@ -89,6 +97,24 @@ def coco_results(
         masks, segmentation (compressed RLE); where there are keypoints, keypoints (x, y and score of
         each).
     """
+    rles: Sequence[list[dict[str, Any]] | None] = [None] * len(found)
+    masks = [one.masks for one in found if one.masks is not None]
+    if masks:
+        sizes = [(one.height, one.width) for one in found]
+        rles = encode_images(masks, [one.boxes for one in found], sizes, threshold)
+    entries = []
+    for one, image_id, own in zip(found, image_ids, rles, strict=True):
+        entries += _entries(one, image_id, category_ids, own, keypoint_offset)
+    return entries
+
+
+def _entries(
+    found: ImageDetections,
+    image_id: int,
+    category_ids: Sequence[int],
+    rles: list[dict[str, Any]] | None,
+    keypoint_offset: float,
+) -> list[dict[str, Any]]:
     boxes = torch.cat((found.boxes[:, :2], found.boxes[:, 2:] - found.boxes[:, :2]), dim=1)
     entries: list[dict[str, Any]] = [
         {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
@@ -96,8 +122,7 @@ def coco_results(
             boxes.tolist(), found.scores.tolist(), found.classes.tolist(), strict=True
         )
     ]
-    if found.masks is not None:
-        rles = encode_masks(found.masks, found.boxes, found.height, found.width, threshold)
+    if rles is not None:
         for entry, rle in zip(entries, rles, strict=True):
             entry["segmentation"] = rle
     if found.keypoints is not None:
@@ -210,7 +235,7 @@ def as_prediction(found: ImageDetections, pixels: NDArray[np.uint8], card: Model
     masks = None
     if found.masks is not None:
         threshold = card.config.model.mask_head.threshold
-        masks = paste_masks(found.masks, found.boxes, found.height, found.width, threshold).numpy()
+        masks = paste_to_host(found.masks, found.boxes, found.height, found.width, threshold)
     return Prediction(
         image=pixels,
         boxes=found.boxes.numpy(),

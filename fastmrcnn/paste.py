@@ -1,23 +1,27 @@
 """From M x M mask probabilities within a box to bitmaps of the whole image.
 
-A mask is sampled bilinearly at the centres of the image's pixels, with zeros around it. Bilinear
-sampling is separable, so two taps per row and two per column say it all: no (D, H, W, 2) grid is
-built. On the host an object costs its own window instead of the image, and the windows are sampled
-in NumPy, whose calls cost a tenth of torch's at that size.
+A mask is sampled bilinearly at the centres of the image's pixels, with zeros around it. On an accelerator
+kernels do that (`kernels.paste_masks`, `kernels.mask_rle`). On the host an object costs its own window
+instead of the image, and the windows are sampled in NumPy, whose calls cost a tenth of torch's at that size.
+Both have the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-CHUNK_BYTES = 256 * 2**20  # of each whole-image intermediate on an accelerator
+from fastmrcnn import kernels
+
+MAX_RUNS = 4096  # of an object, on an accelerator; one with more is encoded on the host
 
 
 def paste_masks(
@@ -46,8 +50,8 @@ def paste_masks(
         ValueError: for other shapes, or a threshold out of range.
     """
     _check(masks, boxes, threshold)
-    if masks.device.type != "cpu" and method == "sample":
-        return _paste_whole(masks, boxes, height, width, threshold)
+    if method == "sample" and on_accelerator(masks):
+        return kernels.paste_masks(masks, boxes.to(masks.device), height, width, threshold)
     windows = _sampled_windows if method == "sample" else _resized_windows
     result = torch.zeros((len(masks), height, width), dtype=torch.bool)
     bitmaps = result.numpy()  # the same memory
@@ -56,24 +60,103 @@ def paste_masks(
     return result.to(masks.device)
 
 
+def paste_to_host(
+    masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float = 0.5
+) -> NDArray[np.bool_]:
+    """(D, height, width): the bitmaps of `paste_masks` in NumPy; from an accelerator they come as bits."""
+    _check(masks, boxes, threshold)
+    if not on_accelerator(masks):
+        return paste_masks(masks, boxes, height, width, threshold).numpy()
+    bits = kernels.paste_masks(masks, boxes.to(masks.device), height, width, threshold, packed=True)
+    return np.unpackbits(bits.cpu().numpy(), axis=-1, count=width).view(np.bool_)
+
+
 def encode_masks(
     masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float = 0.5
 ) -> list[dict[str, Any]]:
     """The bitmaps of `paste_masks` as COCO's compressed RLE, without the bitmaps.
 
-    Each object is pasted and encoded in the columns that its box covers; the columns on both sides
-    only lengthen the first and the last run.
-
     Returns:
         D dictionaries {"size": [height, width], "counts": str}, ready for JSON.
     """
-    _check(masks, boxes, threshold)
-    windows = _sampled_windows(masks.cpu(), boxes.cpu(), height, width, threshold)
-    runs = [_runs(x, y, part, height, width) for x, y, part in windows]
+    return encode_images([masks], [boxes], [(height, width)], threshold)[0]
+
+
+def encode_images(
+    masks: Sequence[Tensor],
+    boxes: Sequence[Tensor],
+    sizes: Sequence[tuple[int, int]],
+    threshold: float = 0.5,
+) -> list[list[dict[str, Any]]]:
+    """`encode_masks` of several images; on an accelerator the objects of all of them at once.
+
+    Args:
+        masks, boxes: of each image (D, M, M) and (D, 4).
+        sizes: height and width of each image.
+    """
+    for own_masks, own_boxes in zip(masks, boxes, strict=True):
+        _check(own_masks, own_boxes, threshold)
+    if sum(map(len, masks)) and on_accelerator(masks[0]):
+        runs = _runs_of_images(masks, boxes, sizes, threshold)
+    else:
+        runs = [
+            _runs_of_windows(own_masks, own_boxes, height, width, threshold)
+            for own_masks, own_boxes, (height, width) in zip(masks, boxes, sizes, strict=True)
+        ]
+    return [_compressed(own, height, width) for own, (height, width) in zip(runs, sizes, strict=True)]
+
+
+def on_accelerator(masks: Tensor) -> bool:
+    return masks.device.type != "cpu"
+
+
+def _compressed(runs: list[list[int]], height: int, width: int) -> list[dict[str, Any]]:
     uncompressed = [{"size": [height, width], "counts": counts} for counts in runs]
     # pycocotools takes a list of these, but not an empty one.
     encoded = coco_mask.frPyObjects(uncompressed, height, width) if uncompressed else []
     return [{"size": [height, width], "counts": rle["counts"].decode("ascii")} for rle in encoded]
+
+
+def _runs_of_images(
+    masks: Sequence[Tensor], boxes: Sequence[Tensor], sizes: Sequence[tuple[int, int]], threshold: float
+) -> list[list[list[int]]]:
+    """Of each object of each image, made where the masks are. Only the lengths of runs are copied."""
+    device = masks[0].device
+    of_object = [size for own, size in zip(masks, sizes, strict=True) for _ in own]
+    runs, count = kernels.mask_rle(
+        torch.cat(list(masks)),
+        torch.cat(list(boxes)).to(device),
+        max(height for height, _ in sizes),
+        max(width for _, width in sizes),
+        threshold,
+        max_runs=MAX_RUNS,
+        sizes=torch.tensor(of_object, device=device),
+    )
+    counts = count.tolist()
+    rows = iter(zip(counts, runs[:, : max(counts)].tolist(), strict=True))
+    found = []
+    for own_masks, own_boxes, (height, width) in zip(masks, boxes, sizes, strict=True):
+        own: list[list[int]] = []
+        for index, (number, row) in enumerate(itertools.islice(rows, len(own_masks))):
+            if number <= MAX_RUNS:
+                own.append(row[:number])
+            else:  # there was no room for all of them
+                one = slice(index, index + 1)
+                own += _runs_of_windows(own_masks[one], own_boxes[one], height, width, threshold)
+        found.append(own)
+    return found
+
+
+def _runs_of_windows(
+    masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float
+) -> list[list[int]]:
+    """Of each object, made on the host.
+
+    Each is pasted and encoded in the columns that its box covers; the columns on both sides only lengthen
+    the first and the last run.
+    """
+    windows = _sampled_windows(masks.cpu(), boxes.cpu(), height, width, threshold)
+    return [_runs(x, y, part, height, width) for x, y, part in windows]
 
 
 def _check(masks: Tensor, boxes: Tensor, threshold: float) -> None:
@@ -92,7 +175,6 @@ def _taps(masks: Tensor, boxes: Tensor, height: int, width: int) -> tuple[Tensor
         (D, M + 2, M + 2) float32, (2, D, height) and (2, D, width): lower tap and weight of the upper.
     """
     side = masks.shape[-1]
-    boxes = boxes.float()
 
     def axis(low: Tensor, high: Tensor, size: int) -> Tensor:
         centres = torch.arange(size, device=boxes.device) + 0.5
@@ -108,27 +190,14 @@ def _taps(masks: Tensor, boxes: Tensor, height: int, width: int) -> tuple[Tensor
     return F.pad(masks.float(), (1, 1, 1, 1)), rows, columns
 
 
-def _paste_whole(masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float) -> Tensor:
-    """All objects at once, in chunks that bound the memory; nothing is read on the host."""
-    padded, rows, columns = _taps(masks, boxes, height, width)
-    result = torch.empty((len(masks), height, width), dtype=torch.bool, device=masks.device)
-    step = max(1, CHUNK_BYTES // max(1, 4 * height * width))
-    for start in range(0, len(masks), step):
-        part = slice(start, start + step)
-        y = rows[0, part].long()[:, :, None].expand(-1, -1, padded.shape[2])
-        across = torch.lerp(padded[part].gather(1, y), padded[part].gather(1, y + 1), rows[1, part, :, None])
-        x = columns[0, part].long()[:, None, :].expand(-1, height, -1)
-        values = torch.lerp(across.gather(2, x), across.gather(2, x + 1), columns[1, part, None, :])
-        result[part] = values >= threshold
-    return result
-
-
 def _sampled_windows(
     masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float
 ) -> Iterator[tuple[int, int, np.ndarray]]:
     """For each object left, top and bitmap of a window that holds all its pixels."""
-    padded, rows, columns = (tensor.numpy() for tensor in _taps(masks, boxes, height, width))
     boxes = boxes.float()
+    # An infinite or unknown place is no place: an empty box, as the kernels take it.
+    boxes = boxes.where((boxes[:, 2:] - boxes[:, :2]).isfinite().all(dim=1, keepdim=True), 0.0)
+    padded, rows, columns = (tensor.numpy() for tensor in _taps(masks, boxes, height, width))
     # The zeros around a mask reach half a cell beyond the box before the interpolation ends.
     rim = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0) / (2 * masks.shape[-1])
     limit = torch.tensor([width, height], dtype=torch.float32)

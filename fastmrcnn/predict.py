@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
         found = detect(model, pixels, arguments.score)
         as_prediction(found, pixels, card).save(overlay)
         names = [card.class_names[label] for label in found.classes.tolist()]
-        results = coco_results(found, number, card.category_ids, threshold, offset)
+        results = coco_results([found], [number], card.category_ids, threshold, offset)
         for entry, name in zip(results, names, strict=True):
             entries.append({**entry, "category_name": name, "file_name": str(path), "overlay": overlay.name})
     write_json(output / RESULTS, entries)

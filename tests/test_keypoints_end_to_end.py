@@ -226,9 +226,9 @@ def test_keypoints_come_back_in_the_pixels_of_the_image() -> None:
     np.testing.assert_allclose(found.keypoints[0, 1, :2], [65.5 * 0.5 + 1, 20.5 * 2])
     assert (found.keypoints[..., 2] > 0.99).all()
     for offset in (0.5, 0.0):
-        [entry] = coco_results(found, 7, [4], keypoint_offset=offset)
+        [entry] = coco_results([found], [7], [4], keypoint_offset=offset)
         assert entry["keypoints"][:2] == pytest.approx([20.25 - offset, 97 - offset])
-    [entry] = coco_results(found._replace(keypoints=None), 7, [4])
+    [entry] = coco_results([found._replace(keypoints=None)], [7], [4])
     assert "keypoints" not in entry
 
 

@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from fastmrcnn import paste
-from fastmrcnn.paste import encode_masks, paste_masks
+from fastmrcnn.paste import encode_images, encode_masks, paste_masks, paste_to_host
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +70,55 @@ def test_windows_equal_grid_sample_over_the_whole_image(threshold: float) -> Non
     assert torch.equal(found[sure], (values >= threshold)[sure])
 
 
-def test_accelerator_path_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    height, width = 45, 70
+@pytest.fixture
+def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels' references take the place of a GPU."""
+    monkeypatch.setattr(paste, "on_accelerator", lambda masks: True)
+
+
+@pytest.mark.parametrize("threshold", [0.05, 0.3, 0.5])
+@pytest.mark.parametrize(("height", "width"), [(45, 70), (40, 64)])
+def test_accelerator_path_gives_the_same(
+    threshold: float, height: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: bitmaps, bitmaps that travel as bits, and runs."""
     masks, boxes = smooth_masks(20), random_boxes(20, height, width)
-    monkeypatch.setattr(paste, "CHUNK_BYTES", 3 * 4 * height * width)  # seven chunks
-    found = paste._paste_whole(masks, boxes, height, width, 0.5)
-    # One ulp of the interpolation may tip a pixel that lies on the threshold.
-    assert (found != paste_masks(masks, boxes, height, width)).sum() <= 1
-    assert found.any()
+    arguments = (masks, boxes, height, width, threshold)
+    windows, encoded = paste_masks(*arguments), encode_masks(*arguments)
+    assert windows.any()
+    np.testing.assert_array_equal(paste_to_host(*arguments), windows.numpy())
+    monkeypatch.setattr(paste, "on_accelerator", lambda masks: True)
+    assert torch.equal(paste_masks(*arguments), windows)
+    host = paste_to_host(*arguments)
+    assert host.dtype == np.bool_
+    np.testing.assert_array_equal(host, windows.numpy())
+    assert encode_masks(*arguments) == encoded
+
+
+@pytest.mark.parametrize("room", [4096, 40, 1])
+@pytest.mark.usefixtures("accelerator")
+def test_images_are_encoded_together(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several sizes, one of them without objects. Where runs find no room, the host makes them."""
+    sizes, counts = [(45, 70), (60, 33), (61, 90)], [5, 0, 9]
+    masks = [smooth_masks(n, seed=i) if n else torch.zeros(0, 28, 28) for i, n in enumerate(counts)]
+    boxes = [random_boxes(n, *size, seed=i) for i, (n, size) in enumerate(zip(counts, sizes, strict=True))]
+    monkeypatch.setattr(paste, "MAX_RUNS", room)
+    found = encode_images(masks, boxes, sizes)
+    assert [len(own) for own in found] == counts
+    for own, own_masks, own_boxes, size in zip(found, masks, boxes, sizes, strict=True):
+        if len(own):
+            assert own == encoded_by_pycocotools(paste_masks(own_masks, own_boxes, *size))
+    assert encode_images([masks[1]], [boxes[1]], [sizes[1]]) == [[]]
+
+
+def test_boxes_that_are_not_finite_give_nothing() -> None:
+    inf, nan = float("inf"), float("nan")
+    boxes = torch.tensor([[-inf, 0, inf, 9], [nan, 0, 8, 9], [0, 0, inf, 9], [0, -3e38, 9, 3e38]])
+    masks = torch.ones(4, 7, 7)
+    assert not paste_masks(masks, boxes, 12, 10).any()
+    assert {rle["counts"] for rle in encode_masks(masks, boxes, 12, 10)} == {
+        encoded_by_pycocotools(torch.zeros(1, 12, 10))[0]["counts"]
+    }
 
 
 def test_a_full_mask_fills_its_box() -> None:

@@ -81,8 +81,7 @@ def _measure(model: MaskRCNN, batch: Batch, precision_name: str, way: str, steps
         _wait(device)
         detected = time.perf_counter()
         if found.masks is not None:
-            for masks, boxes in zip(found.masks, found.boxes, strict=True):
-                paste_masks(masks.float(), boxes, height, width)
+            paste_masks(found.masks.flatten(0, 1), found.boxes.flatten(0, 1), height, width)
         _wait(device)
         pasted = time.perf_counter()
         if number >= WARM_UP:
