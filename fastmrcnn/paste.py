@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastmrcnn import kernels
 
-MAX_RUNS = 4096  # of an object, on an accelerator; one with more is encoded on the host
+ROOM = 4  # runs of an object for each column of the image, on an accelerator; the host encodes one with more
 
 
 def paste_masks(
@@ -122,14 +122,16 @@ def _runs_of_images(
 ) -> list[list[list[int]]]:
     """Of each object of each image, made where the masks are. Only the lengths of runs are copied."""
     device = masks[0].device
-    of_object = [size for own, size in zip(masks, sizes, strict=True) for _ in own]
+    of_object = [size for own, size in zip(masks, sizes, strict=True) for _ in range(len(own))]
+    largest_height, largest_width = (max(axis) for axis in zip(*sizes, strict=True))
+    max_runs = ROOM * largest_width
     runs, count = kernels.mask_rle(
         torch.cat(list(masks)),
         torch.cat(list(boxes)).to(device),
-        max(height for height, _ in sizes),
-        max(width for _, width in sizes),
+        largest_height,
+        largest_width,
         threshold,
-        max_runs=MAX_RUNS,
+        max_runs=max_runs,
         sizes=torch.tensor(of_object, device=device),
     )
     counts = count.tolist()
@@ -138,7 +140,7 @@ def _runs_of_images(
     for own_masks, own_boxes, (height, width) in zip(masks, boxes, sizes, strict=True):
         own: list[list[int]] = []
         for index, (number, row) in enumerate(itertools.islice(rows, len(own_masks))):
-            if number <= MAX_RUNS:
+            if number <= max_runs:
                 own.append(row[:number])
             else:  # there was no room for all of them
                 one = slice(index, index + 1)

@@ -18,6 +18,7 @@ from torch import Tensor
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
 import bench_mask_loss  # noqa: E402
+import bench_mask_paste  # noqa: E402
 import bench_mask_predictor  # noqa: E402
 import bench_nms  # noqa: E402
 import bench_roi_align  # noqa: E402
@@ -153,6 +154,12 @@ def test_the_operators_gates_bite(which: str) -> None:
         wrong = replace(masks, ours=lambda bias, ours=masks.ours, **rest: ours(bias=bias * 1.01, **rest))
         with pytest.raises(NotCloseError):
             measure(wrong, which, CPU, SECONDS, None)
+    paste = bench_mask_paste.paste_contest(workload.SMALL, CPU, packed=False)
+    runs = bench_mask_paste.rle_contest(workload.SMALL)
+    for pasted in (paste, runs):
+        wrong = replace(pasted, ours=lambda masks, ours=pasted.ours, **rest: ours(masks=masks * 1.01, **rest))
+        with pytest.raises(NotCloseError):
+            measure(wrong, "forward", CPU, SECONDS, None)
     nms = bench_nms.contest(workload.SMALL)
     wrong = replace(nms, ours=lambda scores, **rest: nms.ours(scores=scores.flip(1), **rest))
     with pytest.raises(NotCloseError):
@@ -212,6 +219,20 @@ def test_traffic_of_the_mask_predictor_by_hand() -> None:
     assert traffic.bytes("forward") == forward
     assert traffic.bytes("backward") == weight + slots + 4 + written
     assert traffic.bytes("both") == forward + 4 + written
+
+
+def test_traffic_of_pasted_masks_by_hand() -> None:
+    """What is written: 100 bitmaps of 800x1344 in bools or bits, or 4096 runs and their number for each."""
+    read = 100 * (28 * 28 + 4) * 4
+    load, pixels = workload.TRAINING, 100 * 800 * 1344
+    bools, bits = (bench_mask_paste.paste_contest(load, CPU, packed) for packed in (False, True))
+    assert bools.traffic is not None
+    assert bools.traffic.bytes("forward") == read + pixels
+    assert bits.traffic is not None
+    assert bits.traffic.bytes("forward") == read + pixels // 8
+    runs = bench_mask_paste.rle_contest(load).traffic
+    assert runs is not None
+    assert runs.bytes("forward") == read + 100 * 4097 * 4
 
 
 def test_the_workload_is_what_it_says() -> None:
@@ -329,6 +350,9 @@ def test_end_to_end_on_the_cpu(tmp_path: Path) -> None:
         "mask predictor and loss from bitmaps": every,
         "padded NMS": {"forward"},
         "level assignment": {"forward"},
+        "mask paste to bools": {"forward"},
+        "mask paste to bits": {"forward"},
+        "mask RLE": {"forward"},
         "training step": {"step"},
     }
     assert sorted((BENCH / "results").iterdir()) == before
