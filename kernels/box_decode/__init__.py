@@ -1,0 +1,1 @@
+"""Predicted boxes from their deltas: decoded, clipped to the image, and filtered."""

@@ -1,0 +1,1 @@
+"""Which object each box overlaps most, and which boxes overlap each object most."""
