@@ -136,6 +136,17 @@ class Launch:
         )
 
 
+def plain(tensor: Tensor) -> Tensor:
+    """As a kernel reads it without strides: contiguous, and bytes in the place of bools."""
+    tensor = tensor.contiguous()
+    return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+
+
+def reach(tensor: Tensor) -> int:
+    """Elements of memory from the first to the last of tensor[i]; 32 bits count up to 2**31 of them."""
+    return sum((n - 1) * step for n, step in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
+
+
 def _type(value: Any) -> Any:
     """Triton's name of an argument's type, specialised as its launcher does: 1 and None are constants."""
     if isinstance(value, tuple):

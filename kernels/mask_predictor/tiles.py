@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._spec import reach
+
 TILE = 4096  # elements of the features at once
 PART = 208  # pixels of a program: a slot of 28 x 28 goes to four, for more bytes on their way at once
 
@@ -17,7 +19,8 @@ PART = 208  # pixels of a program: a slot of 28 x 28 goes to four, for more byte
 def feature_arguments(features: Tensor) -> tuple[dict[str, Any], tuple[int, int]]:
     """Where pixels and channels lie, and the grid: slots, and parts of a slot's pixels."""
     slots, channels, height, width = features.shape
-    if height > 1 and width > 1 and features.stride(2) != width * features.stride(3):
+    rows_apart = height > 1 and width > 1 and features.stride(2) != width * features.stride(3)
+    if rows_apart or reach(features) >= 2**31:  # within a slot the kernels count in 32 bits
         features = features.contiguous()
     pixels = height * width
     block_c = triton.next_power_of_2(channels)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._spec import Launch, Target, target_of
+from .._spec import Launch, Target, reach, target_of
 from .geometry import axis, bins_of, level_of, load_boxes, scale_of, select, touched, weights
 from .launch import (
     TILE,
@@ -64,7 +64,6 @@ def launches(
         "DTYPE": config.dtype,
         "BLOCK": 64,
     }
-    farthest = sum((n - 1) * stride for n, stride in zip(grad.shape[1:], grad.stride()[1:], strict=True))
     gather = {
         **common,
         "grad_ptr": grad,
@@ -72,7 +71,7 @@ def launches(
         "grads": tuple(grads),
         "channels": channels,
         "LAYOUT": "channels_last" if channels_last else "contiguous",
-        "INDEX": tl.int32 if farthest < 2**31 else tl.int64,
+        "INDEX": tl.int32 if reach(grad) < 2**31 else tl.int64,
         "BLOCK_WORDS": triton.next_power_of_2(max(words, 1)),
         **product_arguments(config, how),
     }

@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._spec import Launch
+from .._spec import Launch, reach
 from ..roi_align.geometry import level_of, load_boxes, scale_of, select
 from ..roi_align.launch import box_arguments
 from ..roi_align.rois import Pooling, empty_maps
 from .forward import geometry
-from .geometry import bins_of_tile, onto_map, place, reach, sample_at
+from .geometry import bins_of_tile, lines_of, onto_map, place, sample_at
 
 TILE = 8  # pixels along a side
 ROIS = 32  # whose boxes are compared with the tile at once
@@ -37,6 +37,8 @@ def launch(
     how: Pooling,
 ) -> tuple[list[Tensor], Launch]:
     rois, channels = grad.shape[:2]
+    # Within an RoI the kernel counts in 32 bits.
+    grad, winner = (t if reach(t) < 2**31 else t.contiguous() for t in (grad, winner))
     grads = empty_maps(grad, num_images, sizes, channels_last)
     # The weights of a tile are many registers: with these shares of them no target spills.
     weighted = kind != "pool"
@@ -114,8 +116,8 @@ def _backward_kernel(
         scales = scale_of(levels, x1, SCALES)
         start_y, bin_y, _steps, samples_y = place(y1, y2, scales, OH, SAMPLES, ALIGNED, KIND, MOST)
         start_x, bin_x, _steps, samples_x = place(x1, x2, scales, OW, SAMPLES, ALIGNED, KIND, MOST)
-        top, bottom = reach(start_y, bin_y, samples_y, height, OH)
-        left, right = reach(start_x, bin_x, samples_x, width, OW)
+        top, bottom = lines_of(start_y, bin_y, samples_y, height, OH)
+        left, right = lines_of(start_x, bin_x, samples_x, width, OW)
         hit = real & (levels == level) & (images == image)
         hit = hit & (bottom >= top) & (y0 <= bottom) & (y0 + TILE > top)
         hit = hit & (right >= left) & (x0 <= right) & (x0 + TILE > left)

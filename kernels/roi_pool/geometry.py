@@ -82,7 +82,7 @@ def onto_map(at, size):
 
 
 @triton.jit
-def reach(start, length, samples, size, BINS: tl.constexpr):
+def lines_of(start, length, samples, size, BINS: tl.constexpr):
     """First and last line that a point of any bin can touch; the last is before the first if none can."""
     other = start + BINS * length
     low = tl.minimum(start, other)  # other is the lower in inverted boxes

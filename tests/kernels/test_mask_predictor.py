@@ -429,6 +429,23 @@ def test_reference_makes_no_logits_of_all_classes_and_does_not_wait() -> None:
     assert not record.names & {"_local_scalar_dense", "nonzero", "index", "index_put", "index_put_"}
 
 
+def test_beyond_31_bits() -> None:
+    """Channels of a slot more than 2**31 elements apart; 4 GiB of address space, hardly any used."""
+    torch.use_deterministic_algorithms(False)  # it would touch all of it
+    given = inputs(slots=2, K=2, channels=3, side=2, dtype=torch.float16)
+    near = given.features.detach().nan_to_num()
+    far = torch.empty(2**31 + 64, dtype=torch.float16).as_strided(near.shape, (4, 2**30 + 16, 2, 1))
+    far.copy_(near)
+    results = []
+    for features in (far, near):
+        leaf = features.detach().requires_grad_()
+        changed = given._replace(features=leaf, classes=torch.tensor([1, 0]))
+        for value in (class_mask_loss(*changed), class_mask_logits(*changed[:4]).sum()):
+            results.append((value.detach(), *torch.autograd.grad(value, changed.leaves())))
+    for one, other in zip(results[:2], results[2:], strict=True):
+        assert all(a.equal(b) for a, b in zip(one, other, strict=True))
+
+
 def test_bad_input() -> None:
     given = inputs()
     wrong = given.classes.clone()

@@ -483,6 +483,23 @@ def test_autocast_leaves_dtypes_alone(device: str) -> None:
             assert roi_pool(pyramid(2, dtype, device)[0], boxes, 2).dtype == dtype
 
 
+def test_beyond_31_bits() -> None:
+    """Channels of a gradient more than 2**31 elements apart; 4 GiB of address space, hardly any used."""
+    torch.use_deterministic_algorithms(False)  # it would touch all of it
+    near = torch.randn(1, 3, 2, 2, generator=torch.Generator().manual_seed(0)).half()
+    far = torch.empty(2**31 + 64, dtype=torch.float16).as_strided(near.shape, (4, 2**30 + 16, 2, 1))
+    far.copy_(near)
+    boxes, maps = torch.tensor([[1.0, 1, 6, 7]]), torch.randn(1, 3, 8, 8).half()
+    how = ("align", [2, 2], [1.0], 1, True, 224.0, 4, 0)
+    _, winner = registration._roi_max([maps], boxes, None, None, *how)
+    found = [
+        registration._roi_max_backward(grad, winner, boxes, None, None, 1, [8], [8], False, *how)[0]
+        for grad in (far, near)
+    ]
+    assert torch.equal(*found)
+    assert found[0].any()
+
+
 BOX, MAP = torch.zeros(1, 1, 4), torch.zeros(1, 1, 4, 4)
 ONE: dict[str, Any] = {"spatial_scales": [1.0]}
 BAD: list[tuple[Callable[[], Any], str]] = [
