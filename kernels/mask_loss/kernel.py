@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._spec import CompileSpec, Launch
+from .._spec import CompileSpec, Launch, plain
 from .reference import sum_dtype
 
 PIXELS = 1024  # at once
@@ -94,20 +94,14 @@ def _input_arguments(logits: Tensor, classes: Tensor, targets: Tensor, weight: T
     return {
         "logits_ptr": logits,
         "classes_ptr": classes.contiguous(),
-        "targets_ptr": _plain(targets),
-        "weight_ptr": _plain(weight),
+        "targets_ptr": plain(targets),
+        "weight_ptr": plain(weight),
         **{axis: logits.stride(i) for i, axis in enumerate(AXES)},
         "K": K,
         "width": width,
         "pixels": height * width,
         "PIXELS": PIXELS,
     }
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """Contiguous, and bytes in the place of bools."""
-    tensor = tensor.contiguous()
-    return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
 
 
 def compile_specs() -> list[CompileSpec]:
@@ -233,8 +227,8 @@ def _grad_kernel(
     for first in range(0, pixels, PIXELS):
         pixel = first + tl.arange(0, PIXELS)
         counts = pixel < counted
-        y, x = (pixel // width).to(tl.int64), (pixel % width).to(tl.int64)
-        element = channel * grad_stride_channel + y * grad_stride_y + x * grad_stride_x
+        row, column = (pixel // width).to(tl.int64), (pixel % width).to(tl.int64)
+        element = channel * grad_stride_channel + row * grad_stride_y + column * grad_stride_x
         if FILL:
             counts = counts & (element >= begin) & (element < begin + STRETCH)
         x, target = _pixels(

@@ -8,9 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._spec import Launch
+from .._spec import Launch, plain
 from ..mask_loss.reference import sum_dtype
-from ..mask_targets.kernel import plain
 from .reference import FeatureLayout, SlotSums
 from .tiles import (
     feature_arguments,

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._spec import CompileSpec, Launch
+from .._spec import CompileSpec, Launch, plain
 from ..mask_loss import kernel as mask_loss_kernel
-from ..mask_targets.kernel import example, plain
+from ..mask_targets.kernel import example
 from ..mask_targets.reference import Bitmaps, Sampling
 from . import backward, forward
 from .reference import FeatureLayout, SlotSums, layout_of

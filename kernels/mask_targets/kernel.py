@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._spec import CompileSpec, Launch
+from .._spec import CompileSpec, Launch, plain
 from .reference import Bitmaps, Sampling, position_dtype
 from .sampling import target_pixels
 
@@ -48,12 +48,6 @@ def bitmap_arguments(
         "ALIGNED": how.aligned,
         "POSITION": TRITON_DTYPE[position_dtype(boxes)],
     }
-
-
-def plain(tensor: Tensor) -> Tensor:
-    """Contiguous, and bytes in the place of bools."""
-    tensor = tensor.contiguous()
-    return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
 
 
 def _launch(
