@@ -240,6 +240,8 @@ ONES = """
 import torch
 from fastmrcnn.kernels.level_assign import kernel as level_assign
 from fastmrcnn.kernels.mask_loss import kernel as mask_loss
+from fastmrcnn.kernels.mask_paste import kernel as mask_paste
+from fastmrcnn.kernels.mask_rle import kernel as mask_rle
 from fastmrcnn.kernels.nms import kernel as nms
 from fastmrcnn.kernels.roi_align import backward, forward
 from fastmrcnn.kernels.roi_align.rois import Pooling
@@ -253,6 +255,8 @@ launches = [
     level_assign._launch(box, 2, 5, 224.0, 4)[1],
     *launches,
     mask_loss._backward(loss, loss, feature, index, feature[0], box[:, 0])[1],
+    mask_paste._launch(feature[0], box, None, 1, 1, 0.5, False)[1],
+    *mask_rle._launches(feature[0], box, None, None, 1, 1, 0.5, 1)[2],
     *nms._launches(box[None], box[None, :, 0], index[None], None, 0.5, index[None], kept, True),
     forward.launch([feature], box, index, None, how)[1],
     *backward.launches(feature, box, index, None, 1, [(1, 1)], False, how)[1],
@@ -269,7 +273,7 @@ def test_sizes_of_one_compile(tmp_path: Path) -> None:
     script.write_text(ONES)
     done = run(str(script), PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(set(done.stdout.split())) == 10
+    assert len(set(done.stdout.split())) == 14
 
 
 class Recorder:
