@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from fastmrcnn.speed.graph_count import counting_graphs
 from fastmrcnn.speed.rows import OurRunner, Row, Runner
 from fastmrcnn.speed.timing import Stopwatch, device_calls
 from fastmrcnn.speed.torchvision_row import NotComparableError, TorchvisionRunner
@@ -143,7 +144,12 @@ def _prepare(
 
     def prepare() -> None:
         entry.runner = make(entry.row, workload, mask_slots)
-        entry.runner.warm_up()
+        if entry.row.execution.compiled:
+            with counting_graphs() as counter:
+                entry.runner.warm_up()
+            entry.found["compiled_graphs"] = counter.counts._asdict()
+        else:
+            entry.runner.warm_up()
         entry.found["first_losses"] = entry.runner.first_losses
         if isinstance(entry.runner, TorchvisionRunner):
             entry.found["foreground"] = max(entry.runner.foreground)

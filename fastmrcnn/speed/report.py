@@ -52,6 +52,8 @@ def ladder_table(rows: list[Row]) -> str:
         "launches",
         "host syncs",
         "graphs, breaks",
+        "kernels: Inductor's, libraries', ours",
+        "GB in the graphs",
         "foreground RoIs, dropped",
         "loss at first, at last",
         "weights moved",
@@ -62,9 +64,11 @@ def ladder_table(rows: list[Row]) -> str:
 def _cells(row: Row) -> list[str]:
     if "not_run" in row or "failure" in row:
         reason = f"not run: {row['not_run']}" if "not_run" in row else f"FAILED: {row['failure']}"
-        return [reason.replace("|", "/")] + [""] * 9
+        return [reason.replace("|", "/")] + [""] * 11
     losses = row["first_losses"]
     graphs = f"{row['graphs']}, {row['graph_breaks']}" if "graphs" in row else ""
+    made = row.get("compiled_graphs", {})
+    kernels = f"{made['generated']}, {made['library']}, {made['ours']}" if made else ""
     counts = f"{losses['num_fg']:.0f}" if "num_fg" in losses else ""
     if "masks_dropped" in losses:
         counts += f", {losses['masks_dropped']:.0f}"
@@ -78,6 +82,8 @@ def _cells(row: Row) -> list[str]:
         str(row.get("launches", "")),
         str(row.get("syncs", "")),
         graphs,
+        kernels,
+        f"{made['gigabytes']:.2f}" if made else "",
         counts,
         f"{first_loss(row):.4f}, {row['last_loss']:.4f}{mark}",
         f"{row['moved']:.3g}",

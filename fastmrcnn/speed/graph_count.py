@@ -1,0 +1,75 @@
+"""What Inductor makes of the step: how many kernels its graphs launch, and the bytes that they move.
+
+Counted when the graphs are scheduled, so it needs no GPU; but then the schedule is that for the CPU, which
+fuses somewhat differently. The update of the weights is not in the graphs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch._functorch.config
+import torch._inductor.config
+from torch._inductor import ir, scheduler
+
+from fastmrcnn import kernels
+
+OURS = kernels.__name__.replace(".", "_") + "::"  # namespace of our operators
+
+
+class GraphCounts(NamedTuple):
+    """Of the forward and backward graph together."""
+
+    generated: int = 0  # kernels that Inductor writes
+    library: int = 0  # calls of a library: convolutions, matrix products, sorts
+    ours: int = 0  # calls of our operators, each of which launches one kernel or a few
+    gigabytes: float = 0.0  # that all of these read and write
+
+    @property
+    def launches(self) -> int:
+        return self.generated + self.library + self.ours
+
+
+class GraphCounter:
+    def __init__(self) -> None:
+        self.counts = GraphCounts()
+
+    def add(self, nodes: list[Any]) -> None:
+        for node in nodes:
+            if isinstance(node, scheduler.NopKernelSchedulerNode) or isinstance(node.node, ir.MultiOutput):
+                continue  # nothing is run: the second is one of several results
+            moved = self.counts.gigabytes + node.get_read_write_buffers_sizes() / 1e9
+            self.counts = self.counts._replace(gigabytes=moved)
+            kind = _kind(node)
+            self.counts = self.counts._replace(**{kind: getattr(self.counts, kind) + 1})
+
+
+@contextlib.contextmanager
+def counting_graphs() -> Iterator[GraphCounter]:
+    """Counts the graphs that are compiled within the block.
+
+    A graph out of a cache is not scheduled again, so it takes none from there; kernels it may take.
+    """
+    counter = GraphCounter()
+    codegen = scheduler.Scheduler.codegen
+
+    def counted(self: scheduler.Scheduler) -> Any:
+        counter.add(self.nodes)
+        return codegen(self)
+
+    with (
+        mock.patch.object(scheduler.Scheduler, "codegen", counted),
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        yield counter
+
+
+def _kind(node: Any) -> str:
+    if not isinstance(node, scheduler.ExternKernelSchedulerNode):
+        return "generated"
+    operator = getattr(node.node, "op_overload", None)
+    return "ours" if operator is not None and operator.name().startswith(OURS) else "library"
