@@ -83,16 +83,14 @@ class TrainingStep:
         self.run: Forward = self._run
         if execution.cuda_graphs:
             self.run = GraphedStep(self._run, self.update.closed)
-        self.seen: set[Shapes] = set()
+        self.warm: set[Shapes] = set()
 
     def __call__(self, batch: Batch, step: int, lr: float) -> Losses:
         """Make step number `step` at the rate `lr`; returns the losses before the update, on the device."""
         self.number.fill_(step)
         for group in self.optimizer.param_groups:
             group["lr"].fill_(lr)
-        keys = self.draw_keys(batch, step)
-        self.seen.add(shapes_of(batch))
-        return self.run(batch, keys)
+        return self.run(batch, self.draw_keys(batch, step))
 
     def draw_keys(self, batch: Batch, step: int) -> SamplingKeys:
         self.generator.manual_seed((self.seed << 32) + step)
@@ -111,10 +109,11 @@ class TrainingStep:
             example = batch._replace(pixels=pixels, sizes=torch.minimum(batch.sizes, limit))
             with self.update.closed():
                 self(example, 0, 0.0)
+            self.warm.add(shapes_of(example))
 
     def is_new(self, batch: Batch) -> bool:
-        """Whether no step has been made on a batch of these shapes, so that it will be compiled now."""
-        return shapes_of(batch) not in self.seen
+        """Whether the step has not been warmed up for a batch of these shapes, and would compile now."""
+        return shapes_of(batch) not in self.warm
 
     def _run(self, batch: Batch, keys: SamplingKeys) -> Losses:
         self.update.before_forward()
