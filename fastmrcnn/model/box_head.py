@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmrcnn.kernels import padded_nms
-from fastmrcnn.model import boxes as box_ops
+from fastmrcnn.kernels import decode_boxes, padded_nms
+from fastmrcnn.model.boxes import encode
 from fastmrcnn.model.convs import init_convs, make_convs, run_convs
 from fastmrcnn.model.losses import masked_sum, smooth_l1
 from fastmrcnn.model.norms import Norm
@@ -93,7 +93,7 @@ class BoxHead(nn.Module):
         """Cross-entropy over the sampled RoIs; smooth L1 over the foreground, divided by all sampled."""
         with torch.no_grad():
             scale = self.loss_weight / rois.valid.sum().clamp(min=1).float()
-            goal = box_ops.encode(take(targets.boxes, rois.matched), rois.boxes, self.delta_weights)
+            goal = encode(take(targets.boxes, rois.matched), rois.boxes, self.delta_weights)
         cls = F.cross_entropy(logits.float().flatten(0, 1), rois.classes.flatten(), reduction="none")
         loss_cls = torch.where(rois.valid.flatten(), cls, 0.0).sum() * scale
         loc = smooth_l1(self._of_class(deltas, rois.classes).float() - goal, self.box_loss_beta)
@@ -114,15 +114,17 @@ class BoxHead(nn.Module):
         flat = torch.where(above, scores, -1.0).flatten(1)
         count = min(self.candidates, flat.shape[1])
         score, index = flat.topk(count)
-        valid = score > 0
-        cut = above.flatten(1).sum(1) - valid.sum(1)
+        cut = above.flatten(1).sum(1) - (score > 0).sum(1)
         proposal, cls = index // num_classes, index % num_classes
         delta_index = proposal if self.class_agnostic else index
-        box = box_ops.decode(
-            take(deltas.flatten(1, 2), delta_index), take(proposals.boxes, proposal), self.delta_weights
+        box, valid = decode_boxes(
+            take(deltas.flatten(1, 2), delta_index),
+            take(proposals.boxes, proposal),
+            sizes,
+            scores=score,
+            weights=self.delta_weights,
+            score_threshold=self.score_threshold,
         )
-        valid = valid & box.isfinite().all(-1)
-        box = box_ops.clip(torch.where(valid[..., None], box, 0.0), sizes)
         kept, real = padded_nms(box, score, cls, valid, self.nms_iou, min(self.detections, count))
         return Detections(
             boxes=torch.where(real[..., None], take(box, kept), 0.0),

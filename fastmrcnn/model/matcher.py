@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from fastmrcnn.model import boxes as box_ops
+from fastmrcnn.kernels import match_boxes
 from fastmrcnn.structures import Targets
 
 
@@ -33,17 +32,19 @@ def match(
     foreground too, however low (arXiv 1506.01497); an object that no box touches gets none. Background
     that lies in a crowd region by `crowd_overlap` or more is ignored.
     """
-    overlap = box_ops.iou(boxes, targets.boxes)  # (N, B, G)
-    overlap = torch.where(targets.valid[:, None, :], overlap, -1.0)
-    best, matched = overlap.max(-1)
-    is_foreground = best >= foreground_iou
-    is_background = best < background_iou
-    if low_quality:
-        highest = overlap.amax(1, keepdim=True)  # (N, 1, G)
-        is_best = ((overlap == highest) & (highest > 0)).any(-1)
-        is_foreground = is_foreground | is_best
-        is_background = is_background & ~is_best
-    if crowd_overlap is not None:
-        inside = box_ops.covered(boxes, targets.boxes) >= crowd_overlap
-        is_background = is_background & ~(inside & targets.crowd[:, None, :]).any(-1)
-    return Matches(matched, is_foreground, is_background)
+    found = match_boxes(
+        boxes,
+        targets.boxes,
+        targets.valid,
+        low_quality=low_quality,
+        gt_crowd=None if crowd_overlap is None else targets.crowd,
+        crowd_overlap=crowd_overlap,
+    )
+    is_foreground = found.best >= foreground_iou
+    is_background = found.best < background_iou
+    if found.is_best is not None:
+        is_foreground = is_foreground | found.is_best
+        is_background = is_background & ~found.is_best
+    if found.in_crowd is not None:
+        is_background = is_background & ~found.in_crowd
+    return Matches(found.matched, is_foreground, is_background)

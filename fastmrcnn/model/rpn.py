@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmrcnn.kernels import padded_nms
-from fastmrcnn.model import boxes as box_ops
+from fastmrcnn.kernels import decode_boxes, padded_nms
 from fastmrcnn.model.anchors import AnchorGenerator
+from fastmrcnn.model.boxes import encode
 from fastmrcnn.model.convs import make_convs, run_convs
 from fastmrcnn.model.losses import masked_sum, smooth_l1
 from fastmrcnn.model.matcher import match
@@ -85,19 +85,18 @@ class RegionProposalNetwork(nn.Module):
     ) -> Proposals:
         """Best boxes of each level, decoded, clipped and thinned out by NMS within their level."""
         when = 0 if self.training else 1
-        scores, boxes, levels = [], [], []
+        scores, moves, references, levels = [], [], [], []
         for level, (logits, delta, anchor) in enumerate(zip(objectness, deltas, anchors, strict=True)):
             count = min(self.pre_nms_top_n[when], logits.shape[1])
             top, index = logits.float().topk(count)
             scores.append(top)
-            chosen = anchor[None].expand(logits.shape[0], -1, -1)
-            boxes.append(box_ops.decode(take(delta, index), take(chosen, index)))
+            moves.append(take(delta, index))
+            references.append(take(anchor[None].expand(logits.shape[0], -1, -1), index))
             levels.append(torch.full_like(index, level))
-        score, box = torch.cat(scores, 1), torch.cat(boxes, 1)
-        finite = box.isfinite().all(-1) & score.isfinite()
-        box = box_ops.clip(torch.where(finite[..., None], box, 0.0), sizes)
-        side = (box[..., 2:] - box[..., :2]).amin(-1)
-        valid = finite & (side > self.min_box_side)
+        score = torch.cat(scores, 1)
+        box, valid = decode_boxes(
+            torch.cat(moves, 1), torch.cat(references, 1), sizes, scores=score, min_side=self.min_box_side
+        )
         count = min(self.post_nms_top_n[when], box.shape[1])
         index, kept = padded_nms(box, score, torch.cat(levels, 1), valid, self.nms_iou, count)
         return Proposals(take(box, index), take(score, index), kept)
@@ -129,7 +128,7 @@ class RegionProposalNetwork(nn.Module):
                 foreground_share=self.foreground_share,
             )
             reference = anchor[chosen.picked]
-            goal = box_ops.encode(take(targets.boxes, take(matches.matched, chosen.picked)), reference)
+            goal = encode(take(targets.boxes, take(matches.matched, chosen.picked)), reference)
             if self.loss_normalizer == "asked":
                 normalizer = torch.tensor(float(self.batch_per_image * len(keys)), device=keys.device)
             else:
