@@ -6,6 +6,7 @@ of them runs at a time.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -75,7 +76,9 @@ class CudaRecorder:
     def __call__(self, run: Run, batch: Batch, keys: SamplingKeys) -> tuple[Losses, Callable[[], None]]:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), warnings.catch_warnings():
+            # AdamW wonders why an update that can be recorded is not.
+            warnings.filterwarnings("ignore", message=".*constructed with capturable=True")
             for _ in range(WARM_UPS):
                 run(batch, keys)
         torch.cuda.current_stream().wait_stream(stream)

@@ -16,8 +16,14 @@ from fastmrcnn.config import OptimConfig
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Fused SGD or AdamW over the parameters that are trained; norms may have a decay of their own."""
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, *, capturable: bool = False
+) -> torch.optim.Optimizer:
+    """Fused SGD or AdamW over the parameters that are trained; norms may have a decay of their own.
+
+    Args:
+        capturable: the update will be recorded in a CUDA graph.
+    """
     norms: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for module in model.modules():
@@ -37,7 +43,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
             for parameter in (*others, *norms):
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
-    return torch.optim.AdamW(groups, lr=lr, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, fused=True, capturable=capturable)
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int, batch: int) -> float:

@@ -72,7 +72,7 @@ class TrainingStep:
         self.seed = seed
         fuse_epilogues(model, execution.fuse_epilogues)
         self.device = next(model.parameters()).device
-        self.optimizer = build_optimizer(model, optim)
+        self.optimizer = build_optimizer(model, optim, capturable=execution.cuda_graphs)
         self.update = GatedStep(
             model, self.optimizer, clip_norm=optim.clip_norm, loss_scale=precision.loss_scale
         )

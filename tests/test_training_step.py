@@ -173,16 +173,25 @@ def test_the_compile_cache_is_where_it_stays(monkeypatch: pytest.MonkeyPatch, tm
     assert cache_dir() == str(tmp_path / "mine")
 
 
+def test_an_update_that_is_recorded_must_allow_it() -> None:
+    """AdamW refuses to be recorded unless it was told; SGD always can be."""
+    model = small_model().train()
+    for recorded in (False, True):
+        step = TrainingStep(model, ADAMW, choose_precision("fp32", CPU), Execution(cuda_graphs=recorded))
+        assert {group["capturable"] for group in step.optimizer.param_groups} == {recorded}
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("optim", [SGD, ADAMW], ids=["sgd", "adamw"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_cuda_graphs_train_as_eager_steps_do(precision: str) -> None:
+def test_cuda_graphs_train_as_eager_steps_do(precision: str, optim: OptimConfig) -> None:
     """Same weights, batches and keys: losses agree within what the order of float sums allows."""
     device = torch.device("cuda")
     steps = []
     for graphs in (False, True):
         model = small_model().to(device, memory_format=torch.channels_last).train()
         execution = Execution(cuda_graphs=graphs)
-        steps.append(TrainingStep(model, SGD, choose_precision(precision, device), execution, seed=3))
+        steps.append(TrainingStep(model, optim, choose_precision(precision, device), execution, seed=3))
     eager, graphed = steps
     batches = [to_device(random_batch(seed, shape=shape), device) for seed, shape in SHAPES]
     graphed.warm_up(batches[0], [(128, 96), (96, 128)])
