@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastmrcnn import kernels
 
+Runs = NDArray[Any]  # (runs,) integer, lengths of zeros and ones in turn
 ROOM = 4  # runs of an object for each column of the image, on an accelerator; the host encodes one with more
 
 
@@ -110,7 +111,7 @@ def on_accelerator(masks: Tensor) -> bool:
     return masks.device.type != "cpu"
 
 
-def _compressed(runs: list[list[int]], height: int, width: int) -> list[dict[str, Any]]:
+def _compressed(runs: list[Runs], height: int, width: int) -> list[dict[str, Any]]:
     uncompressed = [{"size": [height, width], "counts": counts} for counts in runs]
     # pycocotools takes a list of these, but not an empty one.
     encoded = coco_mask.frPyObjects(uncompressed, height, width) if uncompressed else []
@@ -119,7 +120,7 @@ def _compressed(runs: list[list[int]], height: int, width: int) -> list[dict[str
 
 def _runs_of_images(
     masks: Sequence[Tensor], boxes: Sequence[Tensor], sizes: Sequence[tuple[int, int]], threshold: float
-) -> list[list[list[int]]]:
+) -> list[list[Runs]]:
     """Of each object of each image, made where the masks are. Only the lengths of runs are copied."""
     device = masks[0].device
     of_object = [size for own, size in zip(masks, sizes, strict=True) for _ in range(len(own))]
@@ -135,10 +136,10 @@ def _runs_of_images(
         sizes=torch.tensor(of_object, device=device),
     )
     counts = count.tolist()
-    rows = iter(zip(counts, runs[:, : max(counts)].tolist(), strict=True))
+    rows = iter(zip(counts, runs[:, : max(counts)].cpu().numpy(), strict=True))
     found = []
     for own_masks, own_boxes, (height, width) in zip(masks, boxes, sizes, strict=True):
-        own: list[list[int]] = []
+        own: list[Runs] = []
         for index, (number, row) in enumerate(itertools.islice(rows, len(own_masks))):
             if number <= max_runs:
                 own.append(row[:number])
@@ -149,9 +150,7 @@ def _runs_of_images(
     return found
 
 
-def _runs_of_windows(
-    masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float
-) -> list[list[int]]:
+def _runs_of_windows(masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float) -> list[Runs]:
     """Of each object, made on the host.
 
     Each is pasted and encoded in the columns that its box covers; the columns on both sides only lengthen
@@ -232,7 +231,7 @@ def _resized_windows(
         yield left, top, part.numpy()
 
 
-def _runs(x: int, y: int, part: np.ndarray, height: int, width: int) -> list[int]:
+def _runs(x: int, y: int, part: np.ndarray, height: int, width: int) -> Runs:
     """Lengths of the runs of zeros and ones in turn, column by column through the whole image."""
     rows, columns = part.shape
     strip = np.zeros((columns, height), dtype=bool)
@@ -240,7 +239,7 @@ def _runs(x: int, y: int, part: np.ndarray, height: int, width: int) -> list[int
     flat = np.concatenate(([False], strip.ravel(), [False]))
     # Where a run of ones begins, and where it ends; the runs of zeros lie between.
     edges = np.flatnonzero(flat[1:] != flat[:-1]) + x * height
-    ends = [0, *edges.tolist()]
+    ends = np.concatenate(([0], edges))
     if ends[-1] != height * width:
-        ends.append(height * width)
-    return np.diff(ends).tolist()
+        ends = np.append(ends, height * width)
+    return np.diff(ends)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._library import interpreting
-from .._spec import CompileSpec, Launch
+from .._spec import CompileSpec, Launch, plain
 from .reference import packed_width, sample_dtype
 from .sampling import load_box, position, sample, touches
 
@@ -52,10 +52,10 @@ def _launch(
     dtype = torch.uint8 if packed else torch.bool
     out = torch.empty((slots, height, columns), dtype=dtype, device=masks.device)
     arguments = {
-        "masks_ptr": masks.contiguous(),
-        "boxes_ptr": boxes.contiguous(),
-        "valid_ptr": None if valid is None else valid.contiguous().view(torch.uint8),
-        "out_ptr": out.view(torch.uint8),
+        "masks_ptr": plain(masks),
+        "boxes_ptr": plain(boxes),
+        "valid_ptr": None if valid is None else plain(valid),
+        "out_ptr": plain(out),
         "height": height,
         "width": width,
         "columns": columns,

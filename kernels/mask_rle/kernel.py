@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._library import interpreting
-from .._spec import CompileSpec, Launch
+from .._spec import CompileSpec, Launch, plain
 from ..mask_paste.kernel import TRITON_DTYPE
 from ..mask_paste.reference import sample_dtype
 from ..mask_paste.sampling import load_box, position, sample
@@ -58,18 +58,19 @@ def _launches(
     slots, side = masks.shape[:2]
     edges_of_column = torch.empty((slots, width), dtype=torch.int32, device=masks.device)
     ends = torch.empty((slots, max_runs), dtype=torch.int32, device=masks.device)
-    runs, count = torch.empty_like(ends), torch.empty_like(ends[:, 0])
+    runs = torch.empty_like(ends)
+    count = torch.empty((slots,), dtype=torch.int32, device=masks.device)
     where: dict[str, Any] = {
-        "boxes_ptr": boxes.contiguous(),
-        "sizes_ptr": None if sizes is None else sizes.contiguous(),
-        "valid_ptr": None if valid is None else valid.contiguous().view(torch.uint8),
+        "boxes_ptr": plain(boxes),
+        "sizes_ptr": None if sizes is None else plain(sizes),
+        "valid_ptr": None if valid is None else plain(valid),
         "height": height,
         "width": width,
         "SIDE": side,
         "DTYPE": TRITON_DTYPE[sample_dtype(masks, boxes)],
     }
     scan: dict[str, Any] = {
-        "masks_ptr": masks.contiguous(),
+        "masks_ptr": plain(masks),
         "edges_of_column_ptr": edges_of_column,
         "THRESHOLD": threshold,
         "COLUMNS": 8 * COLUMNS if interpreting() else COLUMNS,
@@ -92,7 +93,7 @@ def _launches(
 
 
 def compile_specs() -> list[CompileSpec]:
-    """100 detections of 28x28 at 800x1344, with room for 4096 runs each; the fourth with sizes.
+    """100 detections of 28x28 at 800x1344, with room for 4096 runs each; in bf16 with a size for each.
 
     The least bytes are what each pass reads and writes where every column of the image has edges. The least
     operations are the three interpolations of a pixel and its comparison, where every pixel sees its mask.
