@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._spec import Launch, Target, reach, target_of
-from .geometry import axis, bins_of, level_of, load_boxes, scale_of, select, touched, weights
+from .geometry import axis, bins_of, level_of, load_boxes, scale_of, select, tile_of, touched, weights
 from .launch import (
     TILE,
     bin_arguments,
@@ -161,19 +161,8 @@ def _backward_kernel(
     TILE: tl.constexpr, ITEMS: tl.constexpr, BLOCK_C: tl.constexpr, SLOTS: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
 ):  # fmt: skip
-    # The coarsest level has the tiles with the most RoIs, so its tiles come first.
     index = tl.program_id(0)
-    level = index * 0
-    for coarser in tl.static_range(1, len(heights)):
-        level = tl.where(index < first_tiles[coarser - 1], coarser, level)
-    height = select(heights, level, level * 0 + heights[0])
-    width = select(widths, level, level * 0 + widths[0])
-    local = index - select(first_tiles, level, level * 0 + first_tiles[0])
-    columns = (width + TILE - 1) // TILE
-    tiles = (height + TILE - 1) // TILE * columns
-    image = local // tiles
-    y0 = local % tiles // columns * TILE
-    x0 = local % tiles % columns * TILE
+    level, height, width, image, y0, x0 = tile_of(index, heights, widths, first_tiles, TILE)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     first_roi = 0 if HAS_BATCH else image * rois_per_image
 

@@ -130,6 +130,25 @@ def weights(line, bins, start, length, step, size, SAMPLES: tl.constexpr, SLOTS:
 
 
 @triton.jit
+def tile_of(index, heights, widths, first_tiles, TILE: tl.constexpr):
+    """Level of a tile, height and width of its map, image, and the tile's first row and column.
+
+    `first_tiles` is the index of the first tile of each level: those of the coarsest come first.
+    """
+    level = index * 0
+    for coarser in tl.static_range(1, len(heights)):
+        level = tl.where(index < first_tiles[coarser - 1], coarser, level)
+    height = select(heights, level, level * 0 + heights[0])
+    width = select(widths, level, level * 0 + widths[0])
+    local = index - select(first_tiles, level, level * 0 + first_tiles[0])
+    columns = (width + TILE - 1) // TILE
+    tiles = (height + TILE - 1) // TILE * columns
+    y0 = local % tiles // columns * TILE
+    x0 = local % tiles % columns * TILE
+    return level, height, width, local // tiles, y0, x0
+
+
+@triton.jit
 def bins_of(item, OH: tl.constexpr, OW: tl.constexpr, PART_H: tl.constexpr, PART_W: tl.constexpr):
     """The RoI of an item, which is PART_H x PART_W of its bins; their first and last row, and column."""
     parts_w: tl.constexpr = (OW + PART_W - 1) // PART_W

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .entries import Entries, entry_groups, transpose
-from .rois import Pooling, locate
+from .rois import Pooling, locate, sum_dtype
 
 
 def multilevel_roi_align(
@@ -32,7 +32,7 @@ def multilevel_roi_align(
         (R, C, oh, ow), zeros for boxes that are not valid, not finite, or of an image that is not there.
     """
     images, channels = features[0].shape[:2]
-    dtype = _sum_dtype(features[0].dtype)
+    dtype = sum_dtype(features[0].dtype)
     sizes = [(f.shape[2], f.shape[3]) for f in features]
     oh, ow = how.output_size
     out = torch.zeros((boxes.shape[0], oh * ow, channels), dtype=dtype, device=boxes.device)
@@ -41,9 +41,8 @@ def multilevel_roi_align(
         rois = locate(boxes.to(dtype), batch_index, valid, images, sizes, how)
         for group, entries in entry_groups(rois, sizes, how):
             sums = _sum_rows(table, entries).view_as(out[group])
-            out[group] = torch.where(
-                rois.real[group, None, None], sums, 0
-            )  # no weight times NaN would be NaN
+            real = rois.real[group, None, None]
+            out[group] = torch.where(real, sums, 0)  # no weight times NaN would be NaN
     return out.view(boxes.shape[0], oh, ow, channels).permute(0, 3, 1, 2).to(features[0].dtype)
 
 
@@ -66,7 +65,7 @@ def multilevel_roi_align_backward(
         Of each level, (N, C, Hl, Wl) in the dtype of `grad`.
     """
     channels = grad.shape[1]
-    dtype = _sum_dtype(grad.dtype)
+    dtype = sum_dtype(grad.dtype)
     pixels = num_images * sum(height * width for height, width in sizes)
     table = torch.zeros((pixels, channels), dtype=dtype, device=grad.device)
     if grad.numel() > 0 and pixels > 0:
@@ -92,7 +91,3 @@ def _sum_rows(table: Tensor, entries: Entries) -> Tensor:
         entries.pixel, table, offset, mode="sum", per_sample_weights=entries.weight, include_last_offset=True
     )
     return sums[: entries.offset.shape[0] - 1]
-
-
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -113,15 +113,24 @@ class Rois(NamedTuple):
     real: Tensor  # (R,) bool
 
 
-def locate(
+class OnLevel(NamedTuple):
+    """The map of each box's level, whatever is pooled from it."""
+
+    scale: Tensor  # (R,) pixels of the map per pixel of the image
+    height: Tensor  # (R,) int64, of the map
+    width: Tensor  # (R,) int64
+    origin: Tensor  # (R,) int64, row of the map's first pixel in the table of all pixels
+    real: Tensor  # (R,) bool, there is such a map, and the box is finite
+
+
+def on_level(
     boxes: Tensor,
     batch_index: Tensor | None,
     valid: Tensor | None,
     num_images: int,
     sizes: list[tuple[int, int]],
     how: Pooling,
-) -> Rois:
-    """Where each box lies on the map of its level, as torchvision computes it."""
+) -> OnLevel:
     device, last = boxes.device, len(sizes) - 1
     level = level_assign.assign_levels(
         boxes, how.k_min, how.k_min + last, how.canonical_size, how.canonical_level
@@ -135,14 +144,30 @@ def locate(
     real = boxes.isfinite().all(dim=1) & (batch_index >= 0) & (batch_index < num_images)
     if valid is not None:
         real = real & valid
+    origin = first + torch.where(real, batch_index, 0).long() * height * width
+    return OnLevel(scale, height, width, origin, real)
+
+
+def locate(
+    boxes: Tensor,
+    batch_index: Tensor | None,
+    valid: Tensor | None,
+    num_images: int,
+    sizes: list[tuple[int, int]],
+    how: Pooling,
+) -> Rois:
+    """Where each box lies on the map of its level, as torchvision computes it."""
+    scale, height, width, origin, real = on_level(boxes, batch_index, valid, num_images, sizes, how)
     boxes = torch.where(real[:, None], boxes, 0) * scale[:, None] - (0.5 if how.aligned else 0.0)
     sides = boxes[:, 2:] - boxes[:, :2]
     if not how.aligned:
         sides = sides.clamp(min=1)
     oh, ow = how.output_size
-    return Rois(
-        Axis(boxes[:, 1], sides[:, 1] / oh, height),
-        Axis(boxes[:, 0], sides[:, 0] / ow, width),
-        first + torch.where(real, batch_index, 0).long() * height * width,
-        real,
-    )
+    y = Axis(boxes[:, 1], sides[:, 1] / oh, height)
+    x = Axis(boxes[:, 0], sides[:, 0] / ow, width)
+    return Rois(y, x, origin, real)
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of positions and sums, by the dtype of the features."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._spec import Launch, reach
-from ..roi_align.geometry import level_of, load_boxes, scale_of, select
+from ..roi_align.geometry import level_of, load_boxes, scale_of, select, tile_of
 from ..roi_align.launch import box_arguments
 from ..roi_align.rois import Pooling, empty_maps
 from .forward import geometry
@@ -88,17 +88,7 @@ def _backward_kernel(
     TILE: tl.constexpr, ROIS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0)
-    level = index * 0
-    for coarser in tl.static_range(1, len(SCALES)):
-        level = tl.where(index < first_tiles[coarser - 1], coarser, level)
-    height = select(heights, level, level * 0 + heights[0])
-    width = select(widths, level, level * 0 + widths[0])
-    local = index - select(first_tiles, level, level * 0 + first_tiles[0])
-    columns = (width + TILE - 1) // TILE
-    tiles = (height + TILE - 1) // TILE * columns
-    image = local // tiles
-    y0 = local % tiles // columns * TILE
-    x0 = local % tiles % columns * TILE
+    level, height, width, image, y0, x0 = tile_of(index, heights, widths, first_tiles, TILE)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
 
     side = tl.arange(0, TILE)

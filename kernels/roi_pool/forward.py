@@ -12,9 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .._spec import Launch, Target, target_of
-from ..level_assign.reference import first_threshold
 from ..roi_align.geometry import level_of, load_boxes, scale_of, select
-from ..roi_align.launch import box_arguments, layout_of
+from ..roi_align.launch import box_arguments, layout_of, level_arguments
 from ..roi_align.rois import Pooling, empty_pooled
 from .geometry import on_map, onto_map, place, sample_at, window
 from .points import MOST_SAMPLES
@@ -70,10 +69,8 @@ def geometry(kind: str, how: Pooling, sizes: list[tuple[int, int]], dtype: torch
         "widths": tuple(width for _, width in sizes),
         "OH": how.output_size[0],
         "OW": how.output_size[1],
-        "SCALES": tuple(how.spatial_scales),
-        "AREA": first_threshold(how.k_min, how.canonical_size, how.canonical_level),
         "SAMPLES": how.sampling_ratio,
-        "ALIGNED": how.aligned,
+        **level_arguments(how),
         "KIND": kind,
         "MOST": MOST_SAMPLES,
         "DTYPE": tl.float64 if dtype == torch.float64 else tl.float32,

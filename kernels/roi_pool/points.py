@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..level_assign import reference as level_assign
-from ..roi_align.rois import Pooling
+from ..roi_align.rois import Pooling, on_level
 
 MOST_SAMPLES = 32767  # of a bin along an axis, so that two of their numbers fit into an int32
 
@@ -93,19 +93,7 @@ def locate(
     how: Pooling,
 ) -> Rois:
     """Where each box lies on the map of its level."""
-    device = boxes.device
-    level = level_assign.assign_levels(
-        boxes, how.k_min, how.k_min + len(sizes) - 1, how.canonical_size, how.canonical_level
-    ).long()
-    height, width = torch.tensor(sizes, device=device).index_select(0, level).unbind(1)
-    areas = [num_images * h * w for h, w in sizes]
-    first = torch.tensor([sum(areas[:i]) for i in range(len(areas))], device=device).index_select(0, level)
-    scale = torch.tensor(how.spatial_scales, dtype=boxes.dtype, device=device).index_select(0, level)
-    if batch_index is None:
-        batch_index = torch.arange(boxes.shape[0], device=device) // (boxes.shape[0] // num_images)
-    real = boxes.isfinite().all(dim=1) & (batch_index >= 0) & (batch_index < num_images)
-    if valid is not None:
-        real = real & valid
+    scale, height, width, origin, real = on_level(boxes, batch_index, valid, num_images, sizes, how)
     boxes = torch.where(real[:, None], boxes, 0) * scale[:, None]
     if kind == "align":
         low = boxes[:, :2] - (0.5 if how.aligned else 0.0)
@@ -116,13 +104,13 @@ def locate(
         low = low - (0.5 if kind == "warp" else 0.0)
     real = real & sides.isfinite().all(dim=1)  # sides of 1e38 pixels overflow
     low, sides = torch.where(real[:, None], low, 0), torch.where(real[:, None], sides, 1)
-    lengths = sides / torch.tensor(how.output_size[::-1], device=device)
+    lengths = sides / torch.tensor(how.output_size[::-1], device=boxes.device)
     samples = lengths.ceil() if how.sampling_ratio == 0 else torch.full_like(lengths, how.sampling_ratio)
     samples = samples.clamp(0, MOST_SAMPLES)
     return Rois(
         Axis(low[:, 1], lengths[:, 1], samples[:, 1], height),
         Axis(low[:, 0], lengths[:, 0], samples[:, 0], width),
-        first + torch.where(real, batch_index, 0).long() * height * width,
+        origin,
         real,
     )
 

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..roi_align.rois import Pooling
+from ..roi_align.rois import Pooling, sum_dtype
 from .points import Bins, Point, Rois, Windows, locate, most_points, point_at
 
 MAX_VALUES = 1 << 24
@@ -46,7 +46,7 @@ def multilevel_roi_max(
         winner: (R, C, oh, ow) int32, as above.
     """
     images, channels = features[0].shape[:2]
-    dtype = _sum_dtype(features[0].dtype)
+    dtype = sum_dtype(features[0].dtype)
     sizes = [(f.shape[2], f.shape[3]) for f in features]
     oh, ow = how.output_size
     out = torch.zeros((boxes.shape[0], oh * ow, channels), dtype=dtype, device=boxes.device)
@@ -85,7 +85,7 @@ def multilevel_roi_max_backward(
         Of each level, (N, C, Hl, Wl) in the dtype of `grad`.
     """
     count, channels, oh, ow = grad.shape
-    dtype = _sum_dtype(grad.dtype)
+    dtype = sum_dtype(grad.dtype)
     pixels = num_images * sum(height * width for height, width in sizes)
     table = torch.zeros((pixels, channels), dtype=dtype, device=grad.device)
     if grad.numel() > 0 and pixels > 0:
@@ -144,7 +144,3 @@ def _values(table: Tensor, at: Point) -> Tensor:
     down, over = at.down[:, None], at.over[:, None]
     top, bottom = (left + (right - left) * over for left, right in (corners[:2], corners[2:]))
     return torch.where(at.on_map[:, None], top + (bottom - top) * down, 0)
-
-
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
