@@ -349,6 +349,8 @@ def test_end_to_end_on_the_cpu(tmp_path: Path) -> None:
         "mask predictor and loss": every,
         "mask predictor and loss from bitmaps": every,
         "padded NMS": {"forward"},
+        "matcher": {"forward"},
+        "box decode": {"forward"},
         "level assignment": {"forward"},
         "mask paste to bools": {"forward"},
         "mask paste to bits": {"forward"},
