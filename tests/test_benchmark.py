@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,6 +22,7 @@ from fastmrcnn.config import Config
 from fastmrcnn.config_file import load_config, parse_config
 from fastmrcnn.data.shapes import write_shapes
 from fastmrcnn.errors import UserError
+from fastmrcnn.model.mask_head import MaskHead
 from fastmrcnn.prepare import RECIPES, Execution
 from fastmrcnn.speed import inference, ladder, loading, report, timing
 from fastmrcnn.speed.ladder import Entry, broken, climb, compare, matching_slots
@@ -222,10 +223,25 @@ def test_the_rows_add_one_technique_each() -> None:
     for before, after in itertools.pairwise(ours):
         changes = sum(
             getattr(before, name) != getattr(after, name)
-            for name in ("precision", "layout", "packed", "folded", "execution")
+            for name in ("precision", "layout", "packed", "one_class", "folded", "execution")
         )
         assert changes == 1, after.name
     assert [row.name for row in cpu_rows(compiled=True)][-1] == "+ compiled"
+
+
+def test_masks_of_all_classes_give_the_same_loss_and_weights(workload: Workload) -> None:
+    losses = []
+    for one_class in (False, True):
+        runner = OurRunner(Row("a row", one_class=one_class), workload, 4)
+        head = runner.make_step.model.mask_head
+        assert isinstance(head, MaskHead)
+        assert ("loss_of_rois" in vars(head)) is not one_class
+        calls: list[object] = []
+        assert isinstance(head.get_submodule("predictor"), nn.Conv2d)
+        head.get_submodule("predictor").register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        losses.append([float(loss) for loss in runner.step(0)] + [runner.moved()])
+        assert bool(calls) is not one_class
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_what_torchvision_does_not_have_is_named() -> None:
@@ -445,15 +461,15 @@ def test_command_prints_the_ladder_and_writes_it(
     assert (
         "| torchvision, eager fp32 | not run: torchvision's Mask R-CNN has model.backbone.width=64" in printed
     )
-    assert printed.count("\n| ") == 6
+    assert printed.count("\n| ") == 7
     found = json.loads(output.read_text())
     assert found["gpu"] is None
     assert found["versions"]["torch"] == torch.__version__
     assert {"cpu", "threads", "driver", "commit", "workload", "config", "ladder"} <= found.keys()
     assert found["workload"]["images"] == 2
-    peer, eager, packed, folded = found["ladder"]
+    peer, eager, packed, one_class, folded = found["ladder"]
     assert "not_run" in peer
-    for row in (eager, packed, folded):
+    for row in (eager, packed, one_class, folded):
         assert row["steps"] == 2
         assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
         assert row["processor_ms"] > 0
