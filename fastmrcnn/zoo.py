@@ -96,12 +96,15 @@ _SETTINGS = (
     "rpn.post_nms_top_n_test",
     "rpn.nms_iou",
     "roi.canonical_size",
+    "roi.op",
+    "roi.mode",
     "roi.aligned",
     "roi.sampling_ratio",
     "box_head.delta_weights",
     "box_head.score_threshold",
     "box_head.nms_iou",
     "box_head.detections",
+    "mask_head.resolution",
 )
 
 

@@ -14,7 +14,7 @@ from fastmrcnn.conversion.classes import COCO
 from fastmrcnn.conversion.programs import export_state, import_state
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
-from fastmrcnn.zoo import kind_of, published_recipe
+from fastmrcnn.zoo import Kind, kind_of, other_settings, published_recipe
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 ZOO = sorted((CONFIGS / "zoo").glob("*.yaml"))
@@ -173,6 +173,19 @@ def test_torchvision_weights_with_counters_had_an_epsilon() -> None:
     imported = import_state(state, "x")
     config, _ = published_recipe(imported, kind_of(imported.state), Path("x"))
     assert config.model.backbone.norm_eps == 1e-5
+
+
+def test_settings_that_no_weight_tells() -> None:
+    kind = Kind("fpn", "resnet50", True, False)
+    published = load_config(CONFIGS / "zoo" / "detectron2_mask_rcnn_r50_fpn_3x.yaml").model
+    assert other_settings(published, "detectron2", kind) == []
+    changes = ["model.roi.op=pool", "model.roi.mode=max", "model.mask_head.resolution=7"]
+    own = load_config(CONFIGS / "zoo" / "detectron2_mask_rcnn_r50_fpn_3x.yaml", changes).model
+    assert other_settings(own, "detectron2", kind) == [
+        "roi.op is pool, there align",
+        "roi.mode is max, there avg",
+        "mask_head.resolution is 7, there 14",
+    ]
 
 
 @pytest.mark.parametrize("name", [name for name, row in TABLE.items() if row.parameters])
