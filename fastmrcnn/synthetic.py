@@ -39,7 +39,8 @@ def synthetic_batch(
     Returns:
         A batch on the CPU, its pixels channels_last, without keypoints and proposals.
     Raises:
-        ValueError: for an image too small to hold an object, or for fewer than one image or class.
+        ValueError: for an image too small to hold an object, for fewer than one image or class, or for a
+            negative number of objects.
     """
     return synthetic_batches([seed], images, shape, objects, num_classes, polygons=polygons)[0]
 
@@ -55,7 +56,10 @@ def synthetic_batches(
 ) -> list[Batch]:
     """A batch for each seed, as `synthetic_batch` makes it; all tensors are of equal shapes."""
     if images < 1 or num_classes < 1 or objects < 0:
-        raise ValueError(f"expected images and classes, got {images} images of {num_classes} classes")
+        raise ValueError(
+            "images and classes must be at least 1 and objects at least 0, "
+            f"got {images} images with {objects} objects of {num_classes} classes"
+        )
     if min(shape) < SMALLEST:
         raise ValueError(f"shape must be at least {SMALLEST:g} pixels each way, got {shape[0]}x{shape[1]}")
     bucket = (math.ceil(shape[0] / MULTIPLE) * MULTIPLE, math.ceil(shape[1] / MULTIPLE) * MULTIPLE)

@@ -114,6 +114,8 @@ def test_synthetic_batches_are_equal_in_shape_and_repeatable() -> None:
     assert not torch.equal(many[0].pixels, many[1].pixels)
     with pytest.raises(ValueError, match="at least 16 pixels"):
         synthetic_batch(1, (8, 64))
+    with pytest.raises(ValueError, match="objects at least 0, got 1 images with -1 objects of 80 classes"):
+        synthetic_batch(1, (64, 64), objects=-1)
 
 
 def leaves(batch: Any) -> list[Tensor]:
