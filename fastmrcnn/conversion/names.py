@@ -107,7 +107,8 @@ def torchvision_names(keys: Iterable[str], *, to_ours: bool) -> dict[str, str | 
 
 
 def torchvision_rules(box_convs: int) -> list[Rule]:
-    """
+    """Our names and torchvision's.
+
     Args:
         box_convs: convolutions of the box head. With any, it is a plain sequence: the convolutions, a
             Flatten, and the hidden layers, each with a ReLU after it.
