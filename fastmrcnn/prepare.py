@@ -99,15 +99,21 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def busy_machine(device: torch.device) -> list[str]:
+def let_cudnn_try(device: torch.device) -> None:
+    """Let cuDNN time its algorithms for each shape that it meets: here they are few, and come again."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+
+
+def busy_machine(device: torch.device) -> str | None:
     """A line of advice if others keep the processor busy: torch's threads then wait for each other."""
     cores = os.cpu_count() or 1
     if device.type != "cpu" or not hasattr(os, "getloadavg") or torch.get_num_threads() == 1:
-        return []
+        return None
     load = os.getloadavg()[0]
     if load < 1.5 * cores:
-        return []
-    return [f"This machine is busy (load {load:.0f}, {cores} cores); train.threads=1 is often faster then.\n"]
+        return None
+    return f"This machine is busy (load {load:.0f}, {cores} cores); train.threads=1 is often faster then."
 
 
 def choose_precision(name: str, device: torch.device) -> Precision:

@@ -37,6 +37,7 @@ from fastmrcnn.prepare import (
     choose_execution,
     choose_precision,
     discarding_unstarted,
+    let_cudnn_try,
     prepare_run,
     run_folder_of,
     starting_config,
@@ -115,6 +116,7 @@ def train(
 ) -> dict[str, float]:
     """Train to `config.train.steps`, from `state` if given; returns the metrics of the last evaluation."""
     device = choose_device(config.train.device)
+    let_cudnn_try(device)
     precision = choose_precision(config.train.precision, device)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
@@ -126,7 +128,9 @@ def train(
     update, ema = make_step.update, make_step.ema
     start = restored(state, make_step, config) if state is not None else 0
     print(f"On {device}: {precision.name}, {execution.description}.")
-    print(*busy_machine(device), sep="", end="")
+    busy = busy_machine(device)
+    if busy is not None:
+        print(busy)
 
     steps, batch_size, log_every = config.train.steps, config.train.batch, config.train.log_every
     loader = train_loader(train_set, config, start, pin_memory=device.type == "cuda")

@@ -17,7 +17,7 @@ from fastmrcnn.cuda_graph import GraphedStep, leaves
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.convs import Conv2d
 from fastmrcnn.model.sampling import SamplingKeys
-from fastmrcnn.prepare import Execution, choose_execution, choose_precision
+from fastmrcnn.prepare import Execution, choose_execution, choose_precision, let_cudnn_try
 from fastmrcnn.step import TrainingStep, keep_compile_cache
 from fastmrcnn.structures import Batch, Losses, to_device
 
@@ -150,6 +150,14 @@ def test_what_is_chosen_is_said() -> None:
     train = config.train.model_copy(update={"cuda_graphs": "on"})
     with pytest.raises(UserError, match="cuda_graphs=on needs a CUDA device"):
         choose_execution(config.model_copy(update={"train": train}), CPU)
+
+
+def test_cudnn_tries_its_algorithms_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    let_cudnn_try(CPU)
+    assert not torch.backends.cudnn.benchmark
+    let_cudnn_try(torch.device("cuda"))
+    assert torch.backends.cudnn.benchmark
 
 
 def test_epilogues_are_fused_where_that_was_chosen() -> None:
