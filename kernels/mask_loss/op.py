@@ -70,8 +70,7 @@ def _mask_loss(logits: Tensor, classes: Tensor, targets: Tensor, weight: Tensor)
     if runs_triton(logits):
         from . import kernel
 
-        with torch.cuda.device_of(logits):  # Triton launches on the current device
-            return kernel.mask_loss(logits, classes, targets, weight)
+        return kernel.mask_loss(logits, classes, targets, weight)
     return reference.mask_loss(logits, classes, targets, weight)
 
 
@@ -88,8 +87,7 @@ def _mask_loss_backward(
     if runs_triton(logits):
         from . import kernel
 
-        with torch.cuda.device_of(logits):
-            return kernel.mask_loss_backward(grad, divisor, logits, classes, targets, weight)
+        return kernel.mask_loss_backward(grad, divisor, logits, classes, targets, weight)
     return reference.mask_loss_backward(grad, divisor, logits, classes, targets, weight)
 
 

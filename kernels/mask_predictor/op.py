@@ -145,8 +145,7 @@ def _class_mask_logits(features: Tensor, weight: Tensor, bias: Tensor, classes: 
     if runs_triton(features):
         from . import kernel
 
-        with torch.cuda.device_of(features):  # Triton launches on the current device
-            return kernel.class_mask_logits(features, weight, bias, classes)
+        return kernel.class_mask_logits(features, weight, bias, classes)
     with _full_precision(features):
         return reference.class_mask_logits(features, weight, bias, classes)
 
@@ -164,8 +163,7 @@ def _class_mask_logits_backward(
     if runs_triton(features):
         from . import kernel
 
-        with torch.cuda.device_of(features):
-            return kernel.class_mask_logits_backward(grad, features, weight, classes)
+        return kernel.class_mask_logits_backward(grad, features, weight, classes)
     with _full_precision(features):
         return reference.class_mask_logits_backward(grad, features, weight, classes)
 
@@ -195,8 +193,7 @@ def _class_mask_loss(
     if runs_triton(features):
         from . import kernel
 
-        with torch.cuda.device_of(features):
-            loss, sums = kernel.class_mask_loss(*arguments)
+        loss, sums = kernel.class_mask_loss(*arguments)
     else:
         with _full_precision(features):
             loss, sums = reference.class_mask_loss(*arguments)
@@ -231,10 +228,7 @@ def _from_bitmaps(
         from . import kernel
 
         ground_truth = (boxes, image, matched, bitmaps, how)
-        with torch.cuda.device_of(features):
-            loss, sums = kernel.class_mask_loss(
-                features, weight, bias, classes, None, slot_weight, ground_truth
-            )
+        loss, sums = kernel.class_mask_loss(features, weight, bias, classes, None, slot_weight, ground_truth)
         return loss, *sums
     with _full_precision(features):
         targets = mask_targets_reference.mask_targets(boxes, image, matched, slot_weight, bitmaps, how)
@@ -280,8 +274,7 @@ def _class_mask_loss_backward(
     if runs_triton(slope):
         from . import kernel
 
-        with torch.cuda.device_of(slope):
-            return kernel.class_mask_loss_backward(grad, sums, weight, classes, slot_weight, layout)
+        return kernel.class_mask_loss_backward(grad, sums, weight, classes, slot_weight, layout)
     return reference.class_mask_loss_backward(grad, sums, weight, classes, slot_weight, layout)
 
 

@@ -134,8 +134,7 @@ def _mask_targets(
     if runs_triton(boxes):
         from . import kernel
 
-        with torch.cuda.device_of(boxes):  # Triton launches on the current device
-            return kernel.mask_targets(boxes, image, matched, valid, bitmaps, how)
+        return kernel.mask_targets(boxes, image, matched, valid, bitmaps, how)
     with torch.autocast(boxes.device.type, enabled=False):  # which would round the reference's products
         return reference.mask_targets(boxes, image, matched, valid, bitmaps, how)
 

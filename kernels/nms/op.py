@@ -126,8 +126,7 @@ def _padded_nms(
     if runs_triton(boxes):
         from . import kernel
 
-        with torch.cuda.device_of(boxes):  # Triton launches on the current device
-            return kernel.padded_nms(boxes, scores, groups, valid, iou_threshold, max_out)
+        return kernel.padded_nms(boxes, scores, groups, valid, iou_threshold, max_out)
     return reference.padded_nms(boxes, scores, groups, valid, iou_threshold, max_out)
 
 
@@ -149,8 +148,7 @@ def _nms(boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_threshold: fl
     if runs_triton(boxes):
         from . import kernel
 
-        with torch.cuda.device_of(boxes):
-            return kernel.nms(boxes, scores, groups, iou_threshold)
+        return kernel.nms(boxes, scores, groups, iou_threshold)
     return reference.nms(boxes, scores, groups, iou_threshold)
 
 
