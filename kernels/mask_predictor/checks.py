@@ -17,15 +17,8 @@ def check_predictor(
             f"features must be (F, C, M, M) with C and M at least 1, got {tuple(features.shape)}"
         )
     slots, channels = features.shape[:2]
-    if (
-        weight.ndim not in (2, 4)
-        or 0 in weight.shape
-        or tuple(weight.shape[1:])
-        not in (
-            (channels,),
-            (channels, 1, 1),
-        )
-    ):
+    shapes = ((channels,), (channels, 1, 1))
+    if 0 in weight.shape or tuple(weight.shape[1:]) not in shapes:
         raise ValueError(
             f"weight must be (K, {channels}) or (K, {channels}, 1, 1) for features {tuple(features.shape)}, "
             f"got {tuple(weight.shape)}"

@@ -1,4 +1,7 @@
-"""Device functions that read the ground truth under mask pixels, step by step as `reference.py` does."""
+"""Device functions that read the ground truth under mask pixels, where `reference.py` reads it.
+
+Sums of the four neighbours are of another order than there, and rounded otherwise.
+"""
 
 # mypy: disallow-untyped-defs=False
 
