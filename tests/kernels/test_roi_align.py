@@ -16,6 +16,7 @@ from golden import load, names
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nosync import NoSync
+from pyramids import LEVELS, SCALES, SIZES, permuted, pyramid, some_boxes
 from tolerances import assert_near
 from torch import Tensor
 from torch.library import opcheck
@@ -28,10 +29,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 FORMATS = [torch.contiguous_format, torch.channels_last]
-SIZES = [(10, 13), (5, 7)]  # of two levels, with strides 4 and 8
-SCALES = [1 / 4, 1 / 8]
 EXTENT = 80.0  # of the coordinates of `some_boxes`
-LEVELS = {"spatial_scales": SCALES, "canonical_size": 30.0, "canonical_level": 3}
 GOLDEN = names("roi_align/")
 TEXTBOOK = [
     (size, ratio, aligned)
@@ -82,28 +80,6 @@ def textbook_levels(
         if valid[r] and box.isfinite().all():
             out[r] = textbook(features[level][image], box, size, SCALES[level], ratio, aligned)
     return out
-
-
-def pyramid(
-    channels: int = 3,
-    dtype: torch.dtype = torch.float64,
-    device: str = "cpu",
-    form: torch.memory_format = torch.contiguous_format,
-) -> list[Tensor]:
-    r = torch.Generator().manual_seed(1)
-    maps = [torch.randn(2, channels, *size, generator=r) for size in SIZES]
-    return [m.to(device, dtype).contiguous(memory_format=form).requires_grad_() for m in maps]
-
-
-def some_boxes(per_image: int = 4, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """(2, S, 4) and valid (2, S): the first image's second slot is not valid and holds NaN."""
-    r = torch.Generator().manual_seed(2)
-    corner = torch.rand(2, per_image, 2, generator=r) * 40 - 8
-    boxes = torch.cat([corner, corner + torch.rand(2, per_image, 2, generator=r) * 45], dim=-1)
-    valid = torch.ones(2, per_image, dtype=torch.bool)
-    if per_image > 1:
-        valid[0, 1], boxes[0, 1] = False, torch.nan
-    return boxes.to(device), valid.to(device)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -199,11 +175,6 @@ def test_gradcheck(ratio: int, device: str) -> None:
 
     assert torch.autograd.gradcheck(pool, maps, fast_mode=INTERPRETING)
     assert torch.autograd.gradgradcheck(pool, maps, fast_mode=INTERPRETING)
-
-
-def permuted(tensor: Tensor) -> Tensor:
-    """The same values, dense, with strides that are neither NCHW's nor channels_last's."""
-    return tensor.detach().permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyramids
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,7 @@ from golden import load
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from nosync import NoSync
+from pyramids import LEVELS, SCALES, SIZES, permuted, pyramid
 from tolerances import assert_near
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -38,9 +41,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 FORMATS = [torch.contiguous_format, torch.channels_last]
-SIZES = [(10, 13), (5, 7)]  # of two levels, with strides 4 and 8
-SCALES = [1 / 4, 1 / 8]
-LEVELS: dict[str, Any] = {"spatial_scales": SCALES, "canonical_size": 30.0, "canonical_level": 3}
+some_boxes = partial(pyramids.some_boxes, longest=70)
 GOLDEN = np.load(Path(__file__).parents[1] / "data" / "roi_pool.npz")
 
 # Operator, samples per bin and axis, aligned.
@@ -159,28 +160,6 @@ def textbook_levels(
     return torch.stack(out)
 
 
-def pyramid(
-    channels: int = 3,
-    dtype: torch.dtype = torch.float64,
-    device: str = "cpu",
-    form: torch.memory_format = torch.contiguous_format,
-) -> list[Tensor]:
-    r = torch.Generator().manual_seed(1)
-    maps = [torch.randn(2, channels, *size, generator=r) for size in SIZES]
-    return [m.to(device, dtype).contiguous(memory_format=form).requires_grad_() for m in maps]
-
-
-def some_boxes(per_image: int = 4, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """(2, S, 4) and valid (2, S): the first image's second slot is not valid and holds NaN."""
-    r = torch.Generator().manual_seed(2)
-    corner = torch.rand(2, per_image, 2, generator=r) * 40 - 8
-    boxes = torch.cat([corner, corner + torch.rand(2, per_image, 2, generator=r) * 70], dim=-1)
-    valid = torch.ones(2, per_image, dtype=torch.bool)
-    if per_image > 1:
-        valid[0, 1], boxes[0, 1] = False, torch.nan
-    return boxes.to(device), valid.to(device)
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("size", [(3, 5)] if INTERPRETING else [(3, 5), (7, 7)])
 def test_golden(size: tuple[int, int], device: str) -> None:
@@ -292,11 +271,6 @@ def test_gradcheck(case: tuple[str, int, bool], device: str) -> None:
         return pool_by(case, list(features), boxes, 2, spatial_scales=[1 / 4])
 
     assert torch.autograd.gradcheck(pool, maps, fast_mode=INTERPRETING)
-
-
-def permuted(tensor: Tensor) -> Tensor:
-    """The same values, dense, with strides that are neither NCHW's nor channels_last's."""
-    return tensor.detach().permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
 
 
 OPCHECKS = [("pool", "nchw"), ("pool", "channels_last"), ("align", "permuted")]
