@@ -24,7 +24,7 @@ from fastmrcnn.data.shapes import write_shapes
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.mask_head import MaskHead
 from fastmrcnn.prepare import RECIPES, Execution
-from fastmrcnn.speed import inference, ladder, loading, report, timing
+from fastmrcnn.speed import inference, ladder, loading, plain, report, timing
 from fastmrcnn.speed.ladder import Entry, broken, climb, compare, matching_slots
 from fastmrcnn.speed.parts import OPTIMIZER, OTHER, Parts, Place
 from fastmrcnn.speed.profile import profile_step, profile_table, times_by_part
@@ -225,10 +225,29 @@ def test_the_rows_add_one_technique_each() -> None:
     for before, after in itertools.pairwise(ours):
         changes = sum(
             getattr(before, name) != getattr(after, name)
-            for name in ("precision", "layout", "packed", "one_class", "folded", "execution")
+            for name in ("precision", "layout", "packed", "box_kernels", "one_class", "folded", "execution")
         )
         assert changes == 1, after.name
     assert [row.name for row in cpu_rows(compiled=True)][-1] == "+ compiled"
+
+
+def test_plain_boxes_give_the_same_loss_and_weights(
+    workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, by other functions."""
+    calls: list[str] = []
+    for name in ("match_boxes", "decode_boxes"):
+        inner = getattr(plain, name)
+        monkeypatch.setattr(
+            plain, name, lambda *args, inner=inner, **kwargs: calls.append("") or inner(*args, **kwargs)
+        )
+    losses = []
+    for box_kernels in (False, True):
+        calls.clear()
+        runner = OurRunner(Row("a row", box_kernels=box_kernels), workload, 4)
+        losses.append([float(loss) for loss in runner.step(0)] + [runner.moved()])
+        assert len(calls) == (0 if box_kernels else 3)  # anchors and RoIs are matched, proposals decoded
+    assert losses[0] == losses[1]
 
 
 def test_masks_of_all_classes_give_the_same_loss_and_weights(workload: Workload) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import types
+import contextlib
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -13,6 +13,7 @@ from fastmrcnn.model.mask_head import MaskHead
 from fastmrcnn.model.norms import fold_norms
 from fastmrcnn.optim import learning_rate
 from fastmrcnn.prepare import Execution, choose_precision
+from fastmrcnn.speed.plain import plain_boxes, predict_all_classes
 from fastmrcnn.speed.workload import Workload, changed
 from fastmrcnn.step import TrainingStep, new_model
 from fastmrcnn.structures import Batch, to_device
@@ -30,6 +31,7 @@ class Row:
     precision: str = "fp32"
     layout: str | None = None  # nchw | channels_last
     packed: bool = False  # mask slots shared by the images of a batch
+    box_kernels: bool = True  # boxes are matched and decoded by kernels
     one_class: bool = True  # the masks of the ground-truth class alone, or of all classes
     folded: bool = True  # frozen batch norms, into the convolutions before them
     execution: Execution = EAGER
@@ -56,10 +58,11 @@ def cuda_rows(max_autotune: bool) -> list[Row]:
         Row("torchvision, eager fp32", "torchvision"),
         Row("torchvision, eager AMP bf16", "torchvision", "bf16"),
     ]
-    ours = [Row("eager fp32", layout="nchw", one_class=False, folded=False)]
+    ours = [Row("eager fp32", layout="nchw", box_kernels=False, one_class=False, folded=False)]
     ours.append(replace(ours[-1], name="+ channels_last", layout="channels_last"))
     ours.append(replace(ours[-1], name="+ bf16", precision="bf16"))
     ours.append(replace(ours[-1], name="+ mask slots packed", packed=True))
+    ours.append(replace(ours[-1], name="+ boxes by kernels", box_kernels=True))
     ours.append(replace(ours[-1], name="+ masks of one class", one_class=True))
     ours.append(replace(ours[-1], name="+ batch norm folded", folded=True))
     execution = Execution(compiled=True)
@@ -86,11 +89,6 @@ def cpu_rows(compiled: bool) -> list[Row]:
     return rows
 
 
-def predict_all_classes(head: MaskHead) -> None:
-    """Let a head that would compute the ground-truth class's mask alone compute those of all classes."""
-    head.loss_of_rois = types.MethodType(MaskHead.loss_of_rois, head)  # type: ignore[method-assign]
-
-
 class OurRunner:
     """The trainer's own step.
 
@@ -102,6 +100,7 @@ class OurRunner:
         config, device = workload.config, workload.device
         if row.packed and config.model.mask_head.enabled:
             config = changed(config, "model.mask_head.slots_per_image", mask_slots)
+        self.row = row
         self.workload = workload
         self.config = config
         card = replace(workload.card, config=config)
@@ -124,7 +123,7 @@ class OurRunner:
     def warm_up(self) -> None:
         make_step = self.make_step
         for number in range(WARM_UP):
-            with make_step.update.closed():
+            with make_step.update.closed(), self._row():
                 losses = make_step(self.batches[number % len(self.batches)], number, 0.0)
             if number == 0:
                 self.first_losses = {name: float(value) for name, value in losses.present().items()}
@@ -132,8 +131,13 @@ class OurRunner:
     def step(self, number: int) -> list[Tensor]:
         config = self.config
         rate = learning_rate(config.optim, number, config.train.steps, self.workload.images)
-        losses = self.make_step(self.batches[number % len(self.batches)], number, rate)
+        with self._row():
+            losses = self.make_step(self.batches[number % len(self.batches)], number, rate)
         return [value for name, value in losses.present().items() if name.startswith("loss_")]
+
+    def _row(self) -> contextlib.AbstractContextManager[None]:
+        """Around every step."""
+        return contextlib.nullcontext() if self.row.box_kernels else plain_boxes()
 
     def moved(self) -> float:
         model, start = self.make_step.model, self.workload.start
