@@ -15,7 +15,8 @@ if IS_WORKER:  # before torch is imported: processes and threads would compete
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at its options
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    # A worker is started with the same command line: were it to share its tests out too, workers would never end.
+    # A worker is started with the same command line: were it to share its tests out too, there would be no
+    # end of workers.
     if IS_WORKER:
         return
     # Tests that were named, slow ones and benchmarks want the machine for themselves.
