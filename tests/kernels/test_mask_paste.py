@@ -110,6 +110,24 @@ def test_a_full_mask_fills_its_box(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_a_value_on_the_threshold_is_a_pixel(device: str) -> None:
+    """Wherever between its neighbours: what is interpolated of equal values is that value."""
+    masks = torch.full((1, 5, 5), 0.3, device=device)
+    found = paste_masks(masks, torch.tensor([[3.2, 4.1, 40.7, 35.3]], device=device), *SIZE, 0.3).cpu()[0]
+    assert found[8:31, 7:36].all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_tiles_that_see_only_half_a_cell_beyond_the_box(device: str) -> None:
+    """A mask of one cell, whose values fall to zero over as much as its box measures."""
+    masks, boxes = torch.ones(2, 1, 1), torch.tensor([[-20.0, -10, 118, 60], [140.0, 70, 400, 300]])
+    found = paste_masks(masks.to(device), boxes.to(device), 70, 150, 0.15).cpu()
+    assert found[0, 64:, 128:].any()
+    assert found[1, :64, :128].any()
+    assert torch.equal(found, reference.paste_masks(masks, boxes, None, 70, 150, 0.15, False))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_nan_is_no_pixel(device: str) -> None:
     """Nor are those that it is interpolated with; the others are as they were."""
     masks = torch.ones(1, 4, 4)
