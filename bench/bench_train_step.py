@@ -16,7 +16,7 @@ from conftest import FOUND
 from fastmrcnn import benchmark as command
 from fastmrcnn.config_file import load_config
 from fastmrcnn.prepare import RECIPES, let_cudnn_try
-from fastmrcnn.speed.ladder import climb, make_runner
+from fastmrcnn.speed.ladder import MASK_SLOTS, climb, make_runner
 from fastmrcnn.speed.rows import Row, Runner, cpu_rows, cuda_rows
 from fastmrcnn.speed.workload import Workload
 
@@ -57,7 +57,7 @@ def test_training_step(benchmark: Any, device: torch.device, pytestconfig: pytes
             last.append(runner)  # it is run once more below
         return runner
 
-    *peers, reference, ours = climb(rows, workload, mask_slots=command.MASK_SLOTS, make=make)
+    *peers, reference, ours = climb(rows, workload, mask_slots=MASK_SLOTS, make=make)
     assert "failure" not in ours, ours["failure"]
     assert "failure" not in reference, reference["failure"]
     assert "disagrees" not in ours, ours["disagrees"]

@@ -20,7 +20,7 @@ from fastmrcnn.prepare import RECIPES, choose_device, choose_execution, let_cudn
 from fastmrcnn.speed import report
 from fastmrcnn.speed.environment import environment
 from fastmrcnn.speed.inference import inference_table, measure_inference
-from fastmrcnn.speed.ladder import broken, climb
+from fastmrcnn.speed.ladder import MASK_SLOTS, broken, climb
 from fastmrcnn.speed.loading import loading_table, measure_loading
 from fastmrcnn.speed.profile import profile_step, profile_table
 from fastmrcnn.speed.rows import OurRunner, Row, cpu_rows, cuda_rows
@@ -28,7 +28,6 @@ from fastmrcnn.speed.workload import Workload, check_synthetic
 
 RECIPE = "mask_rcnn_r50_fpn_1x.yaml"
 RANDOM_WEIGHTS = ["model.weights=null", "model.backbone.weights=null"]
-MASK_SLOTS = 48
 
 
 def main(argv: list[str]) -> None:

@@ -46,7 +46,7 @@ def fuse_epilogues(model: nn.Module, fused: bool = True) -> int:
     """Let cuDNN add bias and residual and apply the ReLU within the convolution, where it can.
 
     Returns:
-        the number of convolutions that have an epilogue to fuse, if something follows them.
+        how many convolutions were told.
     """
     count = 0
     for module in model.modules():

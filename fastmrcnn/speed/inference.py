@@ -12,7 +12,7 @@ from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.paste import paste_masks
 from fastmrcnn.prepare import choose_precision
 from fastmrcnn.speed.report import table
-from fastmrcnn.speed.timing import summary
+from fastmrcnn.speed.timing import summary, wait
 from fastmrcnn.speed.workload import Workload, changed
 from fastmrcnn.step import new_model
 from fastmrcnn.structures import Batch, Detections, to_device
@@ -75,14 +75,14 @@ def _measure(model: MaskRCNN, batch: Batch, precision_name: str, way: str, steps
     model_ms, paste_ms = [], []
     detections = 0
     for number in range(WARM_UP + steps):
-        _wait(device)
+        wait(device)
         started = time.perf_counter()
         found = run(batch)
-        _wait(device)
+        wait(device)
         detected = time.perf_counter()
         if found.masks is not None:
             paste_masks(found.masks.flatten(0, 1), found.boxes.flatten(0, 1), height, width)
-        _wait(device)
+        wait(device)
         pasted = time.perf_counter()
         if number >= WARM_UP:
             model_ms.append(1e3 * (detected - started))
@@ -100,11 +100,6 @@ def _measure(model: MaskRCNN, batch: Batch, precision_name: str, way: str, steps
         "p80_ms": both.p80_ms,
         "images_per_second": 1e3 * len(batch.pixels) / both.p50_ms,
     }
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def inference_table(rows: list[dict[str, Any]]) -> str:

@@ -18,6 +18,7 @@ from fastmrcnn.speed.timing import Stopwatch, device_calls
 from fastmrcnn.speed.torchvision_row import NotComparableError, TorchvisionRunner
 from fastmrcnn.speed.workload import Workload
 
+MASK_SLOTS = 48  # an image, where nothing else was said
 SLOTS_MULTIPLE = 16  # mask slots that match torchvision's foreground are rounded up to this
 
 
@@ -91,7 +92,7 @@ def climb(
 
     Args:
         mask_slots: an image, of the rows that pack them; none: as many as torchvision has foreground RoIs
-            in the run, rounded up to 16 for the batch, or 48 if torchvision does not run.
+            in the run, rounded up to 16 for the batch, or MASK_SLOTS if torchvision does not run.
         report: is told what is going on.
     """
     entries = [Entry(row, workload.device) for row in rows]
@@ -100,7 +101,7 @@ def climb(
         for entry in entries:
             slots = slots or matching_slots(entries, workload.images)
             torch.cuda.reset_peak_memory_stats()
-            _prepare(entry, workload, slots or 48, make, report)
+            _prepare(entry, workload, slots or MASK_SLOTS, make, report)
             for number in range(workload.steps):
                 _step(entry, number)
             _finish(entry, workload)
@@ -109,7 +110,7 @@ def climb(
     else:
         for entry in entries:
             slots = slots or matching_slots(entries, workload.images)
-            _prepare(entry, workload, slots or 48, make, report)
+            _prepare(entry, workload, slots or MASK_SLOTS, make, report)
         for number in range(workload.steps):
             report(f"step {number + 1} of {workload.steps}, {len(entries)} rows")
             for entry in entries:

@@ -17,6 +17,7 @@ from fastmrcnn.errors import UserError
 from fastmrcnn.optim import learning_rate
 from fastmrcnn.prepare import choose_execution, choose_precision, prepare_run
 from fastmrcnn.speed.report import table
+from fastmrcnn.speed.timing import wait
 from fastmrcnn.speed.workload import changed, fit_frozen_norms
 from fastmrcnn.step import TrainingStep, new_model
 from fastmrcnn.structures import Batch, to_device
@@ -87,18 +88,13 @@ def _measure(config: Config, train_set: CocoDataset, device: torch.device, steps
 
 def _run(make_step: TrainingStep, get: Callable[[], Batch], config: Config, steps: int) -> float:
     """Seconds of so many steps, from when the device is idle to when it is again."""
-    _wait(make_step.device)
+    wait(make_step.device)
     started = time.perf_counter()
     for number in range(steps):
         rate = learning_rate(config.optim, number, config.train.steps, config.train.batch)
         make_step(get(), number, rate)
-    _wait(make_step.device)
+    wait(make_step.device)
     return time.perf_counter() - started
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def loading_table(found: dict[str, Any]) -> str:

@@ -85,6 +85,12 @@ class Stopwatch:
         return summary(self.busy).p50_ms if self.busy else None
 
 
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def device_calls(function: Callable[[], Any], device: torch.device) -> DeviceCalls | None:
     """Calls to the CUDA runtime in one call of `function`; None on a CPU."""
     if device.type != "cuda":
