@@ -31,12 +31,15 @@ FORBIDDEN_METHODS = {"tolist", "numpy", "__array__", "cpu"}  # on the CPU these 
 class NoSync(TorchDispatchMode):
     """Fails on what makes the host wait or a shape depend on data, inside custom operators too.
 
-    Only the CPU reference of NMS may: its greedy order is sequential.
+    Only the CPU reference of NMS may: its greedy order is sequential. Outside of custom operators it fails on
+    tensors made of numbers too (torch.tensor): on a GPU that is a copy which waits, and which no CUDA graph
+    can record.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.exempt = 0
+        self.inside = 0
         self.methods = _Methods(self)
 
     def __enter__(self) -> NoSync:
@@ -49,6 +52,7 @@ class NoSync(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name()
+        assert self.inside or name != "aten::lift_fresh", "torch.tensor() copies numbers to the device"
         if not self.exempt:
             assert name not in FORBIDDEN, f"{name} makes the host wait or a shape depend on data"
             if name == "aten::repeat_interleave.Tensor":
@@ -62,11 +66,13 @@ class NoSync(TorchDispatchMode):
         # The mode is off while it handles an operator, so look inside by running the body under it.
         is_nms = "padded_nms" in name
         self.exempt += is_nms
+        self.inside += 1
         try:
             with self, torch.no_grad():
                 return operator._init_fn(*args, **(kwargs or {}))
         finally:
             self.exempt -= is_nms
+            self.inside -= 1
 
 
 class _Methods(TorchFunctionMode):

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
-class AnchorGenerator:
+class AnchorGenerator(nn.Module):
     """Makes the same anchors for every image of a padded batch.
 
     Args:
@@ -31,6 +31,7 @@ class AnchorGenerator:
         stride_rule: str = "nominal",
         offset: float = 0.0,
     ) -> None:
+        super().__init__()
         if len(sizes) != len(strides):
             raise ValueError(f"sizes are of {len(sizes)} levels, strides of {len(strides)}")
         self.strides = list(strides)
@@ -38,6 +39,9 @@ class AnchorGenerator:
         self.per_cell = [len(level) for level in self.base]
         self.stride_rule = stride_rule
         self.offset = offset
+        # On the device beforehand: a step that is recorded as a CUDA graph may not copy numbers there.
+        for index, level in enumerate(self.base):
+            self.register_buffer(f"base{index}", torch.tensor(level), persistent=False)
 
     def count(self, height: int, width: int) -> int:
         """R: anchors of an image of that padded size."""
@@ -46,10 +50,10 @@ class AnchorGenerator:
             for each, stride in zip(self.per_cell, self.strides, strict=True)
         )
 
-    def __call__(self, features: Sequence[Tensor], image_shape: Sequence[int]) -> list[Tensor]:
+    def forward(self, features: Sequence[Tensor], image_shape: Sequence[int]) -> list[Tensor]:
         """Anchors per level, (R_l, 4) float32, in the order row, column, size, aspect ratio."""
         anchors = []
-        for feature, base, stride in zip(features, self.base, self.strides, strict=True):
+        for index, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):
             height, width = feature.shape[-2:]
             step_y, step_x = stride, stride
             if self.stride_rule == "grid":
@@ -59,7 +63,7 @@ class AnchorGenerator:
             x = (torch.arange(width, device=device, dtype=torch.float32) + self.offset) * step_x
             yy, xx = torch.meshgrid(y, x, indexing="ij")
             shift = torch.stack([xx, yy, xx, yy], -1).reshape(-1, 1, 4)
-            anchors.append((shift + torch.tensor(base, device=device)).reshape(-1, 4))
+            anchors.append((shift + self.get_buffer(f"base{index}").to(device)).reshape(-1, 4))
         return anchors
 
 

@@ -18,7 +18,9 @@ def encode(boxes: Tensor, references: Tensor, weights: Sequence[float] = (1.0, 1
     center, size = _center_size(boxes)
     shift = (center - ref_center) / ref_size
     scale = torch.log(size / ref_size)
-    return torch.cat([shift, scale], -1) * shift.new_tensor(weights)
+    # Number by number: a tensor of them would be copied to the device, which waits.
+    columns = torch.cat([shift, scale], -1).unbind(-1)
+    return torch.stack([column * weight for column, weight in zip(columns, weights, strict=True)], -1)
 
 
 def _center_size(boxes: Tensor) -> tuple[Tensor, Tensor]:

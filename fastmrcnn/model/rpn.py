@@ -130,7 +130,7 @@ class RegionProposalNetwork(nn.Module):
             reference = anchor[chosen.picked]
             goal = encode(take(targets.boxes, take(matches.matched, chosen.picked)), reference)
             if self.loss_normalizer == "asked":
-                normalizer = torch.tensor(float(self.batch_per_image * len(keys)), device=keys.device)
+                normalizer = torch.full((), float(self.batch_per_image * len(keys)), device=keys.device)
             else:
                 normalizer = chosen.valid.sum().clamp(min=1).float()
         logits = take(torch.cat(list(objectness), 1), chosen.picked).float()

@@ -34,7 +34,7 @@ _PLACES = {
     "backbone.forward": "backbone",
     "fpn.forward": "FPN",
     "rpn.head.forward": "RPN head",
-    "rpn.anchors": "anchors",
+    "rpn.anchors.forward": "anchors",
     "rpn.losses": "RPN losses",
     "rpn.propose": "proposals",
     "sampler": SAMPLING,

@@ -113,6 +113,14 @@ SYNCS = (
 )
 
 
+def test_the_guard_sees_numbers_that_are_copied_to_the_device() -> None:
+    x = torch.ones(3)
+    with NoSync(), pytest.raises(AssertionError, match="copies numbers"):
+        x.new_tensor([1.0, 2.0])
+    with NoSync():
+        torch.full((2,), 1.0)
+
+
 @pytest.mark.parametrize("number", range(len(SYNCS)))
 def test_the_guard_itself_bites(number: int) -> None:
     """A sync inside a custom operator is invisible to fullgraph=True, so the mode has to see it."""
