@@ -83,7 +83,8 @@ class CudaRecorder:
                 run(batch, keys)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # Other threads go on meanwhile: a loader's thread may pin memory, which "global" would not bear.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             losses = run(batch, keys)
         self.pool = graph.pool()
         return losses, graph.replay
