@@ -180,7 +180,8 @@ class Ema:
         weight: float | Tensor
         if isinstance(step, Tensor):
             number = step.double()
-            weight = 1 - ((1 + number) / (10 + number)).clamp(max=self.decay)
+            # In the averages' own type, or else CUDA multiplies them one by one.
+            weight = (1 - ((1 + number) / (10 + number)).clamp(max=self.decay)).float()
         else:
             weight = 1 - min(self.decay, (1 + step) / (10 + step))
         if first_bad_step is not None:
