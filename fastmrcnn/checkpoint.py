@@ -255,6 +255,11 @@ def restore(
         optimizer.load_state_dict(saved)
     except ValueError as error:
         raise UserError(f"{source}: its optimizer state does not fit the model ({error})") from None
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            # A fused update wants what belongs to a weight in its memory format, which is the device's.
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter).copy_(value)
     for group, own in zip(optimizer.param_groups, options, strict=True):
         group.update(own)  # decay and such come from the configuration, and lr is a tensor on the device
     if scaler is not None and checkpoint["scaler"] is not None:

@@ -166,6 +166,20 @@ def test_options_of_the_optimizer_come_from_the_configuration(run: Run, tmp_path
         assert group["lr"] is rate
 
 
+def test_state_of_another_device_takes_the_weights_memory_format(run: Run, tmp_path: Path) -> None:
+    run.save(tmp_path)
+    back = Run(1)
+    back.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    restore(read_checkpoint(tmp_path), back.model, back.optimizer, back.update, back.ema)
+    moments = {
+        p: back.optimizer.state[p]["momentum_buffer"] for p in back.model.parameters() if p.requires_grad
+    }
+    assert any(p.stride() != p.contiguous().stride() for p in moments)
+    assert all(p.stride() == moment.stride() for p, moment in moments.items())
+    for mine, theirs in zip(run.optimizer.state.values(), back.optimizer.state.values(), strict=True):
+        assert torch.equal(mine["momentum_buffer"], theirs["momentum_buffer"])
+
+
 def test_an_average_that_is_new_starts_from_the_weights(run: Run, tmp_path: Path) -> None:
     run.save(tmp_path, ema=None, scaler=None)
     back = Run(1)
