@@ -15,7 +15,7 @@ import torch
 from conftest import FOUND
 from fastmrcnn import benchmark as command
 from fastmrcnn.config_file import load_config
-from fastmrcnn.prepare import RECIPES, let_cudnn_try
+from fastmrcnn.prepare import RECIPES, set_up_cuda
 from fastmrcnn.speed.ladder import MASK_SLOTS, climb, make_runner
 from fastmrcnn.speed.rows import Row, Runner, cpu_rows, cuda_rows
 from fastmrcnn.speed.workload import Workload
@@ -35,7 +35,7 @@ NARROW = [
 
 def choose(device: torch.device) -> tuple[Workload, list[Row]]:
     """The row that is benchmarked comes last; before it torchvision with AMP, and the row to agree with."""
-    let_cudnn_try(device)
+    set_up_cuda(device)
     on_gpu = device.type == "cuda"
     overrides = [*command.RANDOM_WEIGHTS, *([] if on_gpu else NARROW)]
     config = load_config(RECIPES / command.RECIPE, overrides)

@@ -16,7 +16,7 @@ from fastmrcnn.config import Config
 from fastmrcnn.config_file import load_config
 from fastmrcnn.errors import UserError, run_main
 from fastmrcnn.output import write_text
-from fastmrcnn.prepare import RECIPES, choose_device, choose_execution, let_cudnn_try
+from fastmrcnn.prepare import RECIPES, choose_device, choose_execution, set_up_cuda
 from fastmrcnn.speed import report
 from fastmrcnn.speed.environment import environment
 from fastmrcnn.speed.inference import inference_table, measure_inference
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
     config = load_config(arguments.config or RECIPES / RECIPE, RANDOM_WEIGHTS + arguments.overrides)
     device = choose_device(config.train.device)
-    let_cudnn_try(device)  # for all rows, torchvision's too: its images are of one size here
+    set_up_cuda(device)  # for all rows, torchvision's too: its images are of one size here
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     check_synthetic(config)

@@ -14,7 +14,7 @@ from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.loader import TrainLoader
 from fastmrcnn.data.polygons import PolygonSizes
 from fastmrcnn.optim import learning_rate
-from fastmrcnn.prepare import choose_device, choose_execution, choose_precision, let_cudnn_try
+from fastmrcnn.prepare import choose_device, choose_execution, choose_precision, set_up_cuda
 from fastmrcnn.step import TrainingStep, new_model
 from fastmrcnn.structures import to_device
 
@@ -28,7 +28,7 @@ def dry_run(config: Config, train_set: CocoDataset) -> None:
     steps are of the real size, and the figures are those of the second one.
     """
     device = choose_device(config.train.device)
-    let_cudnn_try(device)
+    set_up_cuda(device)
     precision = choose_precision(config.train.precision, device)
     on_cpu = device.type == "cpu"
     half = 2 if on_cpu else 1

@@ -99,9 +99,14 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def let_cudnn_try(device: torch.device) -> None:
-    """Let cuDNN time its algorithms for each shape that it meets: here they are few, and come again."""
+def set_up_cuda(device: torch.device) -> None:
+    """Make a CUDA device the current one, on which streams and graphs are made without being told where.
+
+    cuDNN may time its algorithms for each shape that it meets: here they are few, and come again.
+    """
     if device.type == "cuda":
+        if device.index is not None:
+            torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
 
 

@@ -37,9 +37,9 @@ from fastmrcnn.prepare import (
     choose_execution,
     choose_precision,
     discarding_unstarted,
-    let_cudnn_try,
     prepare_run,
     run_folder_of,
+    set_up_cuda,
     starting_config,
 )
 from fastmrcnn.step import TrainingStep, new_model
@@ -116,7 +116,7 @@ def train(
 ) -> dict[str, float]:
     """Train to `config.train.steps`, from `state` if given; returns the metrics of the last evaluation."""
     device = choose_device(config.train.device)
-    let_cudnn_try(device)
+    set_up_cuda(device)
     precision = choose_precision(config.train.precision, device)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)

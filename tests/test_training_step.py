@@ -17,7 +17,7 @@ from fastmrcnn.cuda_graph import GraphedStep, leaves
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.convs import Conv2d
 from fastmrcnn.model.sampling import SamplingKeys
-from fastmrcnn.prepare import Execution, choose_execution, choose_precision, let_cudnn_try
+from fastmrcnn.prepare import Execution, choose_execution, choose_precision, set_up_cuda
 from fastmrcnn.step import TrainingStep, keep_compile_cache
 from fastmrcnn.structures import Batch, Losses, to_device
 
@@ -152,11 +152,18 @@ def test_what_is_chosen_is_said() -> None:
         choose_execution(config.model_copy(update={"train": train}), CPU)
 
 
-def test_cudnn_tries_its_algorithms_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_becomes_the_current_one_and_cudnn_tries_its_algorithms(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    let_cudnn_try(CPU)
+    set_up_cuda(CPU)
     assert not torch.backends.cudnn.benchmark
-    let_cudnn_try(torch.device("cuda"))
+    set_up_cuda(torch.device("cuda"))  # which is the current one
+    assert not current
+    set_up_cuda(torch.device("cuda:1"))
+    assert current == [torch.device("cuda:1")]
     assert torch.backends.cudnn.benchmark
 
 
