@@ -171,8 +171,9 @@ def test_registration(device: str) -> None:
 
 @pytest.mark.skipif(interpreting(), reason="the interpreter reads everything on the host")
 def test_the_host_reads_nothing() -> None:
+    masks, boxes = random_masks(4, 5), torch.tensor(BOXES[:4])
     with NoSync():
-        paste_masks(random_masks(4, 5), torch.tensor(BOXES[:4]), *SIZE, packed=True)
+        paste_masks(masks, boxes, *SIZE, packed=True)
 
 
 def test_nothing_to_paste() -> None:

@@ -229,8 +229,9 @@ def test_no_box(device: str) -> None:
 
 
 def test_never_reads_the_device() -> None:
+    inputs = two_images()
     with NoSync():
-        found = polygon_mask_targets(**two_images())
+        found = polygon_mask_targets(**inputs)
     assert found.any()
 
 
