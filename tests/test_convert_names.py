@@ -264,6 +264,16 @@ def test_heads_that_torchvision_does_not_have() -> None:
     assert program_of(export_state(state, "detectron2", "x", [1, 2, 3])) == "detectron2"
 
 
+@pytest.mark.parametrize(
+    ("program", "text"),
+    [("torchvision", "has an output for each class"), ("detectron2", "no mask of the back")],
+)
+def test_a_mask_of_the_background_has_no_place_elsewhere(program: str, text: str) -> None:
+    state = small_model({"mask_head": {"loss": "softmax"}}).state_dict()
+    with pytest.raises(UserError, match=text):
+        export_state(state, program, "x", [1, 2, 3])
+
+
 FOREIGN = {
     "roi_heads.box_head.0.fc1.weight": "a cascade of box heads",
     "sem_seg_head.predictor.weight": "a head for semantic segmentation",

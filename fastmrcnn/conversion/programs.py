@@ -156,6 +156,10 @@ def export_state(
                 "(class_agnostic or softmax)"
             )
         state = to_torchvision(state, category_ids, spare)
+    elif (bias := state.get("mask_head.predictor.bias")) is not None and len(bias) == len(category_ids) + 1:
+        raise UserError(
+            f"{source}: detectron2 has no mask of the background, as model.mask_head.loss=softmax learns one"
+        )
     return {str(name): state[key] for key, name in names.items()}
 
 
