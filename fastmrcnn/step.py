@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from fastmrcnn.checkpoint import ModelCard
 from fastmrcnn.config import OptimConfig
@@ -150,5 +151,8 @@ def compiled(forward: Forward, execution: Execution) -> Forward:
 
 def keep_compile_cache() -> None:
     """Let Inductor's cache outlive the machine's temporary files, unless the user has put it elsewhere."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(home) / "fastmrcnn" / "inductor"))
+    key = "TORCHINDUCTOR_CACHE_DIR"
+    # Importing torch._dynamo writes torch's own default there, which is not the user's choice.
+    if os.environ.get(key) in (None, os.path.abspath(default_cache_dir())):
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        os.environ[key] = str(Path(home) / "fastmrcnn" / "inductor")

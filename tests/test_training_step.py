@@ -10,7 +10,7 @@ import pytest
 import torch
 from batches import random_batch, small_config, small_model
 from nosync import NoSync
-from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
 from fastmrcnn.config import Config, OptimConfig
 from fastmrcnn.cuda_graph import GraphedStep, leaves
@@ -181,6 +181,9 @@ def test_the_compile_cache_is_where_it_stays(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is put back
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    keep_compile_cache()
+    assert cache_dir() == str(tmp_path / "fastmrcnn" / "inductor")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # as torch sets it
     keep_compile_cache()
     assert cache_dir() == str(tmp_path / "fastmrcnn" / "inductor")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
