@@ -99,10 +99,9 @@ def _decode_boxes(
     if runs_triton(deltas):
         from . import kernel
 
-        with torch.cuda.device_of(deltas):  # Triton launches on the current device
-            return kernel.decode_boxes(
-                deltas, references, sizes, scores, weights, max_log_scale, min_side, score_threshold
-            )
+        return kernel.decode_boxes(
+            deltas, references, sizes, scores, weights, max_log_scale, min_side, score_threshold
+        )
     with torch.autocast(deltas.device.type, enabled=False):
         return reference.decode_boxes(
             deltas, references, sizes, scores, weights, max_log_scale, min_side, score_threshold

@@ -103,8 +103,7 @@ def _match_boxes(
     if runs_triton(boxes):
         from . import kernel
 
-        with torch.cuda.device_of(boxes):  # Triton launches on the current device
-            return kernel.match_boxes(boxes, gt_boxes, gt_valid, gt_crowd, low_quality, crowd_overlap)
+        return kernel.match_boxes(boxes, gt_boxes, gt_valid, gt_crowd, low_quality, crowd_overlap)
     return reference.match_boxes(boxes, gt_boxes, gt_valid, gt_crowd, low_quality, crowd_overlap)
 
 
