@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from fastmrcnn.checkpoint import ModelCard
 from fastmrcnn.config import OptimConfig
@@ -151,6 +150,9 @@ def compiled(forward: Forward, execution: Execution) -> Forward:
 
 def keep_compile_cache() -> None:
     """Let Inductor's cache outlive the machine's temporary files, unless the user has put it elsewhere."""
+    # Imported here: it takes seconds, which a run that compiles nothing can do without.
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
     key = "TORCHINDUCTOR_CACHE_DIR"
     # Importing torch._dynamo writes torch's own default there, which is not the user's choice.
     if os.environ.get(key) in (None, os.path.abspath(default_cache_dir())):
