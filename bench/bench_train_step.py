@@ -15,7 +15,8 @@ import torch
 from conftest import FOUND
 from fastmrcnn import benchmark as command
 from fastmrcnn.config_file import load_config
-from fastmrcnn.prepare import RECIPES, set_up_cuda
+from fastmrcnn.device import set_up_cuda
+from fastmrcnn.prepare import RECIPES
 from fastmrcnn.speed.ladder import MASK_SLOTS, climb, make_runner
 from fastmrcnn.speed.rows import Row, Runner, cpu_rows, cuda_rows
 from fastmrcnn.speed.workload import Workload

@@ -21,12 +21,12 @@ from fastmrcnn.config import Config
 from fastmrcnn.config_file import parse_config
 from fastmrcnn.conversion.files import is_url, read_weights
 from fastmrcnn.data.keypoints import KeypointSchema
+from fastmrcnn.device import choose_device
 from fastmrcnn.errors import UserError
+from fastmrcnn.files import TEMPORARY_SUFFIX, replacing, write_text
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.optim import Ema
-from fastmrcnn.output import TEMPORARY_SUFFIX, replacing, write_text
-from fastmrcnn.prepare import choose_device
 from fastmrcnn.weights import as_state, copy_state
 
 FORMAT = "fastmrcnn checkpoint"

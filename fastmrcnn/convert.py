@@ -9,13 +9,12 @@ from pathlib import Path
 from torch import Tensor
 
 from fastmrcnn.checkpoint import pack, write_tensors
-from fastmrcnn.command import Parser
 from fastmrcnn.config_file import load_config
 from fastmrcnn.conversion.classes import COCO, COCO_LABELS, ClassTable, coco_with_unused, read_classes
 from fastmrcnn.conversion.programs import PROGRAMS, export_state
 from fastmrcnn.conversion.rows import class_count
-from fastmrcnn.errors import UserError, run_main
-from fastmrcnn.output import replacing
+from fastmrcnn.errors import Parser, UserError, run_main
+from fastmrcnn.files import replacing
 from fastmrcnn.pretrained import SPARE, Detector, as_model, open_detector
 from fastmrcnn.weights import COUNTER
 from fastmrcnn.zoo import kind_of, other_settings

@@ -13,8 +13,9 @@ from fastmrcnn.config import Config
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.loader import TrainLoader
 from fastmrcnn.data.polygons import PolygonSizes
+from fastmrcnn.device import choose_device, choose_precision, set_up_cuda
 from fastmrcnn.optim import learning_rate
-from fastmrcnn.prepare import choose_device, choose_execution, choose_precision, set_up_cuda
+from fastmrcnn.prepare import choose_execution
 from fastmrcnn.step import TrainingStep, new_model
 from fastmrcnn.structures import to_device
 

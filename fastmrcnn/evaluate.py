@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from fastmrcnn.checkpoint import find_checkpoint, load_checkpoint
 from fastmrcnn.coco_eval import choose_sigmas, evaluate_coco
-from fastmrcnn.command import Parser
 from fastmrcnn.config import Config
 from fastmrcnn.config_file import load_config
 from fastmrcnn.conversion.files import is_url
@@ -23,11 +22,11 @@ from fastmrcnn.data.coco import CocoDataset, ImageRecord, align_classes, object_
 from fastmrcnn.data.images import read_image
 from fastmrcnn.data.keypoints import check_same_keypoints
 from fastmrcnn.data.proposals import write_proposals
-from fastmrcnn.errors import UserError, run_main
+from fastmrcnn.errors import Parser, UserError, run_main
+from fastmrcnn.files import make_folder, new_run_folder, replacing, write_json
 from fastmrcnn.inference import ImageDetections, card_of, coco_results, run_model, split_detections
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
-from fastmrcnn.output import new_run_folder, replacing, write_json
 from fastmrcnn.paste import paste_to_host
 from fastmrcnn.prepare import evaluation_loader, proposals_problem, read_split
 from fastmrcnn.pretrained import load_recipe
@@ -210,13 +209,6 @@ def evaluation_folder(checkpoint: str | None, output: str | None, root: str = "r
         raise UserError(f"{folder}: holds the results of an earlier evaluation; choose another --output")
     make_folder(folder)
     return folder
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another --output") from None
 
 
 def choose_pictures(dataset: CocoDataset, count: int) -> dict[int, ImageRecord]:

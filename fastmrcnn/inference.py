@@ -18,11 +18,11 @@ from fastmrcnn.checkpoint import ModelCard
 from fastmrcnn.data.images import read_pixels, to_rgb
 from fastmrcnn.data.keypoints import KeypointSchema
 from fastmrcnn.data.loader import prepare_image
+from fastmrcnn.device import choose_precision
 from fastmrcnn.errors import UserError
+from fastmrcnn.files import replacing
 from fastmrcnn.heatmaps import decode_heatmaps
-from fastmrcnn.output import replacing
 from fastmrcnn.paste import encode_images, paste_to_host
-from fastmrcnn.prepare import choose_precision
 from fastmrcnn.structures import Batch, Detections, to_device, tree_map
 from fastmrcnn.visualize import draw_instances
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmrcnn.output import write_text
+from fastmrcnn.files import write_text
 from fastmrcnn.structures import Losses
 
 

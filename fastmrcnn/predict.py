@@ -11,9 +11,9 @@ from typing import Any
 from tqdm import tqdm
 
 from fastmrcnn.checkpoint import load_checkpoint
-from fastmrcnn.command import Parser
 from fastmrcnn.data.images import read_pixels
-from fastmrcnn.errors import UserError, run_main
+from fastmrcnn.errors import Parser, UserError, run_main
+from fastmrcnn.files import write_json
 from fastmrcnn.inference import (
     Prediction,
     as_prediction,
@@ -23,7 +23,6 @@ from fastmrcnn.inference import (
     predict,
     require_detector,
 )
-from fastmrcnn.output import write_json
 
 __all__ = ["Prediction", "main", "predict"]
 

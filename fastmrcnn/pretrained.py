@@ -21,10 +21,10 @@ from fastmrcnn.conversion.files import find_weights, is_url, read_weights
 from fastmrcnn.conversion.programs import Imported, grouped, import_state, with_statistics
 from fastmrcnn.conversion.rows import class_count
 from fastmrcnn.data.keypoints import COCO_PERSON, schema_of_weights
+from fastmrcnn.device import choose_device
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
-from fastmrcnn.prepare import choose_device
 from fastmrcnn.weights import (
     as_state,
     compare_states,

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastmrcnn.command import Parser
 from fastmrcnn.data.coco import read_coco
 from fastmrcnn.data.proposals import write_proposals
-from fastmrcnn.errors import UserError, run_main
+from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.evaluate import load_overridden
 from fastmrcnn.proposal_eval import collect_proposals, proposal_recall
 

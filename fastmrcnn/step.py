@@ -17,12 +17,13 @@ from torch import Tensor
 from fastmrcnn.checkpoint import ModelCard
 from fastmrcnn.config import OptimConfig
 from fastmrcnn.cuda_graph import GraphedStep, Shapes, shapes_of
+from fastmrcnn.device import Precision
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.convs import fuse_epilogues
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.model.sampling import SamplingKeys
 from fastmrcnn.optim import Ema, GatedStep, build_optimizer
-from fastmrcnn.prepare import Execution, Precision
+from fastmrcnn.prepare import Execution
 from fastmrcnn.pretrained import start_model
 from fastmrcnn.structures import Batch, Losses, tree_map
 

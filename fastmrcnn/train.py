@@ -17,29 +17,25 @@ import torch
 from tqdm import tqdm
 
 from fastmrcnn.checkpoint import ModelCard, find_checkpoint, read_checkpoint, restore, save_checkpoint
-from fastmrcnn.command import Parser
 from fastmrcnn.config import Config
 from fastmrcnn.config_file import differing_keys, dump_config, load_config, parse_config
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.loader import TrainLoader, largest_targets
 from fastmrcnn.data.polygons import largest_polygons
 from fastmrcnn.data.transforms import Augment
+from fastmrcnn.device import busy_machine, choose_device, choose_precision, set_up_cuda
 from fastmrcnn.dry_run import dry_run
-from fastmrcnn.errors import UserError, run_main
+from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.evaluate import run_evaluation
+from fastmrcnn.files import write_text
 from fastmrcnn.metrics import Metrics
 from fastmrcnn.optim import learning_rate
-from fastmrcnn.output import write_text
 from fastmrcnn.prepare import (
-    busy_machine,
     check_trainable,
-    choose_device,
     choose_execution,
-    choose_precision,
     discarding_unstarted,
     prepare_run,
     run_folder_of,
-    set_up_cuda,
     starting_config,
 )
 from fastmrcnn.step import TrainingStep, new_model

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from fastmrcnn import checkpoint as checkpoints
-from fastmrcnn import output
+from fastmrcnn import files as output
 from fastmrcnn.checkpoint import (
     ModelCard,
     find_checkpoint,

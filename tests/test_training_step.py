@@ -14,10 +14,11 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
 from fastmrcnn.config import Config, OptimConfig
 from fastmrcnn.cuda_graph import GraphedStep, leaves
+from fastmrcnn.device import choose_precision, set_up_cuda
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.convs import Conv2d
 from fastmrcnn.model.sampling import SamplingKeys
-from fastmrcnn.prepare import Execution, choose_execution, choose_precision, set_up_cuda
+from fastmrcnn.prepare import Execution, choose_execution
 from fastmrcnn.step import TrainingStep, keep_compile_cache
 from fastmrcnn.structures import Batch, Losses, to_device
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from fastmrcnn.device import choose_precision
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.paste import paste_masks
-from fastmrcnn.prepare import choose_precision
 from fastmrcnn.speed.report import table
 from fastmrcnn.speed.timing import summary, wait
 from fastmrcnn.speed.workload import Workload, changed

@@ -13,9 +13,10 @@ import torch
 from fastmrcnn.checkpoint import ModelCard
 from fastmrcnn.config import Config
 from fastmrcnn.data.coco import CocoDataset
+from fastmrcnn.device import choose_precision
 from fastmrcnn.errors import UserError
 from fastmrcnn.optim import learning_rate
-from fastmrcnn.prepare import choose_execution, choose_precision, prepare_run
+from fastmrcnn.prepare import choose_execution, prepare_run
 from fastmrcnn.speed.report import table
 from fastmrcnn.speed.timing import wait
 from fastmrcnn.speed.workload import changed, fit_frozen_norms

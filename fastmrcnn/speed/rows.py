@@ -9,10 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastmrcnn.device import choose_precision
 from fastmrcnn.model.mask_head import MaskHead
 from fastmrcnn.model.norms import fold_norms
 from fastmrcnn.optim import learning_rate
-from fastmrcnn.prepare import Execution, choose_precision
+from fastmrcnn.prepare import Execution
 from fastmrcnn.speed.plain import plain_boxes, predict_all_classes
 from fastmrcnn.speed.workload import Workload, changed
 from fastmrcnn.step import TrainingStep, new_model

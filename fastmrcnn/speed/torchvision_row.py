@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from fastmrcnn.config import ModelConfig
 from fastmrcnn.conversion.programs import export_state
+from fastmrcnn.device import choose_precision
 from fastmrcnn.optim import learning_rate
-from fastmrcnn.prepare import choose_precision
 from fastmrcnn.speed.rows import WARM_UP, Row
 from fastmrcnn.speed.workload import Workload
 from fastmrcnn.structures import Batch

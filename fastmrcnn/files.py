@@ -94,3 +94,10 @@ def _sync_folder(folder: Path) -> None:
 
 def _reason(error: OSError) -> str:
     return error.strerror or str(error)
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another --output") from None
