@@ -14,9 +14,9 @@ import torch
 
 from conftest import FOUND
 from fastmrcnn import benchmark as command
-from fastmrcnn.config_file import load_config
+from fastmrcnn.config.checks import RECIPES
+from fastmrcnn.config.file import load_config
 from fastmrcnn.device import set_up_cuda
-from fastmrcnn.prepare import RECIPES
 from fastmrcnn.speed.ladder import MASK_SLOTS, climb, make_runner
 from fastmrcnn.speed.rows import Row, Runner, cpu_rows, cuda_rows
 from fastmrcnn.speed.workload import Workload

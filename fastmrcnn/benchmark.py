@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fastmrcnn.config import Config
-from fastmrcnn.config_file import load_config
+from fastmrcnn.config.checks import RECIPES
+from fastmrcnn.config.file import load_config
+from fastmrcnn.config.schema import Config
 from fastmrcnn.device import choose_device, set_up_cuda
 from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.files import write_text
-from fastmrcnn.prepare import RECIPES, choose_execution
+from fastmrcnn.prepare import choose_execution
 from fastmrcnn.speed import report
 from fastmrcnn.speed.environment import environment
 from fastmrcnn.speed.inference import inference_table, measure_inference

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastmrcnn.config import Config
-from fastmrcnn.config_file import parse_config
+from fastmrcnn.config.file import parse_config
+from fastmrcnn.config.schema import Config
 from fastmrcnn.conversion.files import is_url, read_weights
 from fastmrcnn.data.keypoints import KeypointSchema
 from fastmrcnn.device import choose_device

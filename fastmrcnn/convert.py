@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fastmrcnn.checkpoint import pack, write_tensors
-from fastmrcnn.config_file import load_config
+from fastmrcnn.config.file import load_config
 from fastmrcnn.conversion.classes import COCO, COCO_LABELS, ClassTable, coco_with_unused, read_classes
 from fastmrcnn.conversion.programs import PROGRAMS, export_state
 from fastmrcnn.conversion.rows import class_count

@@ -9,7 +9,7 @@ import time
 import torch
 
 from fastmrcnn.checkpoint import ModelCard
-from fastmrcnn.config import Config
+from fastmrcnn.config.schema import Config
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.loader import TrainLoader
 from fastmrcnn.data.polygons import PolygonSizes

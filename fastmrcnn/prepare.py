@@ -6,13 +6,13 @@ import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from fastmrcnn.coco_eval import choose_sigmas
-from fastmrcnn.config import Config
-from fastmrcnn.config_file import load_config
+from fastmrcnn.config.checks import SplitName
+from fastmrcnn.config.schema import Config
 from fastmrcnn.data.coco import CocoDataset, check_same_classes, read_coco
 from fastmrcnn.data.keypoints import KeypointOptions
 from fastmrcnn.data.loader import EvalLoader
@@ -20,9 +20,6 @@ from fastmrcnn.data.proposals import attach_proposals
 from fastmrcnn.data.shapes import write_shapes
 from fastmrcnn.errors import UserError
 from fastmrcnn.files import new_run_folder
-
-RECIPES = Path(__file__).parent / "configs"
-SplitName = Literal["train", "val"]
 
 
 class Execution(NamedTuple):
@@ -33,45 +30,6 @@ class Execution(NamedTuple):
     cuda_graphs: bool = False
     fuse_epilogues: bool = False
     description: str = ""
-
-
-def starting_config(path: str | None, overrides: list[str]) -> Config:
-    """The recipe that was asked for; without one and without data, the demo."""
-    if path is None:
-        if any(item.startswith("data.train.") for item in overrides):
-            raise UserError(
-                "data.train needs a recipe: --config configs/small.yaml (a small model from random weights) "
-                "or one of configs/mask_rcnn_*.yaml"
-            )
-        return load_config(RECIPES / "demo.yaml", overrides)
-    return load_config(path, overrides)
-
-
-def check_trainable(config: Config) -> None:
-    """Raise UserError for a configuration that is valid but cannot be meant."""
-    backbone, split = config.model.backbone, config.data.train
-    problems = []
-    missing = [key for key in ("images", "annotations") if getattr(split, key) is None]
-    if missing and not config.data.shapes:
-        keys = " and ".join(f"data.train.{key}" for key in missing)
-        problems.append(f"{keys} must be given: data.train.images=DIR data.train.annotations=FILE")
-    if (config.data.val.images is None) != (config.data.val.annotations is None):
-        problems.append("data.val needs both images and annotations, or neither")
-    random = backbone.weights is None and config.model.weights is None
-    if random and backbone.norm == "frozen_bn":
-        problems.append(
-            "model.backbone.norm=frozen_bn needs model.backbone.weights or model.weights; from random "
-            "weights use gn or bn"
-        )
-    if random and backbone.frozen_stages > 0:
-        problems.append(
-            "model.backbone.frozen_stages needs model.backbone.weights or model.weights; from random weights "
-            "set it to 0"
-        )
-    names: tuple[SplitName, ...] = ("train",) if config.data.val.annotations is None else ("train", "val")
-    problems += [problem for name in names if (problem := proposals_problem(config, name))]
-    if problems:
-        raise UserError("; ".join(problems))
 
 
 def choose_execution(config: Config, device: torch.device) -> Execution:
@@ -144,16 +102,6 @@ def keypoint_options(config: Config, least: int = 0) -> KeypointOptions | None:
     if not config.model.keypoint_head.enabled:
         return None
     return KeypointOptions(config.data.keypoint_flip_pairs, config.data.keypoint_offset, least)
-
-
-def proposals_problem(config: Config, name: SplitName) -> str | None:
-    """What is wrong with a split's file of proposals, which stands in for an RPN; None if nothing is."""
-    if (getattr(config.data, name).proposals is None) != config.model.rpn.enabled:
-        return (
-            f"data.{name}.proposals goes with model.rpn.enabled=false, and that with it; "
-            "python -m fastmrcnn.propose writes the file"
-        )
-    return None
 
 
 def read_split(config: Config, name: SplitName) -> CocoDataset:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastmrcnn.checkpoint import ModelCard, check_format, find_checkpoint, is_checkpoint, read_card
-from fastmrcnn.config import Config, ModelConfig
-from fastmrcnn.config_file import load_config
+from fastmrcnn.config.file import load_config
+from fastmrcnn.config.schema import Config, ModelConfig
 from fastmrcnn.conversion.classes import ClassTable, known_classes, numbered_classes
 from fastmrcnn.conversion.files import find_weights, is_url, read_weights
 from fastmrcnn.conversion.programs import Imported, grouped, import_state, with_statistics

@@ -14,7 +14,7 @@ from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
 from fastmrcnn.coco_eval import load_ground_truth
-from fastmrcnn.config import Config
+from fastmrcnn.config.schema import Config
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.records import ImageProposals
 from fastmrcnn.device import choose_precision

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastmrcnn.checkpoint import ModelCard
-from fastmrcnn.config import OptimConfig
+from fastmrcnn.config.schema import OptimConfig
 from fastmrcnn.cuda_graph import GraphedStep, Shapes, shapes_of
 from fastmrcnn.device import Precision
 from fastmrcnn.model.build import build_model

@@ -17,8 +17,9 @@ import torch
 from tqdm import tqdm
 
 from fastmrcnn.checkpoint import ModelCard, find_checkpoint, read_checkpoint, restore, save_checkpoint
-from fastmrcnn.config import Config
-from fastmrcnn.config_file import differing_keys, dump_config, load_config, parse_config
+from fastmrcnn.config.checks import check_trainable, starting_config
+from fastmrcnn.config.file import differing_keys, dump_config, load_config, parse_config
+from fastmrcnn.config.schema import Config
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.loader import TrainLoader, largest_targets
 from fastmrcnn.data.polygons import largest_polygons
@@ -30,14 +31,7 @@ from fastmrcnn.evaluate import run_evaluation
 from fastmrcnn.files import write_text
 from fastmrcnn.metrics import Metrics
 from fastmrcnn.optim import learning_rate
-from fastmrcnn.prepare import (
-    check_trainable,
-    choose_execution,
-    discarding_unstarted,
-    prepare_run,
-    run_folder_of,
-    starting_config,
-)
+from fastmrcnn.prepare import choose_execution, discarding_unstarted, prepare_run, run_folder_of
 from fastmrcnn.step import TrainingStep, new_model
 from fastmrcnn.structures import Batch, to_device
 from fastmrcnn.visualize import plot_losses

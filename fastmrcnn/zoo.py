@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fastmrcnn.config import Config, ModelConfig
-from fastmrcnn.config_file import load_config
+from fastmrcnn.config.checks import RECIPES
+from fastmrcnn.config.file import load_config
+from fastmrcnn.config.schema import Config, ModelConfig
 from fastmrcnn.conversion.programs import Imported
 from fastmrcnn.errors import UserError
-from fastmrcnn.prepare import RECIPES
 from fastmrcnn.weights import COUNTER, architecture
 
 

@@ -18,7 +18,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
 from fastmrcnn.checkpoint import ModelCard
-from fastmrcnn.config import Config
+from fastmrcnn.config.schema import Config
 from fastmrcnn.data.coco import CocoDataset, read_coco
 from fastmrcnn.structures import Batch, Detections
 

@@ -18,12 +18,13 @@ from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastmrcnn import benchmark, prepare
-from fastmrcnn.config import Config
-from fastmrcnn.config_file import load_config, parse_config
+from fastmrcnn.config.checks import RECIPES
+from fastmrcnn.config.file import load_config, parse_config
+from fastmrcnn.config.schema import Config
 from fastmrcnn.data.shapes import write_shapes
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.mask_head import MaskHead
-from fastmrcnn.prepare import RECIPES, Execution
+from fastmrcnn.prepare import Execution
 from fastmrcnn.speed import inference, ladder, loading, plain, report, timing
 from fastmrcnn.speed.ladder import Entry, broken, climb, compare, matching_slots
 from fastmrcnn.speed.parts import OPTIMIZER, OTHER, Parts, Place

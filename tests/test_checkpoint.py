@@ -27,7 +27,7 @@ from fastmrcnn.checkpoint import (
     restore,
     save_checkpoint,
 )
-from fastmrcnn.config_file import load_config
+from fastmrcnn.config.file import load_config
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN

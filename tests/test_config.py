@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fastmrcnn.config import Config
-from fastmrcnn.config_file import (
+from fastmrcnn.config.file import (
     differing_keys,
     dump_config,
     known_keys,
@@ -16,6 +15,7 @@ from fastmrcnn.config_file import (
     nearest_key,
     parse_config,
 )
+from fastmrcnn.config.schema import Config
 from fastmrcnn.errors import UserError
 
 

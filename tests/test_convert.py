@@ -20,8 +20,8 @@ from torch import Tensor
 
 from fastmrcnn import convert, evaluate
 from fastmrcnn.checkpoint import ModelCard, load_checkpoint, read_checkpoint, save_checkpoint
-from fastmrcnn.config import Config
-from fastmrcnn.config_file import load_config, parse_config
+from fastmrcnn.config.file import load_config, parse_config
+from fastmrcnn.config.schema import Config
 from fastmrcnn.conversion.classes import COCO
 from fastmrcnn.conversion.programs import export_state
 from fastmrcnn.errors import UserError

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastmrcnn.config_file import parse_config
+from fastmrcnn.config.file import parse_config
 from fastmrcnn.conversion.classes import COCO, coco_with_unused, read_classes
 from fastmrcnn.conversion.names import backbone_names, detectron2_names, torchvision_names
 from fastmrcnn.conversion.programs import export_state, import_backbone, import_state, program_of

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from fastmrcnn.config_file import load_config
+from fastmrcnn.config.file import load_config
 from fastmrcnn.conversion.classes import COCO
 from fastmrcnn.conversion.programs import export_state, import_state
 from fastmrcnn.model.build import build_model

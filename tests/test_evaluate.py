@@ -23,7 +23,7 @@ from torch import Tensor
 from fastmrcnn import evaluate
 from fastmrcnn.checkpoint import ModelCard, save_checkpoint
 from fastmrcnn.coco_eval import METRICS, evaluate_coco
-from fastmrcnn.config import Config
+from fastmrcnn.config.schema import Config
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.errors import UserError
 from fastmrcnn.evaluate import RESULTS, run_evaluation

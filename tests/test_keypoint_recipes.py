@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from test_recipes import CONFIGS, SCALES, WEIGHTS, command, header
 
-from fastmrcnn.config_file import load_config
+from fastmrcnn.config.file import load_config
 from fastmrcnn.optim import learning_rate
 
 # Backbone and what the header says of AP: detectron2's and maskrcnn-benchmark's MODEL_ZOO.md.

@@ -17,7 +17,7 @@ from pycocotools import mask as coco_mask
 
 import fastmrcnn.predict as command
 from fastmrcnn.checkpoint import ModelCard, load_checkpoint, save_checkpoint
-from fastmrcnn.config import Config
+from fastmrcnn.config.schema import Config
 from fastmrcnn.data.coco import CocoDataset, object_bitmap
 from fastmrcnn.errors import UserError, run_main
 from fastmrcnn.inference import Prediction, predict

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 
-from fastmrcnn.config_file import load_config
+from fastmrcnn.config.file import load_config
 from fastmrcnn.optim import learning_rate
 
 CONFIGS = Path(__file__).parent.parent / "configs"

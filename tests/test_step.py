@@ -9,7 +9,7 @@ import pytest
 import torch
 from batches import random_batch, small_config, small_model
 
-from fastmrcnn.config import OptimConfig
+from fastmrcnn.config.schema import OptimConfig
 from fastmrcnn.device import choose_precision
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.optim import GatedStep, build_optimizer

@@ -18,7 +18,7 @@ from tiny import CrashError, TinyData, assert_same_state, break_at, newest_run, 
 
 from fastmrcnn import train
 from fastmrcnn.checkpoint import read_checkpoint
-from fastmrcnn.config_file import load_config, parse_config
+from fastmrcnn.config.file import load_config, parse_config
 from fastmrcnn.errors import run_main
 from fastmrcnn.evaluate import RESULTS
 

@@ -12,7 +12,7 @@ from batches import random_batch, small_config, small_model
 from nosync import NoSync
 from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
-from fastmrcnn.config import Config, OptimConfig
+from fastmrcnn.config.schema import Config, OptimConfig
 from fastmrcnn.cuda_graph import GraphedStep, leaves
 from fastmrcnn.device import choose_precision, set_up_cuda
 from fastmrcnn.errors import UserError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from fastmrcnn.config import ModelConfig
+from fastmrcnn.config.schema import ModelConfig
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.anchors import AnchorGenerator
 from fastmrcnn.model.backbone import ResNet, residual_stage, stage_channels

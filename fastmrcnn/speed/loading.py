@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastmrcnn.checkpoint import ModelCard
-from fastmrcnn.config import Config
+from fastmrcnn.config.schema import Config
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.device import choose_precision
 from fastmrcnn.errors import UserError

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmrcnn.config import ModelConfig
+from fastmrcnn.config.schema import ModelConfig
 from fastmrcnn.conversion.programs import export_state
 from fastmrcnn.device import choose_precision
 from fastmrcnn.optim import learning_rate

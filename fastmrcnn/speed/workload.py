@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmrcnn.checkpoint import ModelCard
-from fastmrcnn.config import Config
+from fastmrcnn.config.schema import Config
 from fastmrcnn.data.transforms import Size
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.build import build_model

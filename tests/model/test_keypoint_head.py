@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from nosync import NoSync
 from torch._dynamo.testing import CompileCounter
 
-from fastmrcnn.config_file import parse_config
+from fastmrcnn.config.file import parse_config
 from fastmrcnn.conversion.names import torchvision_names
 from fastmrcnn.errors import UserError
 from fastmrcnn.heatmaps import decode_heatmaps

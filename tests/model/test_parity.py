@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastmrcnn import convert
 from fastmrcnn.checkpoint import load_checkpoint
-from fastmrcnn.config_file import parse_config
+from fastmrcnn.config.file import parse_config
 from fastmrcnn.conversion.names import detectron2_names, torchvision_names
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN

@@ -11,8 +11,8 @@ from batches import SMALL, random_batch
 from nosync import NoSync
 from torch._dynamo.testing import CompileCounter
 
-from fastmrcnn.config import Config
-from fastmrcnn.config_file import load_config, parse_config
+from fastmrcnn.config.file import load_config, parse_config
+from fastmrcnn.config.schema import Config
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.backbone import ResNet
 from fastmrcnn.model.build import build_model

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from fastmrcnn.config import Config
+from fastmrcnn.config.schema import Config
 from fastmrcnn.errors import UserError
 
 

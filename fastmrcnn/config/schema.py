@@ -1,8 +1,9 @@
 """The configuration: typed, documented where it is declared, and closed to unknown keys.
 
-Defaults below, and for the section `model` in config_model.py, are the COCO recipe of Mask R-CNN R50-FPN.
-A YAML file overrides them, `key=value` on the command line overrides the file (config_file.py), and the
-resolved tree is written to the output folder. Only the entry points read it; modules take values.
+Defaults below, and for the section `model` in model.py, are the COCO recipe of Mask R-CNN R50-FPN.
+A YAML file overrides them, `key=value` on the command line overrides the file (file.py), and the
+resolved tree is written to the output folder. The commands and the build.py of each room read it; modules
+take values.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from fastmrcnn.config_model import ModelConfig
-from fastmrcnn.config_section import Positive, Section, Side
+from fastmrcnn.config.model import ModelConfig
+from fastmrcnn.config.section import Positive, Section, Side
 
 __all__ = [
     "AugmentConfig",

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from fastmrcnn.config_section import Section, Side
+from fastmrcnn.config.section import Section, Side
 
 
 class BackboneConfig(Section):
