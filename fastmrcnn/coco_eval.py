@@ -12,18 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
+from fastmrcnn.data.keypoints import COCO_KEYPOINTS, UNIFORM_SIGMA, choose_sigmas
 from fastmrcnn.errors import UserError
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 KEYPOINT_METRICS = ("AP", "AP50", "AP75", "APm", "APl")  # COCO labels no keypoints on small objects
-COCO_KEYPOINTS = 17  # of a person; pycocotools has their sigmas
-UNIFORM_SIGMA = 0.05  # of other keypoints, unless given
 
 
 def evaluate_coco(
@@ -118,27 +116,6 @@ def load_ground_truth(path: str | Path) -> COCO:
 def keypoint_count(tree: dict[str, Any]) -> int:
     """J of a COCO file; 0 if its categories name none."""
     return max((len(category.get("keypoints") or ()) for category in tree["categories"]), default=0)
-
-
-def choose_sigmas(
-    count: int, given: Sequence[float] | None, of_a_person: Sequence[float] = (1.0,) * COCO_KEYPOINTS
-) -> NDArray[np.float64]:
-    """Sigmas of the object keypoint similarity, in units of the square root of the object's area.
-
-    Args:
-        count: J.
-        given: one for each keypoint, from the configuration's evaluate.oks_sigmas; none: COCO's own for
-            17 keypoints, else 0.05 for each.
-    Raises:
-        UserError: there are not J of them.
-    """
-    if given is None:
-        return np.array(of_a_person) if count == COCO_KEYPOINTS else np.full(count, UNIFORM_SIGMA)
-    if len(given) != count:
-        raise UserError(
-            f"evaluate.oks_sigmas has {len(given)} values, but there are {count} keypoints; give one for each"
-        )
-    return np.array(given, np.float64)
 
 
 def _mask_area(shape: Any, height: int, width: int) -> float:

@@ -14,14 +14,15 @@ from torch import nn
 from tqdm import tqdm
 
 from fastmrcnn.checkpoint import find_checkpoint, load_checkpoint
-from fastmrcnn.coco_eval import choose_sigmas, evaluate_coco
+from fastmrcnn.coco_eval import evaluate_coco
 from fastmrcnn.config.checks import proposals_problem
 from fastmrcnn.config.file import load_config
 from fastmrcnn.config.schema import Config
 from fastmrcnn.conversion.files import is_url
+from fastmrcnn.data.build import evaluation_loader, read_split
 from fastmrcnn.data.coco import CocoDataset, ImageRecord, align_classes, object_bitmap
 from fastmrcnn.data.images import read_image
-from fastmrcnn.data.keypoints import check_same_keypoints
+from fastmrcnn.data.keypoints import check_same_keypoints, choose_sigmas
 from fastmrcnn.data.proposals import write_proposals
 from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.files import make_folder, new_run_folder, replacing, write_json
@@ -29,7 +30,6 @@ from fastmrcnn.inference import ImageDetections, card_of, coco_results, run_mode
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.paste import paste_to_host
-from fastmrcnn.prepare import evaluation_loader, read_split
 from fastmrcnn.pretrained import load_recipe
 from fastmrcnn.proposal_eval import collect_proposals, proposal_recall
 from fastmrcnn.visualize import Instances, draw_comparison

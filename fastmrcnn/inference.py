@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
 from fastmrcnn.checkpoint import ModelCard
-from fastmrcnn.data.images import read_pixels, to_rgb
+from fastmrcnn.data.images import rgb_pixels
 from fastmrcnn.data.keypoints import KeypointSchema
 from fastmrcnn.data.loader import prepare_image
 from fastmrcnn.device import choose_precision
@@ -253,14 +253,3 @@ def card_of(model: nn.Module) -> ModelCard:
     if card is None:
         raise UserError("this model has no card (configuration and class names); get it from load_checkpoint")
     return card
-
-
-def rgb_pixels(image: str | Path | NDArray[np.uint8] | Image.Image) -> NDArray[np.uint8]:
-    """(h, w, 3) uint8 RGB of whatever `predict` takes."""
-    if isinstance(image, str | Path):
-        return read_pixels(image)
-    if isinstance(image, Image.Image):
-        return to_rgb(ImageOps.exif_transpose(image))
-    if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
-        raise ValueError(f"pixels must be (h, w, 3) or (h, w) uint8, got {image.shape} {image.dtype}")
-    return np.repeat(image[:, :, None], 3, axis=2) if image.ndim == 2 else image

@@ -10,13 +10,9 @@ from typing import NamedTuple
 
 import torch
 
-from fastmrcnn.coco_eval import choose_sigmas
-from fastmrcnn.config.checks import SplitName
 from fastmrcnn.config.schema import Config
-from fastmrcnn.data.coco import CocoDataset, check_same_classes, read_coco
-from fastmrcnn.data.keypoints import KeypointOptions
-from fastmrcnn.data.loader import EvalLoader
-from fastmrcnn.data.proposals import attach_proposals
+from fastmrcnn.data.build import read_sets
+from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.shapes import write_shapes
 from fastmrcnn.errors import UserError
 from fastmrcnn.files import new_run_folder
@@ -95,54 +91,3 @@ def run_folder_of(checkpoint: Path) -> Path:
     if folder.name != "checkpoints":
         raise UserError(f"{checkpoint}: --resume needs a checkpoint where its run wrote it, RUN/checkpoints/")
     return folder.parent
-
-
-def keypoint_options(config: Config, least: int = 0) -> KeypointOptions | None:
-    """How to read keypoints; None if the model has no head for them."""
-    if not config.model.keypoint_head.enabled:
-        return None
-    return KeypointOptions(config.data.keypoint_flip_pairs, config.data.keypoint_offset, least)
-
-
-def read_split(config: Config, name: SplitName) -> CocoDataset:
-    """The set that data.train or data.val names, with its proposals if it has some."""
-    data, rpn, train = config.data, config.model.rpn, name == "train"
-    split = data.train if train else data.val
-    assert split.images is not None, "the caller checks"
-    assert split.annotations is not None, "the caller checks"
-    dataset = read_coco(
-        split.images,
-        split.annotations,
-        max_objects=data.max_objects,
-        min_box_side=data.min_box_side,
-        require_masks=config.model.mask_head.enabled,
-        keypoints=keypoint_options(config, data.min_keypoints if train else 0),
-        key=f"data.{name}",
-    )
-    if split.proposals is None:
-        return dataset
-    most = rpn.post_nms_top_n if train else rpn.post_nms_top_n_test
-    return attach_proposals(dataset, split.proposals, most)
-
-
-def read_sets(config: Config) -> tuple[CocoDataset, CocoDataset | None]:
-    """Training and validation set of a configuration that `check_trainable` let pass."""
-    train_set = read_split(config, "train")
-    if train_set.num_keypoints is not None:
-        choose_sigmas(train_set.num_keypoints, config.evaluate.oks_sigmas)  # not only after the training
-    if config.data.val.annotations is None:
-        return train_set, None
-    return train_set, check_same_classes(train_set, read_split(config, "val"))
-
-
-def evaluation_loader(dataset: CocoDataset, config: Config) -> EvalLoader:
-    """All images of a set, resized and padded as the configuration says for evaluation."""
-    data = config.data
-    return EvalLoader(
-        dataset,
-        batch=config.evaluate.batch,
-        short_side=data.short_side_test,
-        long_side_max=data.long_side_max,
-        buckets=data.buckets,
-        workers=data.workers,
-    )

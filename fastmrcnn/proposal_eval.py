@@ -15,12 +15,12 @@ from tqdm import tqdm
 
 from fastmrcnn.coco_eval import load_ground_truth
 from fastmrcnn.config.schema import Config
+from fastmrcnn.data.build import evaluation_loader
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.records import ImageProposals
 from fastmrcnn.device import choose_precision
 from fastmrcnn.inference import split_detections
 from fastmrcnn.model.mask_rcnn import MaskRCNN, as_detections
-from fastmrcnn.prepare import evaluation_loader
 from fastmrcnn.structures import to_device
 
 LIMITS = (100, 300, 1000)

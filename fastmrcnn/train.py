@@ -20,10 +20,8 @@ from fastmrcnn.checkpoint import ModelCard, find_checkpoint, read_checkpoint, re
 from fastmrcnn.config.checks import check_trainable, starting_config
 from fastmrcnn.config.file import differing_keys, dump_config, load_config, parse_config
 from fastmrcnn.config.schema import Config
+from fastmrcnn.data.build import train_loader
 from fastmrcnn.data.coco import CocoDataset
-from fastmrcnn.data.loader import TrainLoader, largest_targets
-from fastmrcnn.data.polygons import largest_polygons
-from fastmrcnn.data.transforms import Augment
 from fastmrcnn.device import busy_machine, choose_device, choose_precision, set_up_cuda
 from fastmrcnn.dry_run import dry_run
 from fastmrcnn.errors import Parser, UserError, run_main
@@ -207,30 +205,6 @@ def restored(state: dict[str, Any], make_step: TrainingStep, config: Config) -> 
         raise UserError(
             f"--resume goes on with the same model and optimizer, but {', '.join(changed)} changed: {error}"
         ) from None
-
-
-def train_loader(dataset: CocoDataset, config: Config, start: int, pin_memory: bool) -> TrainLoader:
-    # With the set's largest targets as lower limits, the batches of a bucket share one shape.
-    slots, mask_bytes = largest_targets(dataset, config.train.batch)
-    polygons = config.model.mask_head.reads_polygons
-    data = config.data
-    return TrainLoader(
-        dataset,
-        batch=config.train.batch,
-        short_sides=data.short_side,
-        long_side_max=data.long_side_max,
-        buckets=data.buckets,
-        augment=Augment(**data.augment.model_dump()),
-        seed=config.train.seed,
-        start_step=start,
-        steps=config.train.steps,
-        workers=data.workers,
-        max_objects=data.max_objects,
-        pin_memory=pin_memory,
-        min_slots=slots,
-        min_mask_bytes=mask_bytes,
-        polygons=largest_polygons(dataset, config.train.batch) if polygons else None,
-    )
 
 
 def prepare_shapes(

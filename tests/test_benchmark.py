@@ -22,6 +22,7 @@ from fastmrcnn.config.checks import RECIPES
 from fastmrcnn.config.file import load_config, parse_config
 from fastmrcnn.config.schema import Config
 from fastmrcnn.data.shapes import write_shapes
+from fastmrcnn.data.synthetic import full_masks, synthetic_batch, synthetic_batches
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.mask_head import MaskHead
 from fastmrcnn.prepare import Execution
@@ -32,7 +33,6 @@ from fastmrcnn.speed.profile import profile_step, profile_table, times_by_part
 from fastmrcnn.speed.rows import OurRunner, Row, cpu_rows, cuda_rows
 from fastmrcnn.speed.torchvision_row import TorchvisionRunner, not_comparable
 from fastmrcnn.speed.workload import Workload, changed, check_synthetic
-from fastmrcnn.synthetic import full_masks, synthetic_batch, synthetic_batches
 
 CPU = torch.device("cpu")
 COMPILE = torch.compile

@@ -21,9 +21,9 @@ from pycocotools.cocoeval import COCOeval
 from tiny import TREE, newest_run
 
 from fastmrcnn import evaluate, load_checkpoint, predict, train
-from fastmrcnn.coco_eval import KEYPOINT_METRICS, METRICS, choose_sigmas, evaluate_coco
+from fastmrcnn.coco_eval import KEYPOINT_METRICS, METRICS, evaluate_coco
 from fastmrcnn.data.coco import read_coco
-from fastmrcnn.data.keypoints import KeypointOptions
+from fastmrcnn.data.keypoints import KeypointOptions, choose_sigmas
 from fastmrcnn.errors import UserError
 from fastmrcnn.inference import coco_results, split_detections
 from fastmrcnn.predict import main as predict_main

@@ -1,4 +1,4 @@
-"""The configuration: what can be set (schema, model), how it is read (file), what cannot be meant (checks)."""
+"""The configuration: its fields (schema, model), how it is read (file), what it cannot mean (checks)."""
 
 from fastmrcnn.config.schema import Config
 

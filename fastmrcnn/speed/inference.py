@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastmrcnn.data.synthetic import synthetic_batch
 from fastmrcnn.device import choose_precision
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.paste import paste_masks
@@ -16,7 +17,6 @@ from fastmrcnn.speed.timing import summary, wait
 from fastmrcnn.speed.workload import Workload, changed
 from fastmrcnn.step import new_model
 from fastmrcnn.structures import Batch, Detections, to_device
-from fastmrcnn.synthetic import synthetic_batch
 
 BATCHES = (1, 8)
 WARM_UP = 3

@@ -12,6 +12,7 @@ import torch
 
 from fastmrcnn.checkpoint import ModelCard
 from fastmrcnn.config.schema import Config
+from fastmrcnn.data.build import train_loader
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.device import choose_precision
 from fastmrcnn.errors import UserError
@@ -22,7 +23,6 @@ from fastmrcnn.speed.timing import wait
 from fastmrcnn.speed.workload import changed, fit_frozen_norms
 from fastmrcnn.step import TrainingStep, new_model
 from fastmrcnn.structures import Batch, to_device
-from fastmrcnn.train import train_loader
 
 
 def measure_loading(config: Config, device: torch.device, images: int, steps: int) -> dict[str, Any]:
