@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastmrcnn.checkpoint import load_checkpoint
     from fastmrcnn.inference import Prediction, predict
     from fastmrcnn.model.mask_rcnn import MaskRCNN
+    from fastmrcnn.weights.detectors import load_checkpoint
 
 __all__ = ["MaskRCNN", "Prediction", "load_checkpoint", "predict"]
 
 _HOME = {
     "MaskRCNN": "fastmrcnn.model.mask_rcnn",
     "Prediction": "fastmrcnn.inference",
-    "load_checkpoint": "fastmrcnn.checkpoint",
+    "load_checkpoint": "fastmrcnn.weights.checkpoint",
     "predict": "fastmrcnn.inference",
 }
 

@@ -8,16 +8,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastmrcnn.checkpoint import pack, write_tensors
 from fastmrcnn.config.file import load_config
-from fastmrcnn.conversion.classes import COCO, COCO_LABELS, ClassTable, coco_with_unused, read_classes
-from fastmrcnn.conversion.programs import PROGRAMS, export_state
-from fastmrcnn.conversion.rows import class_count
 from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.files import replacing
-from fastmrcnn.pretrained import SPARE, Detector, as_model, open_detector
-from fastmrcnn.weights import COUNTER
-from fastmrcnn.zoo import kind_of, other_settings
+from fastmrcnn.weights.checkpoint import pack, write_tensors
+from fastmrcnn.weights.detectors import SPARE, Detector, as_model, open_detector
+from fastmrcnn.weights.peers.classes import COCO, COCO_LABELS, ClassTable, coco_with_unused, read_classes
+from fastmrcnn.weights.peers.programs import PROGRAMS, export_state
+from fastmrcnn.weights.peers.rows import class_count
+from fastmrcnn.weights.states import COUNTER
+from fastmrcnn.weights.zoo import kind_of, other_settings
 
 
 def main(argv: list[str]) -> None:

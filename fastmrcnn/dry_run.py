@@ -8,7 +8,6 @@ import time
 
 import torch
 
-from fastmrcnn.checkpoint import ModelCard
 from fastmrcnn.config.schema import Config
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.loader import TrainLoader
@@ -16,8 +15,10 @@ from fastmrcnn.data.polygons import PolygonSizes
 from fastmrcnn.device import choose_device, choose_precision, set_up_cuda
 from fastmrcnn.optim import learning_rate
 from fastmrcnn.prepare import choose_execution
-from fastmrcnn.step import TrainingStep, new_model
+from fastmrcnn.step import TrainingStep
 from fastmrcnn.structures import to_device
+from fastmrcnn.weights.card import ModelCard
+from fastmrcnn.weights.start import new_model
 
 STEPS = 2
 

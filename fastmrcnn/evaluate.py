@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +12,9 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from fastmrcnn.checkpoint import find_checkpoint, load_checkpoint
 from fastmrcnn.coco_eval import evaluate_coco
 from fastmrcnn.config.checks import proposals_problem
-from fastmrcnn.config.file import load_config
 from fastmrcnn.config.schema import Config
-from fastmrcnn.conversion.files import is_url
 from fastmrcnn.data.build import evaluation_loader, read_split
 from fastmrcnn.data.coco import CocoDataset, ImageRecord, align_classes, object_bitmap
 from fastmrcnn.data.images import read_image
@@ -26,14 +22,15 @@ from fastmrcnn.data.keypoints import check_same_keypoints, choose_sigmas
 from fastmrcnn.data.proposals import write_proposals
 from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.files import make_folder, new_run_folder, replacing, write_json
-from fastmrcnn.inference import ImageDetections, card_of, coco_results, run_model, split_detections
-from fastmrcnn.model.build import build_model
+from fastmrcnn.inference import ImageDetections, coco_results, run_model, split_detections
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.paste import paste_to_host
-from fastmrcnn.pretrained import load_recipe
 from fastmrcnn.proposal_eval import collect_proposals, proposal_recall
 from fastmrcnn.visualize import Instances, draw_comparison
-from fastmrcnn.weights import copy_state
+from fastmrcnn.weights.card import card_of
+from fastmrcnn.weights.checkpoint import find_checkpoint
+from fastmrcnn.weights.detectors import load_overridden, load_recipe
+from fastmrcnn.weights.files import is_url
 
 RESULTS = "coco_instances_results.json"
 PICTURE_SCORE = 0.5  # detections below it are not drawn
@@ -158,26 +155,6 @@ def judged(config: Config) -> tuple[str, ...]:
     masks = ("segm",) if config.model.mask_head.enabled else ()
     keypoints = ("keypoints",) if config.model.keypoint_head.enabled else ()
     return ("bbox", *masks, *keypoints)
-
-
-def load_overridden(checkpoint: str, device: str, overrides: Sequence[str]) -> tuple[MaskRCNN, Config]:
-    """The model of a checkpoint, and its configuration with `key=value` changes, in effect in the model."""
-    model = load_checkpoint(checkpoint, device)
-    card = card_of(model)
-    config = load_config(overrides=overrides, base=card.config.model_dump(mode="json"))
-    if config.model.weights != card.config.model.weights:
-        raise UserError("model.weights goes with --config; --checkpoint brings weights of its own")
-    if config.model != card.config.model:
-        changed = build_model(
-            config.model,
-            len(card.class_names),
-            load_backbone_weights=False,
-            num_keypoints=card.num_keypoints,
-        )
-        copy_state(changed, model.state_dict(), checkpoint)
-        changed.card = card
-        model = changed.to(next(model.parameters()).device).eval()
-    return model, config
 
 
 def read_validation_set(config: Config, model: nn.Module, checkpoint: str) -> CocoDataset:

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from fastmrcnn.checkpoint import ModelCard
 from fastmrcnn.data.images import rgb_pixels
 from fastmrcnn.data.keypoints import KeypointSchema
 from fastmrcnn.data.loader import prepare_image
@@ -25,6 +24,7 @@ from fastmrcnn.heatmaps import decode_heatmaps
 from fastmrcnn.paste import encode_images, paste_to_host
 from fastmrcnn.structures import Batch, Detections, to_device, tree_map
 from fastmrcnn.visualize import draw_instances
+from fastmrcnn.weights.card import ModelCard, card_of
 
 
 class ImageDetections(NamedTuple):
@@ -246,10 +246,3 @@ def as_prediction(found: ImageDetections, pixels: NDArray[np.uint8], card: Model
         keypoints=None if found.keypoints is None else found.keypoints.numpy(),
         keypoint_schema=card.keypoints,
     )
-
-
-def card_of(model: nn.Module) -> ModelCard:
-    card = getattr(model, "card", None)
-    if card is None:
-        raise UserError("this model has no card (configuration and class names); get it from load_checkpoint")
-    return card

@@ -10,19 +10,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fastmrcnn.checkpoint import load_checkpoint
 from fastmrcnn.data.images import read_pixels
 from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.files import write_json
-from fastmrcnn.inference import (
-    Prediction,
-    as_prediction,
-    card_of,
-    coco_results,
-    detect,
-    predict,
-    require_detector,
-)
+from fastmrcnn.inference import Prediction, as_prediction, coco_results, detect, predict, require_detector
+from fastmrcnn.weights.card import card_of
+from fastmrcnn.weights.detectors import load_checkpoint
 
 __all__ = ["Prediction", "main", "predict"]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from fastmrcnn.data.coco import read_coco
 from fastmrcnn.data.proposals import write_proposals
 from fastmrcnn.errors import Parser, UserError, run_main
-from fastmrcnn.evaluate import load_overridden
 from fastmrcnn.proposal_eval import collect_proposals, proposal_recall
+from fastmrcnn.weights.detectors import load_overridden
 
 
 def main(argv: list[str]) -> None:

@@ -14,40 +14,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastmrcnn.checkpoint import ModelCard
 from fastmrcnn.config.schema import OptimConfig
 from fastmrcnn.cuda_graph import GraphedStep, Shapes, shapes_of
 from fastmrcnn.device import Precision
-from fastmrcnn.model.build import build_model
 from fastmrcnn.model.convs import fuse_epilogues
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.model.sampling import SamplingKeys
 from fastmrcnn.optim import Ema, GatedStep, build_optimizer
 from fastmrcnn.prepare import Execution
-from fastmrcnn.pretrained import start_model
 from fastmrcnn.structures import Batch, Losses, tree_map
 
 Forward = Callable[[Batch, SamplingKeys], Losses]
-
-
-def new_model(card: ModelCard, device: torch.device, *, imagenet: bool, detector: bool) -> MaskRCNN:
-    """A model to be trained, in the memory format that suits the device.
-
-    Args:
-        imagenet: load model.backbone.weights.
-        detector: load model.weights, and print what was loaded.
-    """
-    model = build_model(
-        card.config.model,
-        len(card.class_names),
-        load_backbone_weights=imagenet,
-        num_keypoints=card.num_keypoints,
-    )
-    if detector:
-        start_model(model, card.config.model, card.class_names)
-    # On a GPU channels_last is the fast layout; on a CPU it is no faster and batch norm loses digits.
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    return model.to(device, memory_format=layout).train()  # type: ignore[call-overload]
 
 
 class TrainingStep:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fastmrcnn.checkpoint import ModelCard, find_checkpoint, read_checkpoint, restore, save_checkpoint
 from fastmrcnn.config.checks import check_trainable, starting_config
 from fastmrcnn.config.file import differing_keys, dump_config, load_config, parse_config
 from fastmrcnn.config.schema import Config
@@ -30,9 +29,12 @@ from fastmrcnn.files import write_text
 from fastmrcnn.metrics import Metrics
 from fastmrcnn.optim import learning_rate
 from fastmrcnn.prepare import choose_execution, discarding_unstarted, prepare_run, run_folder_of
-from fastmrcnn.step import TrainingStep, new_model
+from fastmrcnn.step import TrainingStep
 from fastmrcnn.structures import Batch, to_device
 from fastmrcnn.visualize import plot_losses
+from fastmrcnn.weights.card import ModelCard
+from fastmrcnn.weights.checkpoint import find_checkpoint, read_checkpoint, restore, save_checkpoint
+from fastmrcnn.weights.start import new_model
 
 
 def main(argv: list[str]) -> None:

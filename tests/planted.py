@@ -17,10 +17,10 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
-from fastmrcnn.checkpoint import ModelCard
 from fastmrcnn.config.schema import Config
 from fastmrcnn.data.coco import CocoDataset, read_coco
 from fastmrcnn.structures import Batch, Detections
+from fastmrcnn.weights.card import ModelCard
 
 SIDE, SLOTS = 28, 12
 SIZES = {11: (60, 92), 5: (100, 40), 8: (64, 64), 2: (33, 71)}  # height, width by image id

@@ -11,9 +11,9 @@ import torch
 from tiny import TinyData, assert_same_state, record
 
 from fastmrcnn import step, train
-from fastmrcnn.checkpoint import read_checkpoint
 from fastmrcnn.errors import UserError
 from fastmrcnn.structures import Batch
+from fastmrcnn.weights.checkpoint import read_checkpoint
 
 BAD = 3
 BN_SGD = ["optim.name=sgd", "optim.lr=0.01", "model.backbone.norm=bn", "model.fpn.norm=bn"]

@@ -16,22 +16,16 @@ import pytest
 import torch
 from torch import nn
 
-from fastmrcnn import checkpoint as checkpoints
 from fastmrcnn import files as output
-from fastmrcnn.checkpoint import (
-    ModelCard,
-    find_checkpoint,
-    load_checkpoint,
-    read_card,
-    read_checkpoint,
-    restore,
-    save_checkpoint,
-)
 from fastmrcnn.config.file import load_config
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.optim import Ema, GatedStep, build_optimizer
+from fastmrcnn.weights import checkpoint as checkpoints
+from fastmrcnn.weights.card import ModelCard, read_card
+from fastmrcnn.weights.checkpoint import find_checkpoint, read_checkpoint, restore, save_checkpoint
+from fastmrcnn.weights.detectors import load_checkpoint
 
 CONFIG = load_config(
     overrides=[

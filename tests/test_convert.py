@@ -19,17 +19,19 @@ from test_convert_names import same
 from torch import Tensor
 
 from fastmrcnn import convert, evaluate
-from fastmrcnn.checkpoint import ModelCard, load_checkpoint, read_checkpoint, save_checkpoint
 from fastmrcnn.config.file import load_config, parse_config
 from fastmrcnn.config.schema import Config
-from fastmrcnn.conversion.classes import COCO
-from fastmrcnn.conversion.programs import export_state
 from fastmrcnn.errors import UserError
 from fastmrcnn.inference import predict
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.optim import build_optimizer
-from fastmrcnn.pretrained import load_detector, open_detector
+from fastmrcnn.weights.card import ModelCard
+from fastmrcnn.weights.checkpoint import read_checkpoint, save_checkpoint
+from fastmrcnn.weights.detectors import load_checkpoint, open_detector
+from fastmrcnn.weights.peers.classes import COCO
+from fastmrcnn.weights.peers.programs import export_state
+from fastmrcnn.weights.start import load_detector
 
 NAMES = ["ant", "bee", "cat"]
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fastmrcnn import convert
-from fastmrcnn.checkpoint import load_checkpoint
-from fastmrcnn.conversion.programs import import_state
 from fastmrcnn.structures import Batch, Detections
-from fastmrcnn.zoo import kind_of
+from fastmrcnn.weights.detectors import load_checkpoint
+from fastmrcnn.weights.peers.programs import import_state
+from fastmrcnn.weights.zoo import kind_of
 
 # The CPU build of torch cannot load torchvision's operators, and says so as a RuntimeError or worse.
 torchvision = pytest.importorskip("torchvision", exc_type=(ImportError, RuntimeError))

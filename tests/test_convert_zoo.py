@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from fastmrcnn.config.file import load_config
-from fastmrcnn.conversion.classes import COCO
-from fastmrcnn.conversion.programs import export_state, import_state
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
-from fastmrcnn.zoo import Kind, kind_of, other_settings, published_recipe
+from fastmrcnn.weights.peers.classes import COCO
+from fastmrcnn.weights.peers.programs import export_state, import_state
+from fastmrcnn.weights.zoo import Kind, kind_of, other_settings, published_recipe
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 ZOO = sorted((CONFIGS / "zoo").glob("*.yaml"))

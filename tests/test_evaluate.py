@@ -21,7 +21,6 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from fastmrcnn import evaluate
-from fastmrcnn.checkpoint import ModelCard, save_checkpoint
 from fastmrcnn.coco_eval import METRICS, evaluate_coco
 from fastmrcnn.config.schema import Config
 from fastmrcnn.data.coco import CocoDataset
@@ -29,6 +28,8 @@ from fastmrcnn.errors import UserError
 from fastmrcnn.evaluate import RESULTS, run_evaluation
 from fastmrcnn.inference import split_detections
 from fastmrcnn.structures import Batch, Detections
+from fastmrcnn.weights.card import ModelCard
+from fastmrcnn.weights.checkpoint import save_checkpoint
 
 
 def config_for(dataset: CocoDataset, batch: int = 2) -> Config:

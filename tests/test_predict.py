@@ -16,12 +16,14 @@ from planted import CATEGORIES, SIZES, PlantedModel, write_set
 from pycocotools import mask as coco_mask
 
 import fastmrcnn.predict as command
-from fastmrcnn.checkpoint import ModelCard, load_checkpoint, save_checkpoint
 from fastmrcnn.config.schema import Config
 from fastmrcnn.data.coco import CocoDataset, object_bitmap
 from fastmrcnn.errors import UserError, run_main
 from fastmrcnn.inference import Prediction, predict
 from fastmrcnn.model.build import build_model
+from fastmrcnn.weights.card import ModelCard
+from fastmrcnn.weights.checkpoint import save_checkpoint
+from fastmrcnn.weights.detectors import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 

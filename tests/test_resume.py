@@ -11,8 +11,8 @@ import torch
 from tiny import CrashError, TinyData, assert_same_state, break_at, record
 
 from fastmrcnn import train
-from fastmrcnn.checkpoint import read_checkpoint
 from fastmrcnn.errors import UserError
+from fastmrcnn.weights.checkpoint import read_checkpoint
 
 AUGMENT = [
     "data.augment.flip_vertical=0.5",

@@ -17,10 +17,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import CrashError, TinyData, assert_same_state, break_at, newest_run, record
 
 from fastmrcnn import train
-from fastmrcnn.checkpoint import read_checkpoint
 from fastmrcnn.config.file import load_config, parse_config
 from fastmrcnn.errors import run_main
 from fastmrcnn.evaluate import RESULTS
+from fastmrcnn.weights.checkpoint import read_checkpoint
 
 ROOT = Path(train.__file__).parents[1]
 

@@ -43,7 +43,7 @@ def build_model(
     res5 = _res5(config, norm) if c4 and config.box_head.enabled else None
     # A whole detector's weights, which the entry points load, are the backbone's too.
     if load_backbone_weights and config.weights is None and config.backbone.weights is not None:
-        from fastmrcnn.weights import load_backbone
+        from fastmrcnn.weights.states import load_backbone
 
         whole = _classifier_without_fc(backbone, res5 or _res5(config, norm)) if c4 else backbone
         load_backbone(whole, config.backbone.weights, config.backbone.weights_sha256)

@@ -19,7 +19,7 @@ from fastmrcnn.model.sampling import SamplingKeys
 from fastmrcnn.structures import Batch, Detections, Losses, Proposals, Targets
 
 if TYPE_CHECKING:
-    from fastmrcnn.checkpoint import ModelCard
+    from fastmrcnn.weights.card import ModelCard
 
 
 class MaskRCNN(nn.Module):

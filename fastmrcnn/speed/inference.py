@@ -15,8 +15,8 @@ from fastmrcnn.paste import paste_masks
 from fastmrcnn.speed.report import table
 from fastmrcnn.speed.timing import summary, wait
 from fastmrcnn.speed.workload import Workload, changed
-from fastmrcnn.step import new_model
 from fastmrcnn.structures import Batch, Detections, to_device
+from fastmrcnn.weights.start import new_model
 
 BATCHES = (1, 8)
 WARM_UP = 3

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from fastmrcnn.checkpoint import ModelCard
 from fastmrcnn.config.schema import Config
 from fastmrcnn.data.build import train_loader
 from fastmrcnn.data.coco import CocoDataset
@@ -21,8 +20,10 @@ from fastmrcnn.prepare import choose_execution, prepare_run
 from fastmrcnn.speed.report import table
 from fastmrcnn.speed.timing import wait
 from fastmrcnn.speed.workload import changed, fit_frozen_norms
-from fastmrcnn.step import TrainingStep, new_model
+from fastmrcnn.step import TrainingStep
 from fastmrcnn.structures import Batch, to_device
+from fastmrcnn.weights.card import ModelCard
+from fastmrcnn.weights.start import new_model
 
 
 def measure_loading(config: Config, device: torch.device, images: int, steps: int) -> dict[str, Any]:

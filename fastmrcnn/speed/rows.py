@@ -16,8 +16,9 @@ from fastmrcnn.optim import learning_rate
 from fastmrcnn.prepare import Execution
 from fastmrcnn.speed.plain import plain_boxes, predict_all_classes
 from fastmrcnn.speed.workload import Workload, changed
-from fastmrcnn.step import TrainingStep, new_model
+from fastmrcnn.step import TrainingStep
 from fastmrcnn.structures import Batch, to_device
+from fastmrcnn.weights.start import new_model
 
 EAGER = Execution()
 WARM_UP = 3  # steps before the first that counts; as many as there are batches

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmrcnn.checkpoint import ModelCard
 from fastmrcnn.config.schema import Config
 from fastmrcnn.data.synthetic import synthetic_batches
 from fastmrcnn.data.transforms import Size
@@ -17,6 +16,7 @@ from fastmrcnn.errors import UserError
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.norms import FrozenBatchNorm2d, fold_norms
 from fastmrcnn.structures import Batch
+from fastmrcnn.weights.card import ModelCard
 
 BATCHES = 3  # different ones, in turn: a step is not to find its own inputs in a cache
 

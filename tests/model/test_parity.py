@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from fastmrcnn import convert
-from fastmrcnn.checkpoint import load_checkpoint
 from fastmrcnn.config.file import parse_config
-from fastmrcnn.conversion.names import detectron2_names, torchvision_names
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.model.sampling import SamplingKeys
 from fastmrcnn.paste import paste_masks
 from fastmrcnn.structures import Batch
+from fastmrcnn.weights.detectors import load_checkpoint
+from fastmrcnn.weights.peers.names import detectron2_names, torchvision_names
 
 ALL = 10**6  # sample everything, so that nothing is random
 ROIS = 4000  # more than there are proposals

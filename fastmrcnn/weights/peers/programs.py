@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmrcnn.conversion.names import backbone_names, detectron2_names, torchvision_names
-from fastmrcnn.conversion.rows import from_torchvision, to_torchvision
 from fastmrcnn.errors import UserError
+from fastmrcnn.weights.peers.names import backbone_names, detectron2_names, torchvision_names
+from fastmrcnn.weights.peers.rows import from_torchvision, to_torchvision
 
 PROGRAMS = ("fastmrcnn", "torchvision", "detectron2")
 _COUNTER = ".num_batches_tracked"

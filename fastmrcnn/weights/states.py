@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastmrcnn.conversion.files import find_weights, read_weights
-from fastmrcnn.conversion.programs import grouped, import_backbone, program_of
 from fastmrcnn.errors import UserError
+from fastmrcnn.weights.files import find_weights, read_weights
+from fastmrcnn.weights.peers.programs import grouped, import_backbone, program_of
 
 COUNTER = ".num_batches_tracked"
 

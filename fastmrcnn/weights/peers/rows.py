@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from fastmrcnn.conversion.classes import COCO, COCO_LABELS
+from fastmrcnn.weights.peers.classes import COCO, COCO_LABELS
 
 # How many rows a class has in each predictor. The background has rows in all of torchvision's.
 _ROWS = {"box_head.classes": 1, "box_head.deltas": 4, "mask_head.predictor": 1}

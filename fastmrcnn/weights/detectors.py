@@ -8,32 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastmrcnn.checkpoint import ModelCard, check_format, find_checkpoint, is_checkpoint, read_card
 from fastmrcnn.config.file import load_config
-from fastmrcnn.config.schema import Config, ModelConfig
-from fastmrcnn.conversion.classes import ClassTable, known_classes, numbered_classes
-from fastmrcnn.conversion.files import find_weights, is_url, read_weights
-from fastmrcnn.conversion.programs import Imported, grouped, import_state, with_statistics
-from fastmrcnn.conversion.rows import class_count
+from fastmrcnn.config.schema import Config
 from fastmrcnn.data.keypoints import COCO_PERSON, schema_of_weights
 from fastmrcnn.device import choose_device
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
-from fastmrcnn.weights import (
-    as_state,
-    compare_states,
-    copy_state,
-    describe_mismatch,
-    has_statistics,
-    with_counters,
-)
-from fastmrcnn.zoo import kind_of, published_recipe
+from fastmrcnn.weights.card import ModelCard, card_of, read_card
+from fastmrcnn.weights.checkpoint import check_format, find_checkpoint, is_checkpoint
+from fastmrcnn.weights.files import find_weights, is_url, read_weights
+from fastmrcnn.weights.peers.classes import ClassTable, known_classes, numbered_classes
+from fastmrcnn.weights.peers.programs import Imported, import_state, with_statistics
+from fastmrcnn.weights.peers.rows import class_count
+from fastmrcnn.weights.states import as_state, copy_state, has_statistics, with_counters
+from fastmrcnn.weights.zoo import kind_of, published_recipe
 
 # What depends on the number of classes, or of keypoints.
 _OF_CLASSES = ("box_head.classes.", "box_head.deltas.", "mask_head.predictor.")
@@ -81,84 +75,6 @@ def open_detector(
     imported = import_state(as_state(weights, path, cast=cast), path, strict=strict)
     imported = imported._replace(spare=dict(checkpoint["extra"].get(SPARE) or {}))
     return Detector(path, imported, read_card(checkpoint, path), int(checkpoint["step"]))
-
-
-def start_model(model: MaskRCNN, config: ModelConfig, class_names: Sequence[str] | None = None) -> None:
-    """Load what `model.weights` names, if anything, and print what was loaded and what was left out."""
-    if config.weights is not None:
-        lines = load_detector(
-            model,
-            config.weights,
-            config.weights_sha256,
-            strict=config.weights_strict,
-            class_names=class_names,
-        )
-        print(*lines, sep="\n")
-
-
-def load_detector(
-    model: MaskRCNN,
-    source: str,
-    sha256: str | None = None,
-    *,
-    strict: bool = True,
-    class_names: Sequence[str] | None = None,
-) -> list[str]:
-    """Start a model from another one's weights, on the CPU.
-
-    With another number of classes (or of keypoints) the last predictors stay as they are, and everything
-    else is loaded.
-
-    Args:
-        strict: whatever else does not fit is an error that lists every key; else it is left out.
-        class_names: of the model's classes.
-    Returns:
-        Lines that say what was loaded and what was left out.
-    Raises:
-        UserError: as `open_detector`; or the weights do not fit. The model is unchanged then.
-    """
-    own = model.state_dict()
-    num_classes = class_count(own)
-    detector = open_detector(source, sha256, num_classes=num_classes, strict=strict)
-    path, imported = detector.path, detector.imported
-    if strict:
-        require_constants(imported.constants, model, path)
-    state = prepared(imported, own)
-
-    predictors = [key for key in state if key in own and _is_predictor(key) and _other_count(key, state, own)]
-    rest = {key: value for key, value in state.items() if key not in predictors}
-    wanted = {key: value for key, value in own.items() if key not in predictors}
-    mismatch = compare_states(rest, wanted)
-    if mismatch and strict:
-        found, built = kind_of(state), kind_of(own)
-        if found != built:
-            raise UserError(
-                f"{path}: holds a {found} ({imported.program}), but the configuration builds a {built}; take "
-                "that model's recipe in configs/zoo/, or model.weights_strict=false for the parts that fit"
-            )
-        text = describe_mismatch(mismatch, rest, wanted, imported.names)
-        raise UserError(f"{path}: does not fit the model: {text}; model.weights_strict=false leaves them out")
-    fitting = {k: v for k, v in rest.items() if k in wanted and k not in mismatch.reshaped}
-    model.load_state_dict({**own, **fitting})
-
-    lines = [
-        f"Starting from {path}: {len(fitting)} of {len(own)} tensors ({imported.program}, {kind_of(state)})"
-    ]
-    if predictors:
-        theirs = class_count(state)
-        reason = f"has {theirs} classes and this model {num_classes}"
-        if theirs == num_classes:
-            reason = "has another number of keypoints"
-        lines.append(f"Left out, since the file {reason}: {grouped(predictors)}")
-    elif detector.card is not None and class_names not in (None, detector.card.class_names):
-        lines.append(f"Its classes were, in this order: {', '.join(detector.card.class_names)}")
-    if mismatch:
-        lines.append(
-            f"Left out, since they do not fit: {describe_mismatch(mismatch, rest, wanted, imported.names)}"
-        )
-    if imported.homeless:
-        lines.append(f"Left out, since no model here has them: {grouped(imported.homeless)}")
-    return lines
 
 
 def prepared(imported: Imported, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -267,19 +183,63 @@ def load_recipe(path: str, device: str, overrides: Sequence[str]) -> tuple[MaskR
     return model.to(place), config
 
 
-def _is_predictor(key: str) -> bool:
-    return key.startswith((*_OF_CLASSES, _OF_KEYPOINTS))
-
-
-def _other_count(key: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
-    """Whether two predictors differ by their number of classes or keypoints, and by nothing else."""
-    axis = 1 if key == f"{_OF_KEYPOINTS}weight" else 0
-    ours, theirs = list(own[key].shape), list(state[key].shape)
-    if len(ours) != len(theirs) or ours == theirs:
-        return False
-    del ours[axis], theirs[axis]
-    return ours == theirs
-
-
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:3])}, ... ({len(names)})"
+
+
+def load_checkpoint(path: str | Path, device: str | torch.device = "auto") -> MaskRCNN:
+    """A trained model, ready for detection: in eval mode, on `device`, with its `card` set.
+
+    The averaged weights (EMA) are taken if the run kept them.
+
+    Args:
+        path: as in `find_checkpoint`; or a published detector of torchvision or detectron2, a file or a
+            URL, which is read with its recipe in configs/zoo/.
+    Raises:
+        UserError: as `read_checkpoint`; or the weights do not fit; or there is no such device.
+    """
+    place = choose_device(str(device))
+    if not is_url(str(path)):
+        file = find_checkpoint(path)
+        tree = read_weights(file)
+        if is_checkpoint(tree):
+            return model_of(check_format(tree, file), file).to(place)
+
+    model, lines = as_model(open_detector(path))
+    print("\n".join(lines))
+    return model.to(place)
+
+
+def model_of(checkpoint: Mapping[str, Any], source: str | Path) -> MaskRCNN:
+    """The model that `read_checkpoint` read, on the CPU, in eval mode, with its card."""
+    card = read_card(checkpoint, source)
+    model = build_model(
+        card.config.model,
+        len(card.class_names),
+        load_backbone_weights=False,
+        num_keypoints=card.num_keypoints,
+    )
+    weights = checkpoint["model"] if checkpoint["ema"] is None else checkpoint["ema"]
+    copy_state(model, as_state(weights, source), source)
+    model.card = card
+    return model.eval()
+
+
+def load_overridden(checkpoint: str, device: str, overrides: Sequence[str]) -> tuple[MaskRCNN, Config]:
+    """The model of a checkpoint, and its configuration with `key=value` changes, in effect in the model."""
+    model = load_checkpoint(checkpoint, device)
+    card = card_of(model)
+    config = load_config(overrides=overrides, base=card.config.model_dump(mode="json"))
+    if config.model.weights != card.config.model.weights:
+        raise UserError("model.weights goes with --config; --checkpoint brings weights of its own")
+    if config.model != card.config.model:
+        changed = build_model(
+            config.model,
+            len(card.class_names),
+            load_backbone_weights=False,
+            num_keypoints=card.num_keypoints,
+        )
+        copy_state(changed, model.state_dict(), checkpoint)
+        changed.card = card
+        model = changed.to(next(model.parameters()).device).eval()
+    return model, config

@@ -13,8 +13,8 @@ from urllib.parse import urlparse
 
 import torch
 
-from fastmrcnn.conversion.pickles import read_pickle
 from fastmrcnn.errors import UserError
+from fastmrcnn.weights.pickles import read_pickle
 
 # How torch.save began its files before they were zip archives: its magic number, as a pickle.
 _LEGACY_TORCH = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)

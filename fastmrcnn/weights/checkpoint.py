@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,36 +16,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastmrcnn.config.file import parse_config
-from fastmrcnn.config.schema import Config
-from fastmrcnn.conversion.files import is_url, read_weights
-from fastmrcnn.data.keypoints import KeypointSchema
-from fastmrcnn.device import choose_device
 from fastmrcnn.errors import UserError
 from fastmrcnn.files import TEMPORARY_SUFFIX, replacing, write_text
-from fastmrcnn.model.build import build_model
-from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.optim import Ema
-from fastmrcnn.weights import as_state, copy_state
+from fastmrcnn.weights.card import ModelCard
+from fastmrcnn.weights.files import read_weights
+from fastmrcnn.weights.states import copy_state
 
 FORMAT = "fastmrcnn checkpoint"
 FORMAT_VERSION = 1
 LAST = "last_checkpoint"
 _KEYS = ("step", "model", "optimizer", "scaler", "ema", "config", "class_names", "category_ids", "extra")
-
-
-@dataclass(frozen=True)
-class ModelCard:
-    """What a model was trained with, and what its class numbers mean."""
-
-    config: Config
-    class_names: list[str]  # of classes 0..K-1
-    category_ids: list[int]  # of the data set, by class
-    keypoints: KeypointSchema | None = None  # of a model with a keypoint head
-
-    @property
-    def num_keypoints(self) -> int | None:
-        return None if self.keypoints is None else len(self.keypoints.names)
 
 
 class HasState(Protocol):
@@ -214,14 +194,6 @@ def check_format(tree: dict[str, Any], file: Path) -> dict[str, Any]:
     return tree
 
 
-def read_card(checkpoint: Mapping[str, Any], source: str | Path) -> ModelCard:
-    """The card that a checkpoint carries; UserError if its configuration is not valid here."""
-    config = parse_config(checkpoint["config"], source=str(source))
-    known = checkpoint.get("keypoints")  # which checkpoints of earlier versions lack
-    keypoints = None if known is None else KeypointSchema(**known)
-    return ModelCard(config, list(checkpoint["class_names"]), list(checkpoint["category_ids"]), keypoints)
-
-
 def restore(
     checkpoint: Mapping[str, Any],
     model: nn.Module,
@@ -265,45 +237,6 @@ def restore(
     if scaler is not None and checkpoint["scaler"] is not None:
         scaler.load_state_dict(checkpoint["scaler"])
     return int(checkpoint["step"])
-
-
-def load_checkpoint(path: str | Path, device: str | torch.device = "auto") -> MaskRCNN:
-    """A trained model, ready for detection: in eval mode, on `device`, with its `card` set.
-
-    The averaged weights (EMA) are taken if the run kept them.
-
-    Args:
-        path: as in `find_checkpoint`; or a published detector of torchvision or detectron2, a file or a
-            URL, which is read with its recipe in configs/zoo/.
-    Raises:
-        UserError: as `read_checkpoint`; or the weights do not fit; or there is no such device.
-    """
-    place = choose_device(str(device))
-    if not is_url(str(path)):
-        file = find_checkpoint(path)
-        tree = read_weights(file)
-        if is_checkpoint(tree):
-            return model_of(check_format(tree, file), file).to(place)
-    from fastmrcnn.pretrained import as_model, open_detector  # which need this module
-
-    model, lines = as_model(open_detector(path))
-    print("\n".join(lines))
-    return model.to(place)
-
-
-def model_of(checkpoint: Mapping[str, Any], source: str | Path) -> MaskRCNN:
-    """The model that `read_checkpoint` read, on the CPU, in eval mode, with its card."""
-    card = read_card(checkpoint, source)
-    model = build_model(
-        card.config.model,
-        len(card.class_names),
-        load_backbone_weights=False,
-        num_keypoints=card.num_keypoints,
-    )
-    weights = checkpoint["model"] if checkpoint["ema"] is None else checkpoint["ema"]
-    copy_state(model, as_state(weights, source), source)
-    model.card = card
-    return model.eval()
 
 
 def _steps(folder: Path) -> dict[int, Path]:

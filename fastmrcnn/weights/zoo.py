@@ -11,9 +11,9 @@ from torch import Tensor
 from fastmrcnn.config.checks import RECIPES
 from fastmrcnn.config.file import load_config
 from fastmrcnn.config.schema import Config, ModelConfig
-from fastmrcnn.conversion.programs import Imported
 from fastmrcnn.errors import UserError
-from fastmrcnn.weights import COUNTER, architecture
+from fastmrcnn.weights.peers.programs import Imported
+from fastmrcnn.weights.states import COUNTER, architecture
 
 
 class Kind(NamedTuple):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from fastmrcnn.conversion.templates import Rule, backwards, renamer
+from fastmrcnn.weights.peers.templates import Rule, backwards, renamer
 
 TORCHVISION: list[Rule] = [
     ("backbone.{rest}", "backbone.body.{rest}"),
