@@ -17,7 +17,6 @@ from fastmrcnn.config.schema import Config
 from fastmrcnn.device import choose_device, set_up_cuda
 from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.files import write_text
-from fastmrcnn.prepare import choose_execution
 from fastmrcnn.speed import report
 from fastmrcnn.speed.environment import environment
 from fastmrcnn.speed.inference import inference_table, measure_inference
@@ -26,6 +25,7 @@ from fastmrcnn.speed.loading import loading_table, measure_loading
 from fastmrcnn.speed.profile import profile_step, profile_table
 from fastmrcnn.speed.rows import OurRunner, Row, cpu_rows, cuda_rows
 from fastmrcnn.speed.workload import Workload, check_synthetic
+from fastmrcnn.training.execution import choose_execution
 
 RECIPE = "mask_rcnn_r50_fpn_1x.yaml"
 RANDOM_WEIGHTS = ["model.weights=null", "model.backbone.weights=null"]

@@ -10,9 +10,10 @@ import pytest
 import torch
 from tiny import TinyData, assert_same_state, record
 
-from fastmrcnn import step, train
+from fastmrcnn import train
 from fastmrcnn.errors import UserError
 from fastmrcnn.structures import Batch
+from fastmrcnn.training import step
 from fastmrcnn.weights.checkpoint import read_checkpoint
 
 BAD = 3

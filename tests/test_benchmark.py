@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastmrcnn import benchmark, prepare
+from fastmrcnn import benchmark
 from fastmrcnn.config.checks import RECIPES
 from fastmrcnn.config.file import load_config, parse_config
 from fastmrcnn.config.schema import Config
@@ -25,7 +25,6 @@ from fastmrcnn.data.shapes import write_shapes
 from fastmrcnn.data.synthetic import full_masks, synthetic_batch, synthetic_batches
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.mask_head import MaskHead
-from fastmrcnn.prepare import Execution
 from fastmrcnn.speed import inference, ladder, loading, plain, report, timing
 from fastmrcnn.speed.ladder import Entry, broken, climb, compare, matching_slots
 from fastmrcnn.speed.parts import OPTIMIZER, OTHER, Parts, Place
@@ -33,6 +32,8 @@ from fastmrcnn.speed.profile import profile_step, profile_table, times_by_part
 from fastmrcnn.speed.rows import OurRunner, Row, cpu_rows, cuda_rows
 from fastmrcnn.speed.torchvision_row import TorchvisionRunner, not_comparable
 from fastmrcnn.speed.workload import Workload, changed, check_synthetic
+from fastmrcnn.training import run as prepare
+from fastmrcnn.training.execution import Execution
 
 CPU = torch.device("cpu")
 COMPILE = torch.compile

@@ -21,7 +21,7 @@ from fastmrcnn.config.file import load_config
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
-from fastmrcnn.optim import Ema, GatedStep, build_optimizer
+from fastmrcnn.training.optim import Ema, GatedStep, build_optimizer
 from fastmrcnn.weights import checkpoint as checkpoints
 from fastmrcnn.weights.card import ModelCard, read_card
 from fastmrcnn.weights.checkpoint import find_checkpoint, read_checkpoint, restore, save_checkpoint

@@ -25,7 +25,7 @@ from fastmrcnn.errors import UserError
 from fastmrcnn.inference import predict
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
-from fastmrcnn.optim import build_optimizer
+from fastmrcnn.training.optim import build_optimizer
 from fastmrcnn.weights.card import ModelCard
 from fastmrcnn.weights.checkpoint import read_checkpoint, save_checkpoint
 from fastmrcnn.weights.detectors import load_checkpoint, open_detector

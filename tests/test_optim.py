@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from fastmrcnn.config.checks import RECIPES
 from fastmrcnn.config.file import load_config
 from fastmrcnn.config.schema import OptimConfig
-from fastmrcnn.metrics import Metrics
-from fastmrcnn.optim import Ema, GatedStep, build_optimizer, learning_rate
+from fastmrcnn.training.metrics import Metrics
+from fastmrcnn.training.optim import Ema, GatedStep, build_optimizer, learning_rate
 
 SGD = OptimConfig(name="sgd", weight_decay=0.01)
 ADAMW = OptimConfig(name="adamw", weight_decay=0.01)

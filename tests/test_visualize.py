@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from fastmrcnn.errors import UserError
-from fastmrcnn.visualize import COLOURS, Instances, draw_comparison, draw_instances, plot_losses
+from fastmrcnn.training.curves import plot_losses
+from fastmrcnn.visualize import COLOURS, Instances, draw_comparison, draw_instances
 
 GREY = np.full((60, 80, 3), 128, np.uint8)
 

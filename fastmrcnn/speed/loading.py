@@ -15,13 +15,14 @@ from fastmrcnn.data.build import train_loader
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.device import choose_precision
 from fastmrcnn.errors import UserError
-from fastmrcnn.optim import learning_rate
-from fastmrcnn.prepare import choose_execution, prepare_run
 from fastmrcnn.speed.report import table
 from fastmrcnn.speed.timing import wait
 from fastmrcnn.speed.workload import changed, fit_frozen_norms
-from fastmrcnn.step import TrainingStep
 from fastmrcnn.structures import Batch, to_device
+from fastmrcnn.training.execution import choose_execution
+from fastmrcnn.training.optim import learning_rate
+from fastmrcnn.training.run import prepare_run
+from fastmrcnn.training.step import TrainingStep
 from fastmrcnn.weights.card import ModelCard
 from fastmrcnn.weights.start import new_model
 

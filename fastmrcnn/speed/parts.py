@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from fastmrcnn.model import mask_rcnn
 from fastmrcnn.speed.timing import Ceilings
-from fastmrcnn.step import TrainingStep
+from fastmrcnn.training.step import TrainingStep
 
 PREFIX = "part: "
 OTHER = "other"

@@ -12,12 +12,12 @@ from torch import Tensor
 from fastmrcnn.device import choose_precision
 from fastmrcnn.model.mask_head import MaskHead
 from fastmrcnn.model.norms import fold_norms
-from fastmrcnn.optim import learning_rate
-from fastmrcnn.prepare import Execution
 from fastmrcnn.speed.plain import plain_boxes, predict_all_classes
 from fastmrcnn.speed.workload import Workload, changed
-from fastmrcnn.step import TrainingStep
 from fastmrcnn.structures import Batch, to_device
+from fastmrcnn.training.execution import Execution
+from fastmrcnn.training.optim import learning_rate
+from fastmrcnn.training.step import TrainingStep
 from fastmrcnn.weights.start import new_model
 
 EAGER = Execution()

@@ -13,10 +13,10 @@ from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.loader import TrainLoader
 from fastmrcnn.data.polygons import PolygonSizes
 from fastmrcnn.device import choose_device, choose_precision, set_up_cuda
-from fastmrcnn.optim import learning_rate
-from fastmrcnn.prepare import choose_execution
-from fastmrcnn.step import TrainingStep
 from fastmrcnn.structures import to_device
+from fastmrcnn.training.execution import choose_execution
+from fastmrcnn.training.optim import learning_rate
+from fastmrcnn.training.step import TrainingStep
 from fastmrcnn.weights.card import ModelCard
 from fastmrcnn.weights.start import new_model
 

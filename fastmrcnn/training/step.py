@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from fastmrcnn.config.schema import OptimConfig
-from fastmrcnn.cuda_graph import GraphedStep, Shapes, shapes_of
 from fastmrcnn.device import Precision
 from fastmrcnn.model.convs import fuse_epilogues
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.model.sampling import SamplingKeys
-from fastmrcnn.optim import Ema, GatedStep, build_optimizer
-from fastmrcnn.prepare import Execution
 from fastmrcnn.structures import Batch, Losses, tree_map
+from fastmrcnn.training.cuda_graph import GraphedStep, Shapes, shapes_of
+from fastmrcnn.training.execution import Execution
+from fastmrcnn.training.optim import Ema, GatedStep, build_optimizer
 
 Forward = Callable[[Batch, SamplingKeys], Losses]
 
