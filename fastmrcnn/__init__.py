@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastmrcnn.inference import Prediction, predict
+    from fastmrcnn.detection.prediction import Prediction, predict
     from fastmrcnn.model.mask_rcnn import MaskRCNN
     from fastmrcnn.weights.detectors import load_checkpoint
 
@@ -13,9 +13,9 @@ __all__ = ["MaskRCNN", "Prediction", "load_checkpoint", "predict"]
 
 _HOME = {
     "MaskRCNN": "fastmrcnn.model.mask_rcnn",
-    "Prediction": "fastmrcnn.inference",
+    "Prediction": "fastmrcnn.detection.prediction",
     "load_checkpoint": "fastmrcnn.weights.checkpoint",
-    "predict": "fastmrcnn.inference",
+    "predict": "fastmrcnn.detection.prediction",
 }
 
 

@@ -20,13 +20,14 @@ from fastmrcnn.data.coco import CocoDataset, ImageRecord, align_classes, object_
 from fastmrcnn.data.images import read_image
 from fastmrcnn.data.keypoints import check_same_keypoints, choose_sigmas
 from fastmrcnn.data.proposals import write_proposals
+from fastmrcnn.detection.draw import Instances, draw_comparison
+from fastmrcnn.detection.objects import ImageDetections, coco_results, split_detections
+from fastmrcnn.detection.paste import paste_to_host
+from fastmrcnn.detection.run import run_model
 from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.files import make_folder, new_run_folder, replacing, write_json
-from fastmrcnn.inference import ImageDetections, coco_results, run_model, split_detections
 from fastmrcnn.model.mask_rcnn import MaskRCNN
-from fastmrcnn.paste import paste_to_host
 from fastmrcnn.proposal_eval import collect_proposals, proposal_recall
-from fastmrcnn.visualize import Instances, draw_comparison
 from fastmrcnn.weights.card import card_of
 from fastmrcnn.weights.checkpoint import find_checkpoint
 from fastmrcnn.weights.detectors import load_overridden, load_recipe

@@ -11,9 +11,10 @@ from typing import Any
 from tqdm import tqdm
 
 from fastmrcnn.data.images import read_pixels
+from fastmrcnn.detection.objects import coco_results
+from fastmrcnn.detection.prediction import Prediction, as_prediction, detect, predict, require_detector
 from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.files import write_json
-from fastmrcnn.inference import Prediction, as_prediction, coco_results, detect, predict, require_detector
 from fastmrcnn.weights.card import card_of
 from fastmrcnn.weights.detectors import load_checkpoint
 

@@ -18,8 +18,8 @@ from fastmrcnn.config.schema import Config
 from fastmrcnn.data.build import evaluation_loader
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.records import ImageProposals
+from fastmrcnn.detection.objects import split_detections
 from fastmrcnn.device import choose_precision
-from fastmrcnn.inference import split_detections
 from fastmrcnn.model.mask_rcnn import MaskRCNN, as_detections
 from fastmrcnn.structures import to_device
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from fastmrcnn import convert, evaluate
 from fastmrcnn.config.file import load_config, parse_config
 from fastmrcnn.config.schema import Config
+from fastmrcnn.detection.prediction import predict
 from fastmrcnn.errors import UserError
-from fastmrcnn.inference import predict
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.training.optim import build_optimizer

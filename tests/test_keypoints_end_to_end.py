@@ -24,8 +24,8 @@ from fastmrcnn import evaluate, load_checkpoint, predict, train
 from fastmrcnn.coco_eval import KEYPOINT_METRICS, METRICS, evaluate_coco
 from fastmrcnn.data.coco import read_coco
 from fastmrcnn.data.keypoints import KeypointOptions, choose_sigmas
+from fastmrcnn.detection.objects import coco_results, split_detections
 from fastmrcnn.errors import UserError
-from fastmrcnn.inference import coco_results, split_detections
 from fastmrcnn.predict import main as predict_main
 from fastmrcnn.structures import Detections
 

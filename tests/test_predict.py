@@ -18,8 +18,8 @@ from pycocotools import mask as coco_mask
 import fastmrcnn.predict as command
 from fastmrcnn.config.schema import Config
 from fastmrcnn.data.coco import CocoDataset, object_bitmap
+from fastmrcnn.detection.prediction import Prediction, predict
 from fastmrcnn.errors import UserError, run_main
-from fastmrcnn.inference import Prediction, predict
 from fastmrcnn.model.build import build_model
 from fastmrcnn.weights.card import ModelCard
 from fastmrcnn.weights.checkpoint import save_checkpoint

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from fastmrcnn.data.synthetic import synthetic_batch
+from fastmrcnn.detection.paste import paste_masks
 from fastmrcnn.device import choose_precision
 from fastmrcnn.model.mask_rcnn import MaskRCNN
-from fastmrcnn.paste import paste_masks
 from fastmrcnn.speed.report import table
 from fastmrcnn.speed.timing import summary, wait
 from fastmrcnn.speed.workload import Workload, changed

@@ -17,8 +17,8 @@ from nosync import NoSync
 from torch._dynamo.testing import CompileCounter
 
 from fastmrcnn.config.file import parse_config
+from fastmrcnn.detection.heatmaps import decode_heatmaps
 from fastmrcnn.errors import UserError
-from fastmrcnn.heatmaps import decode_heatmaps
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.keypoint_head import KeypointHead, keypoint_targets, with_keypoints
 from fastmrcnn.model.mask_rcnn import MaskRCNN

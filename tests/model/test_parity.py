@@ -14,10 +14,10 @@ from torch import Tensor
 
 from fastmrcnn import convert
 from fastmrcnn.config.file import parse_config
+from fastmrcnn.detection.paste import paste_masks
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.model.sampling import SamplingKeys
-from fastmrcnn.paste import paste_masks
 from fastmrcnn.structures import Batch
 from fastmrcnn.weights.detectors import load_checkpoint
 from fastmrcnn.weights.peers.names import detectron2_names, torchvision_names
