@@ -7,7 +7,7 @@ from pathlib import Path
 from fastmrcnn.data.coco import read_coco
 from fastmrcnn.data.proposals import write_proposals
 from fastmrcnn.errors import Parser, UserError, run_main
-from fastmrcnn.proposal_eval import collect_proposals, proposal_recall
+from fastmrcnn.evaluation.proposals import collect_proposals, proposal_recall
 from fastmrcnn.weights.detectors import load_overridden
 
 

@@ -21,7 +21,7 @@ from fastmrcnn.data.build import train_loader
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.device import busy_machine, choose_device, choose_precision, set_up_cuda
 from fastmrcnn.errors import Parser, UserError, run_main
-from fastmrcnn.evaluate import run_evaluation
+from fastmrcnn.evaluation.run import run_evaluation
 from fastmrcnn.files import write_text
 from fastmrcnn.structures import Batch, to_device
 from fastmrcnn.training.console import describe, how_to_go_on, mask_slot_advice, print_next

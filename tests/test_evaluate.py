@@ -21,12 +21,12 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from fastmrcnn import evaluate
-from fastmrcnn.coco_eval import METRICS, evaluate_coco
 from fastmrcnn.config.schema import Config
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.detection.objects import split_detections
 from fastmrcnn.errors import UserError
-from fastmrcnn.evaluate import RESULTS, run_evaluation
+from fastmrcnn.evaluation.coco import METRICS, evaluate_coco
+from fastmrcnn.evaluation.run import RESULTS, run_evaluation
 from fastmrcnn.structures import Batch, Detections
 from fastmrcnn.weights.card import ModelCard
 from fastmrcnn.weights.checkpoint import save_checkpoint

@@ -21,11 +21,11 @@ from pycocotools.cocoeval import COCOeval
 from tiny import TREE, newest_run
 
 from fastmrcnn import evaluate, load_checkpoint, predict, train
-from fastmrcnn.coco_eval import KEYPOINT_METRICS, METRICS, evaluate_coco
 from fastmrcnn.data.coco import read_coco
 from fastmrcnn.data.keypoints import KeypointOptions, choose_sigmas
 from fastmrcnn.detection.objects import coco_results, split_detections
 from fastmrcnn.errors import UserError
+from fastmrcnn.evaluation.coco import KEYPOINT_METRICS, METRICS, evaluate_coco
 from fastmrcnn.predict import main as predict_main
 from fastmrcnn.structures import Detections
 

@@ -19,7 +19,7 @@ from tiny import CrashError, TinyData, assert_same_state, break_at, newest_run, 
 from fastmrcnn import train
 from fastmrcnn.config.file import load_config, parse_config
 from fastmrcnn.errors import run_main
-from fastmrcnn.evaluate import RESULTS
+from fastmrcnn.evaluation.run import RESULTS
 from fastmrcnn.weights.checkpoint import read_checkpoint
 
 ROOT = Path(train.__file__).parents[1]

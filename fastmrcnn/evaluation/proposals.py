@@ -13,13 +13,13 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
-from fastmrcnn.coco_eval import load_ground_truth
 from fastmrcnn.config.schema import Config
 from fastmrcnn.data.build import evaluation_loader
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.records import ImageProposals
 from fastmrcnn.detection.objects import split_detections
 from fastmrcnn.device import choose_precision
+from fastmrcnn.evaluation.coco import load_ground_truth
 from fastmrcnn.model.mask_rcnn import MaskRCNN, as_detections
 from fastmrcnn.structures import to_device
 
