@@ -14,7 +14,7 @@ __all__ = ["MaskRCNN", "Prediction", "load_checkpoint", "predict"]
 _HOME = {
     "MaskRCNN": "fastmrcnn.model.mask_rcnn",
     "Prediction": "fastmrcnn.detection.prediction",
-    "load_checkpoint": "fastmrcnn.weights.checkpoint",
+    "load_checkpoint": "fastmrcnn.weights.detectors",
     "predict": "fastmrcnn.detection.prediction",
 }
 

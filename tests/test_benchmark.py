@@ -32,7 +32,7 @@ from fastmrcnn.speed.profile import profile_step, profile_table, times_by_part
 from fastmrcnn.speed.rows import OurRunner, Row, cpu_rows, cuda_rows
 from fastmrcnn.speed.torchvision_row import TorchvisionRunner, not_comparable
 from fastmrcnn.speed.workload import Workload, changed, check_synthetic
-from fastmrcnn.training import run as prepare
+from fastmrcnn.training import run
 from fastmrcnn.training.execution import Execution
 
 CPU = torch.device("cpu")
@@ -451,7 +451,7 @@ def test_loader_is_measured_beside_a_batch_that_is_there(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = partial(write_shapes, train=6, val=3, size=64)
-    monkeypatch.setattr(prepare, "write_shapes", few)
+    monkeypatch.setattr(run, "write_shapes", few)
     found = loading.measure_loading(config, CPU, images=2, steps=2)
     assert (found["height"], found["width"]) == (64, 64)
     assert found["data"] == "embedded shapes"
