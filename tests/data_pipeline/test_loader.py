@@ -364,7 +364,7 @@ def test_one_image() -> None:
 
 def test_decoded_images_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: Counter[int] = Counter()
-    real = samples.read_image
+    real = worker.read_image
 
     def counted(record: ImageRecord) -> Any:
         calls[record.image_id] += 1
