@@ -17,8 +17,8 @@ from fastmrcnn import benchmark as command
 from fastmrcnn.config_file import load_config
 from fastmrcnn.prepare import RECIPES, set_up_cuda
 from fastmrcnn.speed.ladder import MASK_SLOTS, climb, make_runner
-from fastmrcnn.speed.rows import Row, Runner, cpu_rows, cuda_rows
-from fastmrcnn.speed.workload import Workload
+from fastmrcnn.speed.step_workload import Workload
+from fastmrcnn.speed.training_rows import Row, Runner, cpu_rows, cuda_rows
 
 NARROW = [
     "model.backbone.name=resnet18",

@@ -17,14 +17,14 @@ from fastmrcnn.config_file import load_config
 from fastmrcnn.errors import UserError, run_main
 from fastmrcnn.output import write_text
 from fastmrcnn.prepare import RECIPES, choose_device, choose_execution, set_up_cuda
-from fastmrcnn.speed import report
+from fastmrcnn.speed import markdown
 from fastmrcnn.speed.environment import environment
-from fastmrcnn.speed.inference import inference_table, measure_inference
+from fastmrcnn.speed.inference_rows import inference_table, measure_inference
 from fastmrcnn.speed.ladder import MASK_SLOTS, broken, climb
 from fastmrcnn.speed.loading import loading_table, measure_loading
 from fastmrcnn.speed.profile import profile_step, profile_table
-from fastmrcnn.speed.rows import OurRunner, Row, cpu_rows, cuda_rows
-from fastmrcnn.speed.workload import Workload, check_synthetic
+from fastmrcnn.speed.step_workload import Workload, check_synthetic
+from fastmrcnn.speed.training_rows import OurRunner, Row, cpu_rows, cuda_rows
 
 RECIPE = "mask_rcnn_r50_fpn_1x.yaml"
 RANDOM_WEIGHTS = ["model.weights=null", "model.backbone.weights=null"]
@@ -39,14 +39,14 @@ def main(argv: list[str]) -> None:
         torch.set_num_threads(config.train.threads)
     check_synthetic(config)
     workload = make_workload(arguments, config, device)
-    facts, what = environment(device), report.describe(workload)
+    facts, what = environment(device), markdown.describe(workload)
     found: dict[str, Any] = {**facts, "workload": what, "config": config.model_dump(mode="json")}
-    print(report.heading(facts, what) + "\n")
+    print(markdown.heading(facts, what) + "\n")
 
     slots = mask_slots(arguments, device)
     if not arguments.no_ladder:
         found["ladder"] = climb(choose_rows(config, device), workload, mask_slots=slots, report=tell)
-        print(report.ladder_table(found["ladder"]) + "\n")
+        print(markdown.ladder_table(found["ladder"]) + "\n")
     if arguments.profile is not None:
         row = profiled_row(device)
         tell(f"profile: {row.name}")

@@ -24,13 +24,13 @@ from fastmrcnn.data.shapes import write_shapes
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.mask_head import MaskHead
 from fastmrcnn.prepare import RECIPES, Execution
-from fastmrcnn.speed import inference, ladder, loading, plain, report, timing
+from fastmrcnn.speed import inference_rows, ladder, loading, markdown, plain, timing
 from fastmrcnn.speed.ladder import Entry, broken, climb, compare, matching_slots
 from fastmrcnn.speed.parts import OPTIMIZER, OTHER, Parts, Place
 from fastmrcnn.speed.profile import profile_step, profile_table, times_by_part
-from fastmrcnn.speed.rows import OurRunner, Row, cpu_rows, cuda_rows
+from fastmrcnn.speed.step_workload import Workload, changed, check_synthetic
 from fastmrcnn.speed.torchvision_row import TorchvisionRunner, not_comparable
-from fastmrcnn.speed.workload import Workload, changed, check_synthetic
+from fastmrcnn.speed.training_rows import OurRunner, Row, cpu_rows, cuda_rows
 from fastmrcnn.synthetic import full_masks, synthetic_batch, synthetic_batches
 
 CPU = torch.device("cpu")
@@ -176,7 +176,7 @@ def test_a_row_that_fails_leaves_the_others_alone(workload: Workload) -> None:
     assert "images_per_second" not in found[1]
     assert all("failure" not in found[index] and found[index]["steps"] == 2 for index in (0, 3))
     assert broken(found)
-    table = report.ladder_table(found)
+    table = markdown.ladder_table(found)
     assert "FAILED: RuntimeError: CUDA error: out of" in table
     assert len({line.count("|") for line in table.splitlines()}) == 1
 
@@ -194,7 +194,7 @@ def test_a_row_that_trains_otherwise_is_flagged(workload: Workload, other: Scrip
     assert "disagrees" not in found[0]
     assert message in found[1]["disagrees"]
     assert broken(found)
-    assert f"DISAGREES: {found[1]['disagrees']}" in report.ladder_table(found)
+    assert f"DISAGREES: {found[1]['disagrees']}" in markdown.ladder_table(found)
 
 
 def test_bf16_may_differ_more_than_fp32_and_torchvision_as_it_likes() -> None:
@@ -306,7 +306,7 @@ def test_on_a_gpu_every_row_of_ours_runs_and_agrees(config: Config, tmp_path: Pa
     workload = Workload(config, torch.device("cuda"), (64, 96), images=2, steps=10, objects=3, num_classes=3)
     rows = [row for row in cuda_rows(max_autotune=False) if row.program == "fastmrcnn"]
     found = climb(rows, workload, mask_slots=4, report=quiet)
-    assert not broken(found), report.ladder_table(found)
+    assert not broken(found), markdown.ladder_table(found)
     assert all(row["peak_bytes"] > 0 for row in found)
     assert (found[-1]["graphs"], found[-1]["graph_breaks"], found[-1]["syncs"]) == (1, 0, 0)
     assert found[-1]["launches"] < found[0]["launches"] / 5
@@ -315,7 +315,7 @@ def test_on_a_gpu_every_row_of_ours_runs_and_agrees(config: Config, tmp_path: Pa
     profiled = profile_step(runner, tmp_path)
     named = sum(row["ms"] for row in profiled["parts"] if row["part"] != OTHER)
     assert named > 0.9 * profiled["step_ms"] > 0
-    for row in inference.measure_inference(workload, compiled=True, report=quiet):
+    for row in inference_rows.measure_inference(workload, compiled=True, report=quiet):
         assert row.get("failure") is None
         assert row["detections_per_image"] == 10
 
@@ -432,17 +432,17 @@ def test_kernels_count_with_the_part_that_launched_them() -> None:
 
 
 def test_inference_fills_its_detection_slots(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "BATCHES", (2,))
-    monkeypatch.setattr(inference, "WARM_UP", 1)
-    (row,) = inference.measure_inference(workload, compiled=False, report=quiet)
+    monkeypatch.setattr(inference_rows, "BATCHES", (2,))
+    monkeypatch.setattr(inference_rows, "WARM_UP", 1)
+    (row,) = inference_rows.measure_inference(workload, compiled=False, report=quiet)
     assert row["detections_per_image"] == 10
     assert row["p50_ms"] >= max(row["model_ms"], row["paste_ms"]) > 0
     assert row["images_per_second"] == pytest.approx(2000 / row["p50_ms"])
-    assert "10 an image" in inference.inference_table([row])
-    monkeypatch.setattr(inference, "paste_masks", None)
-    (row,) = inference.measure_inference(workload, compiled=False, report=quiet)
+    assert "10 an image" in inference_rows.inference_table([row])
+    monkeypatch.setattr(inference_rows, "paste_masks", None)
+    (row,) = inference_rows.measure_inference(workload, compiled=False, report=quiet)
     assert "not callable" in row["failure"]
-    assert "FAILED" in inference.inference_table([row])
+    assert "FAILED" in inference_rows.inference_table([row])
 
 
 def test_loader_is_measured_beside_a_batch_that_is_there(

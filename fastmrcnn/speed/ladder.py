@@ -13,10 +13,10 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from fastmrcnn.speed.graph_count import counting_graphs
-from fastmrcnn.speed.rows import OurRunner, Row, Runner
+from fastmrcnn.speed.step_workload import Workload
 from fastmrcnn.speed.timing import Stopwatch, device_calls
 from fastmrcnn.speed.torchvision_row import NotComparableError, TorchvisionRunner
-from fastmrcnn.speed.workload import Workload
+from fastmrcnn.speed.training_rows import OurRunner, Row, Runner
 
 MASK_SLOTS = 48  # an image, where nothing else was said
 SLOTS_MULTIPLE = 16  # mask slots that match torchvision's foreground are rounded up to this

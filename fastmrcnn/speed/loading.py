@@ -16,9 +16,9 @@ from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.errors import UserError
 from fastmrcnn.optim import learning_rate
 from fastmrcnn.prepare import choose_execution, choose_precision, prepare_run
-from fastmrcnn.speed.report import table
+from fastmrcnn.speed.markdown import table
+from fastmrcnn.speed.step_workload import changed, fit_frozen_norms
 from fastmrcnn.speed.timing import wait
-from fastmrcnn.speed.workload import changed, fit_frozen_norms
 from fastmrcnn.step import TrainingStep, new_model
 from fastmrcnn.structures import Batch, to_device
 from fastmrcnn.train import train_loader

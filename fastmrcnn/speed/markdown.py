@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastmrcnn.speed.ladder import first_loss
-from fastmrcnn.speed.workload import Workload
+from fastmrcnn.speed.step_workload import Workload
 
 Row = dict[str, Any]
 

@@ -11,9 +11,9 @@ import torch
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.paste import paste_masks
 from fastmrcnn.prepare import choose_precision
-from fastmrcnn.speed.report import table
+from fastmrcnn.speed.markdown import table
+from fastmrcnn.speed.step_workload import Workload, changed
 from fastmrcnn.speed.timing import summary, wait
-from fastmrcnn.speed.workload import Workload, changed
 from fastmrcnn.step import new_model
 from fastmrcnn.structures import Batch, Detections, to_device
 from fastmrcnn.synthetic import synthetic_batch

@@ -14,7 +14,7 @@ from fastmrcnn.model.norms import fold_norms
 from fastmrcnn.optim import learning_rate
 from fastmrcnn.prepare import Execution, choose_precision
 from fastmrcnn.speed.plain import plain_boxes, predict_all_classes
-from fastmrcnn.speed.workload import Workload, changed
+from fastmrcnn.speed.step_workload import Workload, changed
 from fastmrcnn.step import TrainingStep, new_model
 from fastmrcnn.structures import Batch, to_device
 
