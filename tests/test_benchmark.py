@@ -19,16 +19,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastmrcnn import benchmark, prepare
 from fastmrcnn.config import Config
-from fastmrcnn.config_file import load_config, parse_config
+from fastmrcnn.config_file import parse_config
 from fastmrcnn.data.shapes import write_shapes
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.mask_head import MaskHead
-from fastmrcnn.prepare import RECIPES, Execution
-from fastmrcnn.speed import inference_rows, ladder, loading, markdown, plain, timing
+from fastmrcnn.prepare import Execution
+from fastmrcnn.speed import inference_rows, ladder, loading, plain, timing
 from fastmrcnn.speed.ladder import Entry, broken, climb, compare, matching_slots
 from fastmrcnn.speed.parts import OPTIMIZER, OTHER, Parts, Place
 from fastmrcnn.speed.profile import profile_step, profile_table, times_by_part
-from fastmrcnn.speed.step_workload import Workload, changed, check_synthetic
+from fastmrcnn.speed.step_workload import Workload, changed, check_synthetic, load_recipe
 from fastmrcnn.speed.torchvision_row import TorchvisionRunner, not_comparable
 from fastmrcnn.speed.training_rows import OurRunner, Row, cpu_rows, cuda_rows
 from fastmrcnn.synthetic import full_masks, synthetic_batch, synthetic_batches
@@ -166,6 +166,16 @@ def test_rows_take_turns_on_a_cpu(workload: Workload) -> None:
     assert [row["last_loss"] for row in found] == [3.0, 3.0]
 
 
+def test_a_rows_figures_follow_from_its_times(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = [10.0, 20.0, 30.0, 40.0, 50.0, 60.0]
+    monkeypatch.setattr(timing.Stopwatch, "milliseconds", lambda self: times)
+    (row,) = climb([Row("a")], workload, make=scripted(Scripted("a", [])), report=quiet)
+    assert (row["p20_ms"], row["p50_ms"], row["p80_ms"]) == (20.0, 35.0, 50.0)
+    assert row["steps"] == 6
+    assert row["total_s"] == pytest.approx(0.21)
+    assert row["images_per_second"] == pytest.approx(2 * 6 / 0.21)
+
+
 def test_a_row_that_fails_leaves_the_others_alone(workload: Workload) -> None:
     log: list[str] = []
     make = scripted(Scripted("a", log), Scripted("broken", log), Scripted("c", log))
@@ -176,7 +186,7 @@ def test_a_row_that_fails_leaves_the_others_alone(workload: Workload) -> None:
     assert "images_per_second" not in found[1]
     assert all("failure" not in found[index] and found[index]["steps"] == 2 for index in (0, 3))
     assert broken(found)
-    table = markdown.ladder_table(found)
+    table = ladder.ladder_table(found)
     assert "FAILED: RuntimeError: CUDA error: out of" in table
     assert len({line.count("|") for line in table.splitlines()}) == 1
 
@@ -194,7 +204,7 @@ def test_a_row_that_trains_otherwise_is_flagged(workload: Workload, other: Scrip
     assert "disagrees" not in found[0]
     assert message in found[1]["disagrees"]
     assert broken(found)
-    assert f"DISAGREES: {found[1]['disagrees']}" in markdown.ladder_table(found)
+    assert f"DISAGREES: {found[1]['disagrees']}" in ladder.ladder_table(found)
 
 
 def test_bf16_may_differ_more_than_fp32_and_torchvision_as_it_likes() -> None:
@@ -266,7 +276,7 @@ def test_masks_of_all_classes_give_the_same_loss_and_weights(workload: Workload)
 
 
 def test_what_torchvision_does_not_have_is_named() -> None:
-    recipe = load_config(RECIPES / benchmark.RECIPE, benchmark.RANDOM_WEIGHTS)
+    recipe = load_recipe(None, [])
     assert not_comparable(recipe.model) is None
     reason = not_comparable(changed(recipe, "model.backbone.norm", "gn").model)
     assert reason == "torchvision's Mask R-CNN has model.backbone.norm=frozen_bn"
@@ -290,7 +300,7 @@ def test_the_compiled_row_is_one_graph(workload: Workload, monkeypatch: pytest.M
 def test_torchvision_starts_from_the_same_losses(config: Config) -> None:
     """Its losses of boxes and proposals are near ours at the same weights; the samples are its own."""
     pytest.importorskip("torchvision")
-    recipe = load_config(RECIPES / benchmark.RECIPE, benchmark.RANDOM_WEIGHTS)
+    recipe = load_recipe(None, [])
     workload = Workload(recipe, CPU, (96, 128), images=1, steps=1, objects=3)
     theirs = TorchvisionRunner(Row("torchvision", "torchvision"), workload)
     ours = OurRunner(Row("ours"), workload, 16)
@@ -306,7 +316,7 @@ def test_on_a_gpu_every_row_of_ours_runs_and_agrees(config: Config, tmp_path: Pa
     workload = Workload(config, torch.device("cuda"), (64, 96), images=2, steps=10, objects=3, num_classes=3)
     rows = [row for row in cuda_rows(max_autotune=False) if row.program == "fastmrcnn"]
     found = climb(rows, workload, mask_slots=4, report=quiet)
-    assert not broken(found), markdown.ladder_table(found)
+    assert not broken(found), ladder.ladder_table(found)
     assert all(row["peak_bytes"] > 0 for row in found)
     assert (found[-1]["graphs"], found[-1]["graph_breaks"], found[-1]["syncs"]) == (1, 0, 0)
     assert found[-1]["launches"] < found[0]["launches"] / 5
@@ -325,8 +335,26 @@ def test_on_a_gpu_every_row_of_ours_runs_and_agrees(config: Config, tmp_path: Pa
 
 def test_times_are_quantiles() -> None:
     times = timing.summary([10.0, 20.0, 30.0, 40.0, 50.0, 60.0])
-    assert (times.p20_ms, times.p50_ms, times.p80_ms) == (20.0, 35.0, 50.0)
-    assert times.total_s == pytest.approx(0.21)
+    assert times == timing.Times(p20_ms=20.0, p50_ms=35.0, p80_ms=50.0)
+
+
+def test_calls_are_timed_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes on only when it is told to."""
+    now = [0.0]
+
+    def take(seconds: float) -> str:
+        now[0] += seconds
+        return "done"
+
+    clock = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: 2 * now[0])
+    monkeypatch.setattr(timing, "time", clock)
+    calls = [partial(take, 1.0), partial(take, 2.0)]
+    assert timing.call_times(calls, CPU, before=partial(take, 10.0)) == [1000.0, 2000.0]
+    assert timing.waited_for(partial(take, 3.0), CPU) == ("done", 3000.0)
+    watch = timing.Stopwatch(CPU)
+    assert [watch(call) for call in calls] == ["done", "done"]
+    assert watch.milliseconds() == [1000.0, 2000.0]
+    assert watch.processor_ms() == 3000.0
 
 
 def test_calls_are_counted_within_the_step_alone() -> None:
