@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -24,15 +25,17 @@ from fastmrcnn.config import Config
 from fastmrcnn.config_file import parse_config
 from fastmrcnn.data.shapes import write_shapes
 from fastmrcnn.errors import UserError
+from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_head import MaskHead
 from fastmrcnn.prepare import Execution
 from fastmrcnn.speed import inference_rows, ladder, loading, timing
 from fastmrcnn.speed.ladder import Entry, broken, climb, compare, matching_slots
-from fastmrcnn.speed.parts import OPTIMIZER, OTHER, Parts, Place
+from fastmrcnn.speed.parts import OPTIMIZER, OTHER, PARTS, Parts, Place, places
 from fastmrcnn.speed.profile import profile_step, profile_table, times_by_part
 from fastmrcnn.speed.step_workload import Workload, changed, check_synthetic, load_recipe
 from fastmrcnn.speed.torchvision_row import TorchvisionRunner, not_comparable
 from fastmrcnn.speed.training_rows import OurRunner, Row, cpu_rows, cuda_rows
+from fastmrcnn.step import TrainingStep
 from fastmrcnn.synthetic import full_masks, synthetic_batch, synthetic_batches
 
 CPU = torch.device("cpu")
@@ -433,6 +436,68 @@ def test_profile_tells_the_parts_apart(workload: Workload, tmp_path: Path) -> No
     assert any(event.get("name") == "part: RoIAlign" for event in trace["traceEvents"])
     table = profile_table(found)
     assert len(table.splitlines()) == 2 + 2 + len(rows) + 1
+
+
+VARIANTS: dict[str, dict[str, Any]] = {  # sections of the model that are not as above
+    "FPN": {},
+    "C4": {"architecture": "c4", "anchors": {"sizes": [[8, 16]]}},
+    "MLP": {"mask_head": {"kind": "mlp"}},
+    "keypoints": {"keypoint_head": {"enabled": True, "convs": 1, "channels": 8}},
+    "RPN alone": {"mask_head": {"enabled": False}, "box_head": {"enabled": False}},
+}
+
+
+def step_of(config: Config) -> TrainingStep:
+    model = build_model(config.model, 3, load_backbone_weights=False, num_keypoints=17)
+    precision = prepare.choose_precision("fp32", CPU)
+    return TrainingStep(model.train(), config.optim, precision, Execution())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_model_has_the_parts_that_it_should(variant: str) -> None:
+    tree = {**TREE, "model": {**TREE["model"], **VARIANTS[variant]}}
+    make_step = step_of(parse_config(tree, "the test"))
+    watched = {part for _, _, part in places(make_step)}
+    expected = {
+        "FPN": set(PARTS) - {"res5", "keypoint head", "keypoint loss"},
+        "C4": set(PARTS) - {"FPN", "keypoint head", "keypoint loss"},
+        "MLP": set(PARTS) - {"res5", "keypoint head", "keypoint loss"},
+        "keypoints": set(PARTS) - {"res5"},
+        "RPN alone": set(PARTS[: PARTS.index("res5")]) | {OPTIMIZER, OTHER},
+    }
+    assert watched == expected[variant] - {OTHER}
+    with Parts().watching(make_step):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "path", "part"),
+    [
+        ("rpn", "propose", "rpn.propose", "proposals"),
+        ("box_head", "losses", "box_head.losses", "box losses"),
+        ("mask_head", "features", "mask_head.features", "mask head"),
+    ],
+)
+def test_a_part_that_is_not_where_it_was_is_named(
+    config: Config, monkeypatch: pytest.MonkeyPatch, owner: str, name: str, path: str, part: str
+) -> None:
+    """And what was watched before it is let go."""
+    make_step = step_of(config)
+    piece = make_step.model.get_submodule(owner)
+    monkeypatch.delattr(type(piece), name)
+    before = dict(vars(make_step.model))
+    message = f"the part '{part}' is not at {path}: {type(piece).__name__} has no {name}"
+    with pytest.raises(AttributeError, match=re.escape(message)), Parts().watching(make_step):
+        pass
+    assert vars(make_step.model) == before
+
+
+def test_a_module_that_is_gone_is_named(config: Config) -> None:
+    make_step = step_of(config)
+    del make_step.model.fpn
+    message = "the part 'FPN' is not at fpn.forward: MaskRCNN has no fpn"
+    with pytest.raises(AttributeError, match=re.escape(message)), Parts().watching(make_step):
+        pass
 
 
 def test_profile_needs_a_folder(workload: Workload, tmp_path: Path) -> None:
