@@ -15,9 +15,9 @@ from fastmrcnn.data.build import train_loader
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.device import choose_precision
 from fastmrcnn.errors import UserError
-from fastmrcnn.speed.report import table
-from fastmrcnn.speed.timing import wait
-from fastmrcnn.speed.workload import changed, fit_frozen_norms
+from fastmrcnn.speed.markdown import table
+from fastmrcnn.speed.step_workload import changed, fit_frozen_norms
+from fastmrcnn.speed.timing import waited_for
 from fastmrcnn.structures import Batch, to_device
 from fastmrcnn.training.execution import choose_execution
 from fastmrcnn.training.optim import learning_rate
@@ -91,14 +91,14 @@ def _measure(config: Config, train_set: CocoDataset, device: torch.device, steps
 
 
 def _run(make_step: TrainingStep, get: Callable[[], Batch], config: Config, steps: int) -> float:
-    """Seconds of so many steps, from when the device is idle to when it is again."""
-    wait(make_step.device)
-    started = time.perf_counter()
-    for number in range(steps):
-        rate = learning_rate(config.optim, number, config.train.steps, config.train.batch)
-        make_step(get(), number, rate)
-    wait(make_step.device)
-    return time.perf_counter() - started
+    """Seconds of so many steps."""
+
+    def run() -> None:
+        for number in range(steps):
+            rate = learning_rate(config.optim, number, config.train.steps, config.train.batch)
+            make_step(get(), number, rate)
+
+    return waited_for(run, make_step.device)[1] / 1e3
 
 
 def loading_table(found: dict[str, Any]) -> str:
