@@ -48,8 +48,8 @@ def main(argv: list[str]) -> None:
     config = trained.card.config
     dataset = read_validation_set(trained.card, arguments.checkpoint or arguments.config)
     print(*dataset.summary(), sep="\n")
-    if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)
+    if config.runtime.threads is not None:
+        torch.set_num_threads(config.runtime.threads)
     folder = evaluation_folder(arguments.checkpoint, arguments.output, config.output)
     try:
         values = run_evaluation(trained.model, dataset, config, output=folder)

@@ -55,7 +55,7 @@ class Detector(TrainedModel):
         """The detections in (h, w, 3) RGB pixels, resized by the rule in the model's card."""
         config = self.card.config
         batch, affine = prepare_image(pixels, config.data.short_side_test, config.data.long_side_max)
-        detections = run_model(self.model, batch, config.train.precision)
+        detections = run_model(self.model, batch, config.runtime.precision)
         return split_detections(detections, torch.from_numpy(affine)[None], [pixels.shape[:2]], score)[0]
 
 
