@@ -81,5 +81,8 @@ load_checkpoint = load  # its earlier name
 def predict(
     detector: Detector, image: str | Path | NDArray[np.uint8] | Image.Image, score: float = 0.5
 ) -> Prediction:
-    """`detector(image, score)`, in its earlier form."""
+    """`detector(image, score)`, in its earlier form.
+
+    Once the command is imported, its module has the name `fastmrcnn.predict`.
+    """
     return detector(image, score)
