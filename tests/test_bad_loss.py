@@ -12,8 +12,8 @@ from tiny import TinyData, assert_same_state, record
 
 from fastmrcnn import train
 from fastmrcnn.errors import UserError
+from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.structures import Batch
-from fastmrcnn.training import step
 from fastmrcnn.weights.checkpoint import read_checkpoint
 
 BAD = 3
@@ -95,14 +95,15 @@ def test_a_bad_parameter_is_named_too(
     data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not the images' fault: the first step is bad, and what is saved is what was there."""
-    real = step.build_model
+    real = train.new_model
 
-    def build_model(*arguments: Any, **options: Any) -> Any:
-        model = real(*arguments, **options)
+    def new_model(*arguments: Any) -> MaskRCNN:
+        model = real(*arguments)
+        assert model.rpn is not None
         with torch.no_grad():
             model.rpn.head.objectness.bias[0] = float("nan")
         return model
 
-    monkeypatch.setattr(step, "build_model", build_model)
+    monkeypatch.setattr(train, "new_model", new_model)
     with pytest.raises(UserError, match="not finite at step 0 "):
         data.run(tmp_path)

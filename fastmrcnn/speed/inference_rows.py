@@ -38,7 +38,7 @@ def measure_inference(
     device = workload.device
     config = changed(workload.config, "model.box_head.score_threshold", 0.0)
     card = Workload(config, device, workload.shape, 1, 1, num_classes=workload.num_classes).card
-    model = new_model(card, device, imagenet=False, detector=False)
+    model = new_model(card, device)
     model.load_state_dict(workload.start)
     model.eval()
     ways = [EAGER]

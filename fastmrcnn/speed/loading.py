@@ -52,7 +52,7 @@ def measure_loading(config: Config, device: torch.device, images: int, steps: in
 def _measure(config: Config, train_set: CocoDataset, device: torch.device, steps: int) -> dict[str, Any]:
     torch.manual_seed(config.train.seed)
     card = ModelCard(config, train_set.class_names, train_set.category_ids, train_set.keypoints)
-    model = new_model(card, device, imagenet=False, detector=False)
+    model = new_model(card, device)
     precision = choose_precision(config.runtime.precision, device)
     execution = choose_execution(config, device)
     make_step = TrainingStep(model, config.optim, precision, execution, seed=config.train.seed)

@@ -56,7 +56,7 @@ class Workload:
     def start(self) -> dict[str, Tensor]:
         """Weights that every row starts from, on the CPU."""
         torch.manual_seed(self.seed)
-        model = build_model(self.config.model, self.num_classes, load_backbone_weights=False)
+        model = build_model(self.config.model, self.num_classes)
         fit_frozen_norms(model.eval(), self.batches[0])
         return model.state_dict()
 

@@ -106,7 +106,7 @@ class OurRunner:
         self.workload = workload
         self.config = config
         card = replace(workload.card, config=config)
-        model = new_model(card, device, imagenet=False, detector=False)
+        model = new_model(card, device)
         model.load_state_dict(workload.start)
         if row.layout == "nchw":
             model = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
