@@ -30,22 +30,22 @@ class ImageDetections(NamedTuple):
 
 
 def split_detections(
-    detections: Detections, affine: Tensor, sizes: Sequence[tuple[int, int]], score: float = 0.0
+    detections: Detections, input_to_image: Tensor, sizes: Sequence[tuple[int, int]], score: float = 0.0
 ) -> list[ImageDetections]:
     """Take a padded batch apart.
 
     Args:
-        affine: (n, 2, 3), (x, y, 1) in input pixels -> (x, y) in the pixels of the original image; a
-            scale and a shift. Images of the batch beyond the first n are padding.
+        input_to_image: (n, 2, 3), (x, y, 1) in input pixels -> (x, y) in the pixels of the original image;
+            a scale and a shift. Images of the batch beyond the first n are padding.
         sizes: height and width of the n original images.
         score: detections below it are dropped, as are those whose box has no area within the image.
     """
     # Masks and heatmaps are large: they stay where they are, and of those only the kept detections' are read.
     host = tree_map(lambda tensor: tensor.cpu(), detections._replace(masks=None, heatmaps=None))
-    affine = affine.detach().cpu().float()
+    maps = input_to_image.detach().cpu().float()
     found = []
     for index, (height, width) in enumerate(sizes):
-        scale, shift = affine[index].diagonal()[[0, 1, 0, 1]], affine[index, :, 2][[0, 1, 0, 1]]
+        scale, shift = maps[index].diagonal()[[0, 1, 0, 1]], maps[index, :, 2][[0, 1, 0, 1]]
         limit = torch.tensor([width, height, width, height], dtype=torch.float32)
         boxes = torch.minimum((host.boxes[index] * scale + shift).clamp(min=0), limit)
         some = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])

@@ -95,9 +95,9 @@ def detect(model: nn.Module, pixels: NDArray[np.uint8], score: float) -> ImageDe
     """The detections in (h, w, 3) RGB pixels, resized by the rule in the model's card."""
     config = card_of(model).config
     require_detector(model)
-    batch, affine = prepare_image(pixels, config.data.short_side_test, config.data.long_side_max)
+    batch, input_to_image = prepare_image(pixels, config.data.short_side_test, config.data.long_side_max)
     detections = run_model(model, batch, config.train.precision)
-    return split_detections(detections, torch.from_numpy(affine)[None], [pixels.shape[:2]], score)[0]
+    return split_detections(detections, torch.from_numpy(input_to_image)[None], [pixels.shape[:2]], score)[0]
 
 
 def require_detector(model: nn.Module) -> None:

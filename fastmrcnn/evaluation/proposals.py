@@ -49,7 +49,7 @@ def collect_proposals(
             with torch.no_grad(), torch.autocast(place.type, dtype=how.dtype, enabled=how.autocast):
                 batch = to_device(loaded.batch, place)
                 proposals = as_detections(model.propose(model.features(batch), batch))
-            each = split_detections(proposals, loaded.to_original, loaded.original_sizes)
+            each = split_detections(proposals, loaded.input_to_image, loaded.original_sizes)
             for image_id, one in zip(loaded.image_ids, each, strict=True):
                 found[image_id] = ImageProposals(one.boxes.numpy(), one.scores.numpy())
             bar.update(loaded.real)

@@ -76,7 +76,7 @@ def run_evaluation(
         for loaded in loader:
             detections = run_model(model, loaded.batch, config.train.precision, device)
             cut += int(detections.cut[: loaded.real].sum())
-            found = split_detections(detections, loaded.to_original, loaded.original_sizes)
+            found = split_detections(detections, loaded.input_to_image, loaded.original_sizes)
             ids = loaded.image_ids
             results += coco_results(found, ids, dataset.category_ids, threshold, offset)
             for image_id, one in zip(ids, found, strict=True):
