@@ -215,9 +215,10 @@ def test_boxes_are_mapped_scaled_and_clipped() -> None:
     # The third lies beyond the right border.
     assert found.boxes.tolist() == [[6.0, 12.0, 16.0, 44.0], [0.0, 12.0, 40.0, 50.0]]
     assert found.classes.tolist() == [2, 0]
-    assert found.masks is not None
-    assert torch.equal(found.masks, detections.masks[0, :2])  # type: ignore[index]
+    assert found.probabilities is not None
+    assert torch.equal(found.probabilities, detections.masks[0, :2])  # type: ignore[index]
     (better,) = split_detections(detections, affine, [(50, 40)], score=0.85)
+    assert better.scores is not None
     assert better.scores.tolist() == pytest.approx([0.9])
 
 

@@ -7,6 +7,7 @@ import copy
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +229,7 @@ def test_keypoints_come_back_in_the_pixels_of_the_image() -> None:
     for offset in (0.5, 0.0):
         [entry] = coco_results([found], [7], [4], keypoint_offset=offset)
         assert entry["keypoints"][:2] == pytest.approx([20.25 - offset, 97 - offset])
-    [entry] = coco_results([found._replace(keypoints=None)], [7], [4])
+    [entry] = coco_results([replace(found, keypoints=None)], [7], [4])
     assert "keypoints" not in entry
 
 

@@ -8,9 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from fastmrcnn.data.annotation import annotated_area, annotation_fault, clip, corners, reason_to_skip
 from fastmrcnn.data.coco_json import identifier, read_categories, read_images, read_json
 from fastmrcnn.data.images import check_headers
@@ -24,7 +21,7 @@ from fastmrcnn.data.keypoints import (
     pack_keypoints,
     read_schema,
 )
-from fastmrcnn.data.masks import Window, bitmap, pack_polygons
+from fastmrcnn.data.masks import pack_polygons
 from fastmrcnn.data.records import ImageProposals, ImageRecord, ObjectRecord, Problems
 from fastmrcnn.errors import UserError
 
@@ -34,7 +31,6 @@ __all__ = [
     "ObjectRecord",
     "align_classes",
     "check_same_classes",
-    "object_bitmap",
     "read_coco",
 ]
 
@@ -207,16 +203,6 @@ def read_coco(
             "keypoints, or train without (model.keypoint_head.enabled=false)"
         )
     return dataset
-
-
-def object_bitmap(item: ObjectRecord, height: int, width: int) -> tuple[NDArray[np.uint8], Window]:
-    """Bitmap of an object in its image of `height` x `width`, cropped to its extent.
-
-    Returns:
-        (h, w) uint8 of 0 and 1, and the crop's (x, y, w, h) in annotation pixels; both are empty for
-        an object that covers no pixel.
-    """
-    return bitmap(item.segmentation, height, width)
 
 
 def check_same_classes(train: CocoDataset, val: CocoDataset) -> CocoDataset:

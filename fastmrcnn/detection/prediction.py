@@ -14,12 +14,10 @@ from torch import nn
 from fastmrcnn.data.images import rgb_pixels
 from fastmrcnn.data.keypoints import KeypointSchema
 from fastmrcnn.data.loader import prepare_image
-from fastmrcnn.detection.draw import draw_instances
-from fastmrcnn.detection.objects import ImageDetections, split_detections
-from fastmrcnn.detection.paste import paste_to_host
+from fastmrcnn.detection.draw import draw_objects, save_picture
+from fastmrcnn.detection.objects import Objects, pasted, split_detections
 from fastmrcnn.detection.run import run_model
 from fastmrcnn.errors import UserError
-from fastmrcnn.files import replacing
 from fastmrcnn.weights.card import ModelCard, card_of
 
 
@@ -28,16 +26,38 @@ class Prediction:
     """What a model sees in one image, by falling score."""
 
     image: NDArray[np.uint8]  # (h, w, 3) RGB
-    boxes: NDArray[np.float32]  # (n, 4) xyxy in pixels of the image
-    masks: NDArray[np.bool_] | None  # (n, h, w); none: the model has no mask head
-    scores: NDArray[np.float32]  # (n,)
-    classes: NDArray[np.int64]  # (n,)
+    objects: Objects
     class_names: list[str]  # of all classes that the model knows
-    keypoints: NDArray[np.float32] | None = None  # (n, J, 3) x, y, score; none: the model has no such head
     keypoint_schema: KeypointSchema | None = None  # names of the J keypoints, and how they are joined
 
     def __len__(self) -> int:
-        return len(self.scores)
+        return len(self.objects)
+
+    @property
+    def boxes(self) -> NDArray[np.float32]:
+        """(n, 4) xyxy in pixels of the image."""
+        return self.objects.boxes
+
+    @property
+    def masks(self) -> NDArray[np.bool_] | None:
+        """(n, h, w); None: the model has no mask head."""
+        return self.objects.masks
+
+    @property
+    def scores(self) -> NDArray[np.float32]:
+        """(n,) in 0..1."""
+        assert self.objects.scores is not None, "what was found has them"
+        return self.objects.scores
+
+    @property
+    def classes(self) -> NDArray[np.int64]:
+        """(n,)."""
+        return self.objects.classes
+
+    @property
+    def keypoints(self) -> NDArray[np.float32] | None:
+        """(n, J, 3) x, y, score; None: the model has no such head."""
+        return self.objects.keypoints
 
     @property
     def names(self) -> list[str]:
@@ -49,18 +69,8 @@ class Prediction:
 
         Colours tell the classes apart, or the objects if there is but one class.
         """
-        classes = self.classes.tolist() if len(self.class_names) > 1 else None
         skeleton = () if self.keypoint_schema is None else self.keypoint_schema.skeleton
-        return draw_instances(
-            self.image,
-            self.boxes,
-            self.masks,
-            self.names,
-            self.scores,
-            classes,
-            keypoints=self.keypoints,
-            skeleton=skeleton,
-        )
+        return draw_objects(self.image, self.objects, self.class_names, skeleton)
 
     def save(self, path: str | Path) -> None:
         """Write the drawing as PNG. What stood there is replaced.
@@ -68,8 +78,7 @@ class Prediction:
         Raises:
             UserError: the file cannot be written.
         """
-        with replacing(path) as stream:
-            Image.fromarray(self.draw()).save(stream, format="PNG")
+        save_picture(path, self.draw())
 
 
 def predict(
@@ -91,7 +100,7 @@ def predict(
     return as_prediction(detect(model, pixels, score), pixels, card)
 
 
-def detect(model: nn.Module, pixels: NDArray[np.uint8], score: float) -> ImageDetections:
+def detect(model: nn.Module, pixels: NDArray[np.uint8], score: float) -> Objects:
     """The detections in (h, w, 3) RGB pixels, resized by the rule in the model's card."""
     config = card_of(model).config
     require_detector(model)
@@ -107,18 +116,6 @@ def require_detector(model: nn.Module) -> None:
         raise UserError("this model is half a detector (its RPN or its heads alone) and finds no objects")
 
 
-def as_prediction(found: ImageDetections, pixels: NDArray[np.uint8], card: ModelCard) -> Prediction:
-    masks = None
-    if found.masks is not None:
-        threshold = card.config.model.mask_head.threshold
-        masks = paste_to_host(found.masks, found.boxes, found.height, found.width, threshold)
-    return Prediction(
-        image=pixels,
-        boxes=found.boxes.numpy(),
-        masks=masks,
-        scores=found.scores.numpy(),
-        classes=found.classes.numpy(),
-        class_names=card.class_names,
-        keypoints=None if found.keypoints is None else found.keypoints.numpy(),
-        keypoint_schema=card.keypoints,
-    )
+def as_prediction(found: Objects, pixels: NDArray[np.uint8], card: ModelCard) -> Prediction:
+    objects = pasted(found, card.config.model.mask_head.threshold)
+    return Prediction(pixels, objects, card.class_names, card.keypoints)

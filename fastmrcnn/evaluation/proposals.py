@@ -7,7 +7,6 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -17,7 +16,7 @@ from fastmrcnn.config.schema import Config
 from fastmrcnn.data.build import evaluation_loader
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.records import ImageProposals
-from fastmrcnn.detection.objects import split_detections
+from fastmrcnn.detection.objects import coco_boxes, split_detections
 from fastmrcnn.device import choose_precision
 from fastmrcnn.evaluation.coco import load_ground_truth
 from fastmrcnn.model.mask_rcnn import MaskRCNN, as_detections
@@ -51,7 +50,8 @@ def collect_proposals(
                 proposals = as_detections(model.propose(model.features(batch), batch))
             each = split_detections(proposals, loaded.input_to_image, loaded.original_sizes)
             for image_id, one in zip(loaded.image_ids, each, strict=True):
-                found[image_id] = ImageProposals(one.boxes.numpy(), one.scores.numpy())
+                assert one.scores is not None, "what was found has them"
+                found[image_id] = ImageProposals(one.boxes, one.scores)
             bar.update(loaded.real)
     return found
 
@@ -76,8 +76,7 @@ def proposal_recall(
     category = truth.getCatIds()[0]  # any that there is; pycocotools drops those it does not know
     entries = []
     for image_id, one in proposals.items():
-        corners, sides = one.boxes[:, :2], one.boxes[:, 2:] - one.boxes[:, :2]
-        for box, score in zip(np.hstack([corners, sides]).tolist(), one.scores.tolist(), strict=True):
+        for box, score in zip(coco_boxes(one.boxes), one.scores.tolist(), strict=True):
             entries.append({"image_id": image_id, "category_id": category, "bbox": box, "score": score})
     with contextlib.redirect_stdout(io.StringIO()):
         if entries:
