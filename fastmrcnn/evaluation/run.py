@@ -61,7 +61,7 @@ def run_evaluation(
         proposals = collect_proposals(model, dataset, config, device=device, progress=progress)
         make_folder(output)
         write_proposals(output / "proposals.npz", proposals)
-        return proposal_recall(dataset.annotations, proposals, show=progress)
+        return proposal_recall(dataset, proposals, show=progress)
     chosen = choose_pictures(dataset, config.evaluate.pictures if pictures is None else pictures)
     threshold, offset = config.model.mask_head.threshold, config.data.keypoint_offset
     loader = evaluation_loader(dataset, config)
@@ -87,7 +87,7 @@ def run_evaluation(
     make_folder(output)
     write_json(output / RESULTS, results)
     values = evaluate_coco(
-        dataset.annotations,
+        dataset,
         results,
         judged(config),
         image_ids=[record.image_id for record in dataset.records],
