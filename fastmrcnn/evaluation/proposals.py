@@ -16,10 +16,10 @@ from fastmrcnn.data.build import evaluation_loader
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.records import ImageProposals
 from fastmrcnn.detection.objects import coco_boxes, split_detections
-from fastmrcnn.device import choose_precision
+from fastmrcnn.detection.run import run_model
 from fastmrcnn.evaluation.coco import ground_truth, mean_known, new_judge
 from fastmrcnn.model.mask_rcnn import MaskRCNN, as_detections
-from fastmrcnn.structures import to_device
+from fastmrcnn.structures import Batch, Detections
 
 LIMITS = (100, 300, 1000)
 
@@ -39,14 +39,14 @@ def collect_proposals(
         config: its sections data, evaluate and train.precision are used.
         device: of the model; none: that of its first parameter.
     """
-    place = device or next(model.parameters()).device
-    how = choose_precision(config.train.precision, place)
+
+    def propose(batch: Batch) -> Detections:
+        return as_detections(model.propose(model.features(batch), batch))
+
     found: dict[int, ImageProposals] = {}
     with tqdm(total=len(dataset), unit="img", desc="propose", disable=not progress) as bar:
         for loaded in evaluation_loader(dataset, config):
-            with torch.no_grad(), torch.autocast(place.type, dtype=how.dtype, enabled=how.autocast):
-                batch = to_device(loaded.batch, place)
-                proposals = as_detections(model.propose(model.features(batch), batch))
+            proposals = run_model(model, loaded.batch, config.train.precision, device, propose)
             each = split_detections(proposals, loaded.input_to_image, loaded.original_sizes)
             for image_id, one in zip(loaded.image_ids, each, strict=True):
                 assert one.scores is not None, "what was found has them"
