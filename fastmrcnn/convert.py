@@ -13,12 +13,12 @@ from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.files import replacing
 from fastmrcnn.weights.checkpoint import pack, write_tensors
 from fastmrcnn.weights.detectors import SPARE, WeightsFile, open_weights
+from fastmrcnn.weights.peers.class_rows import class_count
 from fastmrcnn.weights.peers.classes import COCO, COCO_LABELS, ClassTable, coco_with_unused, read_classes
 from fastmrcnn.weights.peers.programs import PROGRAMS, export_state
-from fastmrcnn.weights.peers.rows import class_count
 from fastmrcnn.weights.states import COUNTER
 from fastmrcnn.weights.trained import as_trained
-from fastmrcnn.weights.zoo import kind_of, other_settings
+from fastmrcnn.weights.zoo import architecture_of, other_settings
 
 
 def main(argv: list[str]) -> None:
@@ -117,7 +117,7 @@ def remarks(program: str, file: WeightsFile, theirs: dict[str, Tensor]) -> list[
         labels = len(theirs["roi_heads.box_predictor.cls_score.bias"])
         lines.append(f"Build its model with num_classes={labels}; label 0 is the background")
     if file.card is not None:
-        differing = other_settings(file.card.config.model, program, kind_of(file.imported.state))
+        differing = other_settings(file.card.config.model, program, architecture_of(file.imported.state))
         if differing:
             lines.append(
                 f"To detect the same, {program} needs the settings of this model where its own are others: "

@@ -17,7 +17,7 @@ from fastmrcnn.evaluation.run import RESULTS, run_evaluation
 from fastmrcnn.files import make_folder, new_run_folder, write_json
 from fastmrcnn.weights.card import ModelCard
 from fastmrcnn.weights.checkpoint import find_checkpoint
-from fastmrcnn.weights.files import is_url
+from fastmrcnn.weights.sources import is_url
 from fastmrcnn.weights.trained import load_overridden, load_recipe
 
 

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from fastmrcnn.errors import UserError
-from fastmrcnn.weights.files import read_weights
 from fastmrcnn.weights.pickles import read_pickle
+from fastmrcnn.weights.sources import read_weights
 
 
 class Call:

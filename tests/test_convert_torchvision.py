@@ -13,7 +13,7 @@ from fastmrcnn import convert
 from fastmrcnn.structures import Batch, Detections
 from fastmrcnn.weights.peers.programs import import_state
 from fastmrcnn.weights.trained import load_trained
-from fastmrcnn.weights.zoo import kind_of
+from fastmrcnn.weights.zoo import architecture_of
 
 # The CPU build of torch cannot load torchvision's operators, and says so as a RuntimeError or worse.
 torchvision = pytest.importorskip("torchvision", exc_type=(ImportError, RuntimeError))
@@ -130,4 +130,4 @@ def test_published_names_of_2019_are_read() -> None:
     theirs("maskrcnn_resnet50_fpn", 91).load_state_dict(old, strict=True)
     new, read = import_state(state, "new").state, import_state(old, "old").state
     assert all(torch.equal(value, new[key]) for key, value in read.items())
-    assert str(kind_of(read)) == "Mask R-CNN resnet50-FPN"
+    assert str(architecture_of(read)) == "Mask R-CNN resnet50-FPN"

@@ -14,7 +14,7 @@ from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.weights.peers.classes import COCO
 from fastmrcnn.weights.peers.programs import export_state, import_state
-from fastmrcnn.weights.zoo import Kind, kind_of, other_settings, published_recipe
+from fastmrcnn.weights.zoo import Architecture, architecture_of, other_settings, published_recipe
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 ZOO = sorted((CONFIGS / "zoo").glob("*.yaml"))
@@ -159,7 +159,7 @@ def test_recipe_is_found_from_the_weights(name: str) -> None:
         labels = 2 if "keypoint" in name else 91
         assert state["roi_heads.box_predictor.cls_score.weight"].shape == (labels, 1024)
     imported = import_state(state, "x")
-    config, found = published_recipe(imported, kind_of(imported.state), Path("x"))
+    config, found = published_recipe(imported, architecture_of(imported.state), Path("x"))
     assert found.replace("_3x", "") == name.replace("_1x", "").replace("_3x", "")
     own = load_config(CONFIGS / "zoo" / f"{name}.yaml")
     assert config.model.model_copy(update={"weights": None}) == own.model.model_copy(update={"weights": None})
@@ -171,17 +171,17 @@ def test_torchvision_weights_with_counters_had_an_epsilon() -> None:
     state = export_state(model_of(name).state_dict(), "torchvision", "x", COCO.ids)
     state["backbone.body.bn1.num_batches_tracked"] = torch.tensor(3)
     imported = import_state(state, "x")
-    config, _ = published_recipe(imported, kind_of(imported.state), Path("x"))
+    config, _ = published_recipe(imported, architecture_of(imported.state), Path("x"))
     assert config.model.backbone.norm_eps == 1e-5
 
 
 def test_settings_that_no_weight_tells() -> None:
-    kind = Kind("fpn", "resnet50", True, False)
+    architecture = Architecture("fpn", "resnet50", True, False)
     published = load_config(CONFIGS / "zoo" / "detectron2_mask_rcnn_r50_fpn_3x.yaml").model
-    assert other_settings(published, "detectron2", kind) == []
+    assert other_settings(published, "detectron2", architecture) == []
     changes = ["model.roi.op=pool", "model.roi.mode=max", "model.mask_head.resolution=7"]
     own = load_config(CONFIGS / "zoo" / "detectron2_mask_rcnn_r50_fpn_3x.yaml", changes).model
-    assert other_settings(own, "detectron2", kind) == [
+    assert other_settings(own, "detectron2", architecture) == [
         "roi.op is pool, there align",
         "roi.mode is max, there avg",
         "mask_head.resolution is 7, there 14",

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.backbone import ResNet
 from fastmrcnn.model.norms import make_norm
-from fastmrcnn.weights.files import read_tensors, read_weights
-from fastmrcnn.weights.states import architecture, copy_state, load_backbone
+from fastmrcnn.weights.sources import read_tensors, read_weights
+from fastmrcnn.weights.states import backbone_of, copy_state, load_backbone
 
 
 def backbone(name: str = "resnet18", norm: str = "frozen_bn", width: int = 8) -> ResNet:
@@ -126,13 +126,13 @@ def test_folded_batch_norm_does_not_go_into_group_norm(tmp_path: Path) -> None:
 )
 def test_architecture_is_recognised(name: str) -> None:
     with torch.device("meta"):
-        assert architecture(backbone(name, width=64).state_dict()) == name
-        assert architecture(backbone(name, width=32).state_dict()) == f"{name} with a stem of 32 channels"
+        assert backbone_of(backbone(name, width=64).state_dict()) == name
+        assert backbone_of(backbone(name, width=32).state_dict()) == f"{name} with a stem of 32 channels"
 
 
 def test_architecture_of_something_else() -> None:
-    assert architecture({}) is None
-    assert architecture({"conv1.weight": torch.zeros(3), "layer1.0.conv2.weight": torch.zeros(3)}) is None
+    assert backbone_of({}) is None
+    assert backbone_of({"conv1.weight": torch.zeros(3), "layer1.0.conv2.weight": torch.zeros(3)}) is None
 
 
 def unchanged_by(source: str, message: str, sha256: str | None = None, norm: str = "frozen_bn") -> str:

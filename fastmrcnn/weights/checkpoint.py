@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastmrcnn.errors import UserError
 from fastmrcnn.files import TEMPORARY_SUFFIX, replacing, write_text
 from fastmrcnn.weights.card import ModelCard
-from fastmrcnn.weights.files import read_weights
+from fastmrcnn.weights.sources import read_weights
 from fastmrcnn.weights.states import copy_state
 
 FORMAT = "fastmrcnn checkpoint"

@@ -13,11 +13,11 @@ from fastmrcnn.model.build import last_stage
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.weights.card import ModelCard
 from fastmrcnn.weights.detectors import open_weights, prepared, require_constants
+from fastmrcnn.weights.peers.class_rows import class_count
 from fastmrcnn.weights.peers.programs import grouped
-from fastmrcnn.weights.peers.rows import class_count
 from fastmrcnn.weights.states import compare_states, describe_mismatch, load_backbone
 from fastmrcnn.weights.trained import untrained_model
-from fastmrcnn.weights.zoo import kind_of
+from fastmrcnn.weights.zoo import architecture_of
 
 # What depends on the number of classes, or of keypoints.
 _OF_CLASSES = ("box_head.classes.", "box_head.deltas.", "mask_head.predictor.")
@@ -101,7 +101,7 @@ def load_weights(
     wanted = {key: value for key, value in own.items() if key not in predictors}
     mismatch = compare_states(rest, wanted)
     if mismatch and strict:
-        found, built = kind_of(state), kind_of(own)
+        found, built = architecture_of(state), architecture_of(own)
         if found != built:
             raise UserError(
                 f"{path}: holds a {found} ({imported.program}), but the configuration builds a {built}; take "
@@ -112,9 +112,8 @@ def load_weights(
     fitting = {k: v for k, v in rest.items() if k in wanted and k not in mismatch.reshaped}
     model.load_state_dict({**own, **fitting})
 
-    lines = [
-        f"Starting from {path}: {len(fitting)} of {len(own)} tensors ({imported.program}, {kind_of(state)})"
-    ]
+    what = f"{imported.program}, {architecture_of(state)}"
+    lines = [f"Starting from {path}: {len(fitting)} of {len(own)} tensors ({what})"]
     if predictors:
         theirs = class_count(state)
         reason = f"has {theirs} classes and this model {num_classes}"

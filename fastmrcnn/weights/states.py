@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastmrcnn.errors import UserError
-from fastmrcnn.weights.files import find_weights, read_weights
 from fastmrcnn.weights.peers.programs import grouped, import_backbone, program_of
+from fastmrcnn.weights.sources import find_weights, read_weights
 
 COUNTER = ".num_batches_tracked"
 
@@ -50,7 +50,7 @@ def load_backbone(backbone: nn.Module, source: str, sha256: str | None = None) -
     own = backbone.state_dict()
     state = with_counters(state, own)
 
-    found, wanted = architecture(state), architecture(own)
+    found, wanted = backbone_of(state), backbone_of(own)
     if found is None and not state.keys() & own.keys():
         if program_of(given) not in (None, "backbone"):
             raise UserError(f"{path}: holds a whole detector; give it as model.weights instead")
@@ -66,7 +66,7 @@ def load_backbone(backbone: nn.Module, source: str, sha256: str | None = None) -
     copy_state(backbone, state, path)
 
 
-def architecture(state: Mapping[str, Tensor]) -> str | None:
+def backbone_of(state: Mapping[str, Tensor]) -> str | None:
     """Name of the network that a torchvision state dict belongs to; None if it is not a known one."""
     blocks = tuple(
         len({key.split(".")[1] for key in state if key.startswith(f"layer{stage}.")}) for stage in range(1, 5)
@@ -175,13 +175,14 @@ def describe_mismatch(
         parts.append(f"unexpected ({len(theirs)}): {grouped(theirs)}")
     if found.reshaped:
         shapes = (
-            f"{key} {kind(state[key])} in the file, {kind(own[key])} in the model" for key in found.reshaped
+            f"{key} {shape_of(state[key])} in the file, {shape_of(own[key])} in the model"
+            for key in found.reshaped
         )
         parts.append(f"of another shape ({len(found.reshaped)}): {', '.join(shapes)}")
     return "; ".join(parts)
 
 
-def kind(tensor: Tensor) -> str:
+def shape_of(tensor: Tensor) -> str:
     """Its shape, and its type if that is not a float."""
     return f"{tuple(tensor.shape)}" + ("" if tensor.is_floating_point() else f" {tensor.dtype}")
 

@@ -20,12 +20,12 @@ from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.weights.card import ModelCard, read_card
 from fastmrcnn.weights.checkpoint import check_format, find_checkpoint, is_checkpoint, judged_weights
 from fastmrcnn.weights.detectors import WeightsFile, open_weights, prepared, require_constants
-from fastmrcnn.weights.files import is_url, read_weights
+from fastmrcnn.weights.peers.class_rows import class_count, keypoint_count
 from fastmrcnn.weights.peers.classes import ClassTable, known_classes, numbered_classes
 from fastmrcnn.weights.peers.programs import Imported
-from fastmrcnn.weights.peers.rows import class_count, keypoint_count
+from fastmrcnn.weights.sources import is_url, read_weights
 from fastmrcnn.weights.states import as_state, copy_state
-from fastmrcnn.weights.zoo import kind_of, published_recipe
+from fastmrcnn.weights.zoo import architecture_of, published_recipe
 
 Trained = TypeVar("Trained", bound="TrainedModel")
 
@@ -64,7 +64,7 @@ def restored_model(
     if isinstance(weights, Imported):
         require_constants(weights.constants, model, source)
         own = model.state_dict()
-        found, built = kind_of(weights.state), kind_of(own)
+        found, built = architecture_of(weights.state), architecture_of(own)
         if found != built:
             raise UserError(
                 f"{source}: holds a {found} ({weights.program}), but the configuration builds a {built}; "
@@ -140,17 +140,17 @@ def as_trained(
         UserError: the recipe is not known; or the weights do not fit the configuration.
     """
     path, imported, known = file.path, file.imported, file.card
-    kind = kind_of(imported.state)
-    lines = [f"{path}: {imported.program}, {kind}"]
+    architecture = architecture_of(imported.state)
+    lines = [f"{path}: {imported.program}, {architecture}"]
     if known is not None:
         config = config or known.config
         classes = classes or ClassTable(known.class_names, known.category_ids)
     if config is None:
-        config, recipe = published_recipe(imported, kind, path)
+        config, recipe = published_recipe(imported, architecture, path)
         lines.append(f"configuration: configs/zoo/{recipe}.yaml")
     count = class_count(imported.state)
     if classes is None:
-        classes = known_classes(count or 0, kind.keypoints)
+        classes = known_classes(count or 0, architecture.keypoints)
     if classes is None:
         classes = numbered_classes(count or 0)
         lines.append(

@@ -13,13 +13,13 @@ from fastmrcnn.config.file import load_config
 from fastmrcnn.config.schema import Config, ModelConfig
 from fastmrcnn.errors import UserError
 from fastmrcnn.weights.peers.programs import Imported
-from fastmrcnn.weights.states import COUNTER, architecture
+from fastmrcnn.weights.states import COUNTER, backbone_of
 
 
-class Kind(NamedTuple):
+class Architecture(NamedTuple):
     """What a detector's parameters tell of its architecture."""
 
-    architecture: str  # fpn | c4 | c5
+    family: str  # fpn | c4 | c5
     backbone: str | None
     masks: bool
     keypoints: bool
@@ -29,26 +29,29 @@ class Kind(NamedTuple):
         heads = {(True, True): "Mask and Keypoint", (True, False): "Mask", (False, True): "Keypoint"}
         name = heads.get((self.masks, self.keypoints), "Faster")
         end = " with convolutions in the box head" if self.box_convs else ""
-        return f"{name} R-CNN {self.backbone or 'of unknown backbone'}-{self.architecture.upper()}{end}"
+        return f"{name} R-CNN {self.backbone or 'of unknown backbone'}-{self.family.upper()}{end}"
 
 
 # The recipe that evaluates a program's published model as that program does.
-_RECIPES: dict[tuple[str, Kind], str] = {
-    ("torchvision", Kind("fpn", "resnet50", True, False)): "torchvision_mask_rcnn_r50_fpn",
-    ("torchvision", Kind("fpn", "resnet50", True, False, True)): "torchvision_mask_rcnn_r50_fpn_v2",
-    ("torchvision", Kind("fpn", "resnet50", False, True)): "torchvision_keypoint_rcnn_r50_fpn",
-    ("detectron2", Kind("c4", "resnet50", True, False)): "detectron2_mask_rcnn_r50_c4_3x",
-    ("detectron2", Kind("c4", "resnet101", True, False)): "detectron2_mask_rcnn_r101_c4_3x",
-    ("detectron2", Kind("fpn", "resnet50", True, False)): "detectron2_mask_rcnn_r50_fpn_3x",
-    ("detectron2", Kind("fpn", "resnet101", True, False)): "detectron2_mask_rcnn_r101_fpn_3x",
-    ("detectron2", Kind("fpn", "resnext101_32x8d", True, False)): "detectron2_mask_rcnn_x101_fpn_3x",
-    ("detectron2", Kind("fpn", "resnet50", False, True)): "detectron2_keypoint_rcnn_r50_fpn_3x",
-    ("detectron2", Kind("fpn", "resnet101", False, True)): "detectron2_keypoint_rcnn_r101_fpn_3x",
-    ("detectron2", Kind("fpn", "resnext101_32x8d", False, True)): "detectron2_keypoint_rcnn_x101_fpn_3x",
+_RECIPES: dict[tuple[str, Architecture], str] = {
+    ("torchvision", Architecture("fpn", "resnet50", True, False)): "torchvision_mask_rcnn_r50_fpn",
+    ("torchvision", Architecture("fpn", "resnet50", True, False, True)): "torchvision_mask_rcnn_r50_fpn_v2",
+    ("torchvision", Architecture("fpn", "resnet50", False, True)): "torchvision_keypoint_rcnn_r50_fpn",
+    ("detectron2", Architecture("c4", "resnet50", True, False)): "detectron2_mask_rcnn_r50_c4_3x",
+    ("detectron2", Architecture("c4", "resnet101", True, False)): "detectron2_mask_rcnn_r101_c4_3x",
+    ("detectron2", Architecture("fpn", "resnet50", True, False)): "detectron2_mask_rcnn_r50_fpn_3x",
+    ("detectron2", Architecture("fpn", "resnet101", True, False)): "detectron2_mask_rcnn_r101_fpn_3x",
+    ("detectron2", Architecture("fpn", "resnext101_32x8d", True, False)): "detectron2_mask_rcnn_x101_fpn_3x",
+    ("detectron2", Architecture("fpn", "resnet50", False, True)): "detectron2_keypoint_rcnn_r50_fpn_3x",
+    ("detectron2", Architecture("fpn", "resnet101", False, True)): "detectron2_keypoint_rcnn_r101_fpn_3x",
+    (
+        "detectron2",
+        Architecture("fpn", "resnext101_32x8d", False, True),
+    ): "detectron2_keypoint_rcnn_x101_fpn_3x",
 }
 
 
-def kind_of(state: Mapping[str, Tensor]) -> Kind:
+def architecture_of(state: Mapping[str, Tensor]) -> Architecture:
     """The architecture of a state dict under our names."""
     backbone = {key.removeprefix("backbone."): value for key, value in state.items()}
     backbone |= {f"layer4.{k.removeprefix('res5.')}": v for k, v in state.items() if k.startswith("res5.")}
@@ -56,22 +59,22 @@ def kind_of(state: Mapping[str, Tensor]) -> Kind:
     def some(start: str) -> bool:
         return any(key.startswith(start) for key in state)
 
-    return Kind(
+    return Architecture(
         "fpn" if some("fpn.") else "c4" if some("res5.") else "c5",
-        architecture(backbone),
+        backbone_of(backbone),
         some("mask_head."),
         some("keypoint_head."),
         some("box_head.convs."),
     )
 
 
-def published_recipe(imported: Imported, kind: Kind, path: Path) -> tuple[Config, str]:
-    """Configuration and name of the recipe in configs/zoo/; UserError if there is none of that kind."""
-    name = _RECIPES.get((imported.program, kind))
+def published_recipe(imported: Imported, architecture: Architecture, path: Path) -> tuple[Config, str]:
+    """Configuration and name of the recipe in configs/zoo/; UserError if there is none."""
+    name = _RECIPES.get((imported.program, architecture))
     if name is None:
         raise UserError(
-            f"{path}: holds a {kind} ({imported.program}), for which there is no recipe in configs/zoo/; "
-            "give its configuration as --config"
+            f"{path}: holds a {architecture} ({imported.program}), for which there is no recipe in "
+            "configs/zoo/; give its configuration as --config"
         )
     overrides = []
     if imported.program == "torchvision" and any(key.endswith(COUNTER) for key in imported.names.values()):
@@ -108,12 +111,12 @@ _SETTINGS = (
 )
 
 
-def other_settings(config: ModelConfig, program: str, kind: Kind) -> list[str]:
+def other_settings(config: ModelConfig, program: str, architecture: Architecture) -> list[str]:
     """The settings, as text, in which a model differs from those that a program builds by default."""
-    name = _RECIPES.get((program, kind)) or (
+    name = _RECIPES.get((program, architecture)) or (
         "torchvision_mask_rcnn_r50_fpn"
         if program == "torchvision"
-        else f"detectron2_mask_rcnn_r50_{'c4' if kind.architecture == 'c4' else 'fpn'}_3x"
+        else f"detectron2_mask_rcnn_r50_{'c4' if architecture.family == 'c4' else 'fpn'}_3x"
     )
     theirs = load_config(RECIPES / "zoo" / f"{name}.yaml", ["model.backbone.norm_eps=1e-5"]).model
     found = []

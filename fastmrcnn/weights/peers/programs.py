@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastmrcnn.errors import UserError
+from fastmrcnn.weights.peers.class_rows import from_torchvision, to_torchvision
 from fastmrcnn.weights.peers.names import backbone_names, detectron2_names, torchvision_names
-from fastmrcnn.weights.peers.rows import from_torchvision, to_torchvision
 
 PROGRAMS = ("fastmrcnn", "torchvision", "detectron2")
 _COUNTER = ".num_batches_tracked"
