@@ -16,7 +16,7 @@ from fastmrcnn.config.schema import Config, OptimConfig
 from fastmrcnn.device import choose_precision, set_up_cuda
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.convs import Conv2d
-from fastmrcnn.model.sampling import SamplingKeys
+from fastmrcnn.model.subsample import SamplingKeys
 from fastmrcnn.structures import Batch, Losses, to_device
 from fastmrcnn.training.cuda_graph import GraphedStep, leaves
 from fastmrcnn.training.execution import Execution, choose_execution

@@ -13,7 +13,7 @@ from fastmrcnn.model.boxes import encode
 from fastmrcnn.model.convs import init_convs, make_convs, run_convs
 from fastmrcnn.model.losses import masked_sum, smooth_l1
 from fastmrcnn.model.norms import Norm
-from fastmrcnn.model.sampling import take
+from fastmrcnn.model.subsample import take
 from fastmrcnn.structures import Detections, Proposals, SampledRois, Targets
 
 

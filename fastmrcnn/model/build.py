@@ -15,7 +15,7 @@ from fastmrcnn.model.mask_head import FcnMaskHead, MaskHead, MlpMaskHead
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.model.norms import Norm, make_norm
 from fastmrcnn.model.roi_pooler import RoiPooler
-from fastmrcnn.model.roi_sampler import RoiSampler
+from fastmrcnn.model.rois import RoiSampler
 from fastmrcnn.model.rpn import RegionProposalNetwork
 
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmrcnn.model.convs import make_convs, run_convs
-from fastmrcnn.model.roi_sampler import PackedRois
-from fastmrcnn.model.sampling import take
+from fastmrcnn.model.rois import PackedRois
+from fastmrcnn.model.subsample import take
 from fastmrcnn.structures import SampledRois
 
 

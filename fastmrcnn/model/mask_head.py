@@ -18,7 +18,7 @@ from fastmrcnn.kernels import (
 )
 from fastmrcnn.model.convs import init_convs, make_convs, run_convs
 from fastmrcnn.model.norms import Norm
-from fastmrcnn.model.roi_sampler import PackedRois
+from fastmrcnn.model.rois import PackedRois
 from fastmrcnn.structures import Batch, PackedMasks, PackedPolygons
 
 

@@ -13,9 +13,9 @@ from fastmrcnn.model.fpn import FeaturePyramid
 from fastmrcnn.model.keypoint_head import KeypointHead, with_keypoints
 from fastmrcnn.model.mask_head import MaskHead
 from fastmrcnn.model.roi_pooler import RoiPooler
-from fastmrcnn.model.roi_sampler import RoiSampler, pack_foreground
+from fastmrcnn.model.rois import RoiSampler, pack_foreground
 from fastmrcnn.model.rpn import RegionProposalNetwork
-from fastmrcnn.model.sampling import SamplingKeys
+from fastmrcnn.model.subsample import SamplingKeys
 from fastmrcnn.structures import Batch, Detections, Losses, Proposals, Targets
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from fastmrcnn.model.boxes import encode
 from fastmrcnn.model.convs import make_convs, run_convs
 from fastmrcnn.model.losses import masked_sum, smooth_l1
 from fastmrcnn.model.matcher import match
-from fastmrcnn.model.sampling import sample, take
+from fastmrcnn.model.subsample import sample, take
 from fastmrcnn.structures import Proposals, Targets
 
 

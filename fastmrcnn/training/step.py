@@ -18,7 +18,7 @@ from fastmrcnn.config.schema import OptimConfig
 from fastmrcnn.device import Precision
 from fastmrcnn.model.convs import fuse_epilogues
 from fastmrcnn.model.mask_rcnn import MaskRCNN
-from fastmrcnn.model.sampling import SamplingKeys
+from fastmrcnn.model.subsample import SamplingKeys
 from fastmrcnn.structures import Batch, Losses, tree_map
 from fastmrcnn.training.cuda_graph import GraphedStep, Shapes, shapes_of
 from fastmrcnn.training.execution import Execution

@@ -11,8 +11,8 @@ from fastmrcnn.kernels.box_decode.reference import MAX_LOG_SCALE
 from fastmrcnn.model.anchors import AnchorGenerator
 from fastmrcnn.model.boxes import encode
 from fastmrcnn.model.matcher import match
-from fastmrcnn.model.roi_sampler import RoiSampler
-from fastmrcnn.model.sampling import sample
+from fastmrcnn.model.rois import RoiSampler
+from fastmrcnn.model.subsample import sample
 from fastmrcnn.structures import Proposals
 
 

@@ -22,7 +22,7 @@ from fastmrcnn.errors import UserError
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.keypoint_head import KeypointHead, keypoint_targets, with_keypoints
 from fastmrcnn.model.mask_rcnn import MaskRCNN
-from fastmrcnn.model.roi_sampler import PackedRois
+from fastmrcnn.model.rois import PackedRois
 from fastmrcnn.structures import Batch, Detections, Losses, PackedMasks, SampledRois, Targets
 from fastmrcnn.weights.peers.names import torchvision_names
 

@@ -17,7 +17,7 @@ from fastmrcnn.config.file import parse_config
 from fastmrcnn.detection.paste import paste_masks
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
-from fastmrcnn.model.sampling import SamplingKeys
+from fastmrcnn.model.subsample import SamplingKeys
 from fastmrcnn.structures import Batch
 from fastmrcnn.weights.detectors import load_checkpoint
 from fastmrcnn.weights.peers.names import detectron2_names, torchvision_names

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmrcnn.model.matcher import match
-from fastmrcnn.model.sampling import sample, take
+from fastmrcnn.model.subsample import sample, take
 from fastmrcnn.structures import Proposals, SampledRois, Targets
 
 
