@@ -16,7 +16,7 @@ from fastmrcnn.model.roi_pooler import RoiPooler
 from fastmrcnn.model.rois import RoiSampler, pack_foreground
 from fastmrcnn.model.rpn import RegionProposalNetwork
 from fastmrcnn.model.subsample import SamplingKeys
-from fastmrcnn.structures import Batch, Detections, Losses, Proposals, Targets
+from fastmrcnn.structures import Batch, Counts, Detections, Losses, Proposals, Targets
 
 if TYPE_CHECKING:
     from fastmrcnn.weights.card import ModelCard
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 class MaskRCNN(nn.Module):
     """
-    In training mode `model(batch, keys)` gives Losses, else `model(batch)` gives Detections.
+    In training mode `model(batch, keys)` gives Losses and Counts, else `model(batch)` gives Detections.
 
     Args:
         rpn: none: proposals come with the batch.
@@ -90,15 +90,16 @@ class MaskRCNN(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).reshape(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).reshape(3, 1, 1), persistent=False)
 
-    def forward(self, batch: Batch, keys: SamplingKeys | None = None) -> Losses | Detections:
+    def forward(self, batch: Batch, keys: SamplingKeys | None = None) -> tuple[Losses, Counts] | Detections:
         if not self.training:
             return self.detect(batch)
         if batch.targets is None or keys is None:
             raise ValueError("training needs targets and sampling keys; for detections call eval() first")
         return self.losses(batch, batch.targets, keys)
 
-    def losses(self, batch: Batch, targets: Targets, keys: SamplingKeys) -> Losses:
+    def losses(self, batch: Batch, targets: Targets, keys: SamplingKeys) -> tuple[Losses, Counts]:
         losses: dict[str, Tensor] = {}
+        counts: dict[str, Tensor] = {}
         features = self.features(batch)
         if self.rpn is not None:
             objectness, deltas = self.rpn.head(features)
@@ -107,7 +108,7 @@ class MaskRCNN(nn.Module):
                 objectness, deltas, anchors, targets, keys.anchors
             )
             if self.box_head is None:
-                return Losses(**losses)
+                return Losses(**losses), Counts()
             proposals = self.rpn.propose(objectness, deltas, anchors, batch.sizes)
         else:
             proposals = given_proposals(batch)
@@ -119,7 +120,7 @@ class MaskRCNN(nn.Module):
         losses["loss_cls"], losses["loss_box_reg"] = self.box_head.losses(
             logits, deltas_of_class, rois, targets
         )
-        losses["num_fg"] = rois.is_foreground.sum()
+        counts["num_fg"] = rois.is_foreground.sum()
         if self.mask_head is not None:
             chosen = pack_foreground(rois, self.sampler.foreground_slots, self.mask_slots_per_image)
             if self.res5 is None:
@@ -127,7 +128,7 @@ class MaskRCNN(nn.Module):
             else:
                 x = pooled.flatten(0, 1).index_select(0, chosen.slot)
             losses["loss_mask"] = self.mask_head.loss_of_rois(x, chosen, batch, targets.masks)
-            losses["masks_dropped"] = losses["num_fg"] - chosen.valid.sum()
+            counts["masks_dropped"] = counts["num_fg"] - chosen.valid.sum()
         if self.keypoint_head is not None:
             if targets.keypoints is None:
                 raise ValueError("a model with a keypoint head needs targets with keypoints")
@@ -137,8 +138,8 @@ class MaskRCNN(nn.Module):
             losses["loss_keypoint"] = self.keypoint_head.loss(
                 self.keypoint_head(x), chosen, targets.keypoints
             )
-            losses["keypoints_dropped"] = labelled.is_foreground.sum() - chosen.valid.sum()
-        return Losses(**losses)
+            counts["keypoints_dropped"] = labelled.is_foreground.sum() - chosen.valid.sum()
+        return Losses(**losses), Counts(**counts)
 
     @torch.no_grad()
     def detect(self, batch: Batch) -> Detections:
