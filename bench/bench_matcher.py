@@ -26,7 +26,14 @@ MANY = 2  # objects for each RoI of the workload
 def anchors(load: Workload) -> Tensor:
     """(1, R, 4) of the five levels of an FPN, three a cell."""
     strides = [*STRIDES, 2 * STRIDES[-1]]
-    make = AnchorGenerator([[8 * s] for s in strides], [0.5, 1.0, 2.0], strides)
+    make = AnchorGenerator(
+        strides,
+        sizes=[[8 * s] for s in strides],
+        aspect_ratios=[0.5, 1.0, 2.0],
+        rounding=False,
+        stride_rule="nominal",
+        offset=0.0,
+    )
     maps = [torch.empty(1, 1, -(-load.height // s), -(-load.width // s)) for s in strides]
     return torch.cat(make(maps, (load.height, load.width)))[None]
 

@@ -32,11 +32,11 @@ class RoiPooler:
         self,
         strides: Sequence[int],
         *,
-        op: str = "align",
-        mode: str = "avg",
-        canonical_size: float = 224.0,
-        sampling_ratio: int = 0,
-        aligned: bool = True,
+        op: str,
+        mode: str,
+        canonical_size: float,
+        sampling_ratio: int,
+        aligned: bool,
     ) -> None:
         if op not in ("align", "pool", "warp") or mode not in ("avg", "max"):
             raise ValueError(f"op must be align, pool or warp and mode avg or max, got {op} and {mode}")

@@ -37,11 +37,11 @@ class RoiSampler:
         self,
         num_classes: int,
         *,
-        batch_per_image: int = 512,
-        foreground_share: float = 0.25,
-        foreground_iou: float = 0.5,
-        append_ground_truth: bool = True,
-        crowd_overlap: float | None = None,
+        batch_per_image: int,
+        foreground_share: float,
+        foreground_iou: float,
+        append_ground_truth: bool,
+        crowd_overlap: float | None,
     ) -> None:
         self.num_classes = num_classes
         self.batch_per_image = batch_per_image
@@ -80,7 +80,7 @@ class RoiSampler:
         return SampledRois(take(boxes, chosen.picked), classes, matched, chosen.is_foreground, chosen.valid)
 
 
-def pack_foreground(rois: SampledRois, most: int, slots_per_image: int | None = None) -> PackedRois:
+def pack_foreground(rois: SampledRois, most: int, slots_per_image: int | None) -> PackedRois:
     """Gather the foreground of all images into N * slots_per_image slots.
 
     Args:

@@ -99,7 +99,7 @@ def test_autocast_casts_as_for_a_convolution() -> None:
 
 
 def fitted_norm(channels: int) -> FrozenBatchNorm2d:
-    norm = FrozenBatchNorm2d(channels)
+    norm = FrozenBatchNorm2d(channels, eps=1e-5)
     generator = torch.Generator().manual_seed(1)
     for name, buffer in norm.named_buffers():
         low = 0.5 if name == "running_var" else -1.0

@@ -17,6 +17,7 @@ from nosync import NoSync
 from torch._dynamo.testing import CompileCounter
 
 from fastmrcnn.config.file import parse_config
+from fastmrcnn.config.model import KeypointHeadConfig
 from fastmrcnn.detection.heatmaps import decode_heatmaps
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.build import build_model
@@ -64,12 +65,17 @@ def packed(boxes: Any, valid: Any) -> PackedRois:
     )
 
 
+def head_of(in_channels: int, num_keypoints: int, **settings: Any) -> KeypointHead:
+    values = KeypointHeadConfig(**settings).without("enabled")
+    return KeypointHead(in_channels, num_keypoints, most_keypoints=12, **values)
+
+
 def test_head_has_the_published_layers() -> None:
-    head = KeypointHead(256, 17)
+    head = head_of(256, 17)
     assert [tuple(conv.weight.shape) for conv in head.convs] == [(512, 256, 3, 3)] + [(512, 512, 3, 3)] * 7
     assert tuple(head.deconv.weight.shape) == (512, 17, 4, 4)
     with torch.no_grad():
-        maps = KeypointHead(8, 3, convs=1, channels=4)(torch.rand(2, 8, 14, 14))
+        maps = head_of(8, 3, convs=1, channels=4)(torch.rand(2, 8, 14, 14))
     assert maps.shape == (2, 3, 56, 56)
 
 
@@ -123,7 +129,7 @@ def test_loss_is_the_cross_entropy_at_the_keypoints() -> None:
     own = -logits.flatten(2).log_softmax(-1)
     expected = own[0, 0, 2 * 8 + 3] + own[1, 0, 7]  # one lies outside, one is not labelled, a slot is empty
     for normalizer, divisor in (("visible", 2), ("static", 1 * 12)):
-        head = KeypointHead(4, 2, loss_normalizer=normalizer, most_keypoints=12, loss_weight=3.0)
+        head = head_of(4, 2, loss_normalizer=normalizer, loss_weight=3.0)
         loss = head.loss(logits, rois, keypoints.float())
         torch.testing.assert_close(loss, 3 * expected / divisor)
     (gradient,) = torch.autograd.grad(head.loss(logits, rois, keypoints.float()), logits)

@@ -11,6 +11,7 @@ from nosync import NoSync
 from torch._dynamo.testing import CompileCounter
 
 from fastmrcnn.config.file import load_config, parse_config
+from fastmrcnn.config.model import RoiConfig
 from fastmrcnn.config.schema import Config
 from fastmrcnn.errors import UserError
 from fastmrcnn.kernels import (
@@ -99,7 +100,8 @@ def test_pooler_calls_what_the_configuration_names() -> None:
 def test_pool_has_no_average() -> None:
     with pytest.raises(UserError, match=r"model\.roi\.op=pool .* needs model\.roi\.mode=max"):
         load_config(overrides=["model.roi.op=pool"])
+    others = RoiConfig().values("canonical_size", "sampling_ratio", "aligned")
     with pytest.raises(ValueError, match="mode must be max, got avg"):
-        RoiPooler([16], op="pool", mode="avg")
+        RoiPooler([16], op="pool", mode="avg", **others)
     with pytest.raises(ValueError, match="got crop and avg"):
-        RoiPooler([16], op="crop")
+        RoiPooler([16], op="crop", mode="avg", **others)

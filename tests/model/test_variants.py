@@ -139,7 +139,9 @@ def pooled_shape(model: MaskRCNN, channels: int) -> tuple[int, ...]:
 def test_c4_takes_its_res5_from_an_imagenet_checkpoint(tmp_path: Path, heads: bool) -> None:
     torch.manual_seed(0)
     file = tmp_path / "resnet18.pth"
-    whole = ResNet("resnet18", make_norm("frozen_bn"))
+    whole = ResNet(
+        "resnet18", make_norm("frozen_bn"), width=64, stride_in_1x1=False, stages=4, frozen_stages=0
+    )
     torch.save(
         {**whole.state_dict(), "fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}, file
     )
