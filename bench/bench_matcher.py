@@ -17,25 +17,21 @@ from workload import STRIDES, Workload, rois
 
 from fastmrcnn.kernels import match_boxes
 from fastmrcnn.kernels.matcher import reference
-from fastmrcnn.model.anchors import AnchorGenerator
 
 FOREGROUND_IOU, BACKGROUND_IOU = 0.7, 0.3
 MANY = 2  # objects for each RoI of the workload
 
 
 def anchors(load: Workload) -> Tensor:
-    """(1, R, 4) of the five levels of an FPN, three a cell."""
-    strides = [*STRIDES, 2 * STRIDES[-1]]
-    make = AnchorGenerator(
-        strides,
-        sizes=[[8 * s] for s in strides],
-        aspect_ratios=[0.5, 1.0, 2.0],
-        rounding=False,
-        stride_rule="nominal",
-        offset=0.0,
-    )
-    maps = [torch.empty(1, 1, -(-load.height // s), -(-load.width // s)) for s in strides]
-    return torch.cat(make(maps, (load.height, load.width)))[None]
+    """(1, R, 4) of the five levels of an FPN, three a cell, as large as squares of eight strides a side."""
+    levels = []
+    for stride in (*STRIDES, 2 * STRIDES[-1]):
+        widths = [8 * stride / height_over_width**0.5 for height_over_width in (0.5, 1.0, 2.0)]
+        half = torch.tensor([widths, widths[::-1]]).T / 2  # of width and height
+        x, y = (torch.arange(0.0, side, stride) for side in (load.width, load.height))
+        centre = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).reshape(-1, 1, 2)
+        levels.append(torch.cat([centre - half, centre + half], -1).reshape(-1, 4))
+    return torch.cat(levels)[None]
 
 
 def ours(boxes: Tensor, gt_boxes: Tensor, gt_valid: Tensor) -> list[Tensor]:

@@ -7,20 +7,18 @@ import math
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from fastmrcnn.config.checks import proposals_problem
-from fastmrcnn.config.schema import Config
 from fastmrcnn.data.build import read_split
 from fastmrcnn.data.coco import CocoDataset, align_classes
 from fastmrcnn.data.keypoints import check_same_keypoints
 from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.evaluation.run import RESULTS, run_evaluation
 from fastmrcnn.files import make_folder, new_run_folder, write_json
-from fastmrcnn.weights.card import card_of
+from fastmrcnn.weights.card import ModelCard
 from fastmrcnn.weights.checkpoint import find_checkpoint
-from fastmrcnn.weights.detectors import load_overridden, load_recipe
 from fastmrcnn.weights.files import is_url
+from fastmrcnn.weights.trained import load_overridden, load_recipe
 
 
 def main(argv: list[str]) -> None:
@@ -44,16 +42,17 @@ def main(argv: list[str]) -> None:
     if (arguments.checkpoint is None) == (arguments.config is None):
         raise UserError("give either --checkpoint or --config (a recipe with model.weights)")
     if arguments.config is None:
-        model, config = load_overridden(arguments.checkpoint, arguments.device, arguments.overrides)
+        trained = load_overridden(arguments.checkpoint, arguments.device, arguments.overrides)
     else:
-        model, config = load_recipe(arguments.config, arguments.device, arguments.overrides)
-    dataset = read_validation_set(config, model, arguments.checkpoint or arguments.config)
+        trained = load_recipe(arguments.config, arguments.device, arguments.overrides)
+    config = trained.card.config
+    dataset = read_validation_set(trained.card, arguments.checkpoint or arguments.config)
     print(*dataset.summary(), sep="\n")
-    if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)
+    if config.runtime.threads is not None:
+        torch.set_num_threads(config.runtime.threads)
     folder = evaluation_folder(arguments.checkpoint, arguments.output, config.output)
     try:
-        values = run_evaluation(model, dataset, config, output=folder)
+        values = run_evaluation(trained.model, dataset, config, output=folder)
         write_json(folder / "metrics.json", {k: v if math.isfinite(v) else None for k, v in values.items()})
     except BaseException:
         with contextlib.suppress(OSError):
@@ -62,9 +61,10 @@ def main(argv: list[str]) -> None:
     print(f"\nResults, metrics and pictures are in {folder}")
 
 
-def read_validation_set(config: Config, model: nn.Module, checkpoint: str) -> CocoDataset:
+def read_validation_set(card: ModelCard, checkpoint: str) -> CocoDataset:
     """The set that data.val names, its class indices those of the model."""
-    split, card = config.data.val, card_of(model)
+    config = card.config
+    split = config.data.val
     if split.images is None or split.annotations is None:
         raise UserError(
             "no validation set: give data.val.images=DIR and data.val.annotations=FILE on the command line"

@@ -8,7 +8,7 @@ from fastmrcnn.data.coco import read_coco
 from fastmrcnn.data.proposals import write_proposals
 from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.evaluation.proposals import collect_proposals, proposal_recall
-from fastmrcnn.weights.detectors import load_overridden
+from fastmrcnn.weights.trained import load_overridden
 
 
 def main(argv: list[str]) -> None:
@@ -32,7 +32,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--output {output}: must end in .npz")
     if output.exists():
         raise UserError(f"{output}: is there already; choose another --output")
-    model, config = load_overridden(arguments.checkpoint, arguments.device, arguments.overrides)
+    trained = load_overridden(arguments.checkpoint, arguments.device, arguments.overrides)
+    model, config = trained.model, trained.card.config
     if model.rpn is None:
         raise UserError(f"{arguments.checkpoint}: this model has no RPN that could propose")
     dataset = read_coco(

@@ -34,7 +34,7 @@ from fastmrcnn.training.run import discarding_unstarted, prepare_run, run_folder
 from fastmrcnn.training.step import TrainingStep
 from fastmrcnn.weights.card import ModelCard
 from fastmrcnn.weights.checkpoint import find_checkpoint, read_checkpoint, restore, save_checkpoint
-from fastmrcnn.weights.start import new_model
+from fastmrcnn.weights.start import load_start, new_model
 
 
 def main(argv: list[str]) -> None:
@@ -105,14 +105,16 @@ def train(
     state: dict[str, Any] | None = None,
 ) -> dict[str, float]:
     """Train to `config.train.steps`, from `state` if given; returns the metrics of the last evaluation."""
-    device = choose_device(config.train.device)
+    device = choose_device(config.runtime.device)
     set_up_cuda(device)
-    precision = choose_precision(config.train.precision, device)
-    if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)
+    precision = choose_precision(config.runtime.precision, device)
+    if config.runtime.threads is not None:
+        torch.set_num_threads(config.runtime.threads)
     card = ModelCard(config, train_set.class_names, train_set.category_ids, train_set.keypoints)
     torch.manual_seed(config.train.seed)
-    model = new_model(card, device, imagenet=state is None, detector=state is None)
+    model = new_model(card, device)
+    if state is None:
+        load_start(model, card)
     execution = choose_execution(config, device)
     make_step = TrainingStep(model, config.optim, precision, execution, seed=config.train.seed)
     update, ema = make_step.update, make_step.ema
@@ -197,8 +199,9 @@ def train(
 
 def restored(state: dict[str, Any], make_step: TrainingStep, config: Config) -> int:
     """Put the run back where its checkpoint found it; returns the number of steps done."""
+    average = None if make_step.ema is None else make_step.ema.model
     try:
-        return restore(state, make_step.model, make_step.optimizer, make_step.update, make_step.ema)
+        return restore(state, make_step.model, make_step.optimizer, make_step.update, average)
     except UserError as error:
         before = parse_config(state["config"], "the checkpoint")
         changed = [key for key in differing_keys(before, config) if key.startswith(("model.", "optim."))]

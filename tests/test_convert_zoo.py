@@ -83,7 +83,7 @@ def model_of(name: str) -> MaskRCNN:
     """The recipe's model, of its real size but without memory."""
     config = load_config(CONFIGS / "zoo" / f"{name}.yaml").model
     with torch.device("meta"):
-        return build_model(config, 1 if "keypoint" in name else 80, False, 17)
+        return build_model(config, 1 if "keypoint" in name else 80, 17)
 
 
 def test_no_recipe_is_missing_or_extra() -> None:

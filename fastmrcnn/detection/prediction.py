@@ -6,21 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import nn
 
-from fastmrcnn.data.images import rgb_pixels
 from fastmrcnn.data.keypoints import KeypointSchema
-from fastmrcnn.data.loader import prepare_image
 from fastmrcnn.detection.draw import draw_instances
-from fastmrcnn.detection.objects import ImageDetections, split_detections
+from fastmrcnn.detection.objects import ImageDetections
 from fastmrcnn.detection.paste import paste_to_host
-from fastmrcnn.detection.run import run_model
-from fastmrcnn.errors import UserError
 from fastmrcnn.files import replacing
-from fastmrcnn.weights.card import ModelCard, card_of
+from fastmrcnn.weights.card import ModelCard
 
 
 @dataclass(frozen=True)
@@ -70,41 +64,6 @@ class Prediction:
         """
         with replacing(path) as stream:
             Image.fromarray(self.draw()).save(stream, format="PNG")
-
-
-def predict(
-    model: nn.Module, image: str | Path | NDArray[np.uint8] | Image.Image, score: float = 0.5
-) -> Prediction:
-    """Find the objects in an image.
-
-    Args:
-        model: from `load_checkpoint`, on any device.
-        image: a file, a Pillow image, or uint8 pixels (h, w, 3) in RGB or (h, w) in grey.
-        score: detections below it are left out. The model itself leaves out those below its
-            configuration's model.box_head.score_threshold.
-    Raises:
-        UserError: the file is missing or not an image; the model carries no card.
-        ValueError: pixels of another shape or dtype.
-    """
-    card = card_of(model)
-    pixels = rgb_pixels(image)
-    return as_prediction(detect(model, pixels, score), pixels, card)
-
-
-def detect(model: nn.Module, pixels: NDArray[np.uint8], score: float) -> ImageDetections:
-    """The detections in (h, w, 3) RGB pixels, resized by the rule in the model's card."""
-    config = card_of(model).config
-    require_detector(model)
-    batch, affine = prepare_image(pixels, config.data.short_side_test, config.data.long_side_max)
-    detections = run_model(model, batch, config.train.precision)
-    return split_detections(detections, torch.from_numpy(affine)[None], [pixels.shape[:2]], score)[0]
-
-
-def require_detector(model: nn.Module) -> None:
-    """UserError for a model that needs proposals from a file, or makes nothing else."""
-    parts = card_of(model).config.model
-    if not (parts.rpn.enabled and parts.box_head.enabled):
-        raise UserError("this model is half a detector (its RPN or its heads alone) and finds no objects")
 
 
 def as_prediction(found: ImageDetections, pixels: NDArray[np.uint8], card: ModelCard) -> Prediction:

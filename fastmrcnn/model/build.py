@@ -22,13 +22,8 @@ from fastmrcnn.model.rois import RoiSampler
 from fastmrcnn.model.rpn import RegionProposalNetwork
 
 
-def build_model(
-    config: ModelConfig,
-    num_classes: int,
-    load_backbone_weights: bool = True,
-    num_keypoints: int | None = None,
-) -> MaskRCNN:
-    """A Mask R-CNN for `num_classes` classes, its backbone loaded if the configuration names weights.
+def build_model(config: ModelConfig, num_classes: int, num_keypoints: int | None = None) -> MaskRCNN:
+    """A Mask R-CNN for `num_classes` classes, with random weights.
 
     Args:
         num_keypoints: of the objects, if the configuration asks for a keypoint head.
@@ -40,13 +35,7 @@ def build_model(
         stages=3 if c4 else 4,
         **config.backbone.values("name", "width", "stride_in_1x1", "frozen_stages"),
     )
-    res5 = _res5(config, norm) if c4 and config.box_head.enabled else None
-    # A whole detector's weights, which the entry points load, are the backbone's too.
-    if load_backbone_weights and config.weights is None and config.backbone.weights is not None:
-        from fastmrcnn.weights.states import load_backbone
-
-        whole = _classifier_without_fc(backbone, res5 or _res5(config, norm)) if c4 else backbone
-        load_backbone(whole, config.backbone.weights, config.backbone.weights_sha256)
+    res5 = last_stage(config) if c4 and config.box_head.enabled else None
     fpn = None
     if config.architecture == "fpn":
         fpn = FeaturePyramid(
@@ -79,17 +68,11 @@ def build_model(
     )
 
 
-def _res5(config: ModelConfig, norm: Norm) -> nn.Sequential:
-    return residual_stage(index=4, norm=norm, **config.backbone.values("name", "width", "stride_in_1x1"))
-
-
-def _classifier_without_fc(backbone: ResNet, res5: nn.Sequential) -> nn.Module:
-    """The same modules under the names that an ImageNet checkpoint has."""
-    whole = nn.Module()
-    for name, child in backbone.named_children():
-        whole.add_module(name, child)
-    whole.add_module("layer4", res5)
-    return whole
+def last_stage(config: ModelConfig) -> nn.Sequential:
+    """The residual stage that a C4 model keeps for its heads: an ImageNet network's layer4."""
+    backbone = config.backbone
+    norm = make_norm(backbone.norm, backbone.norm_eps)
+    return residual_stage(index=4, norm=norm, **backbone.values("name", "width", "stride_in_1x1"))
 
 
 def _rpn(config: ModelConfig, channels: int, strides: list[int]) -> RegionProposalNetwork:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from fastmrcnn.config.schema import ModelConfig
 from fastmrcnn.data.synthetic import full_masks
 from fastmrcnn.device import choose_precision
-from fastmrcnn.speed.rows import WARM_UP, Row
-from fastmrcnn.speed.workload import Workload
+from fastmrcnn.speed.step_workload import Workload
+from fastmrcnn.speed.training_rows import WARM_UP, Row
 from fastmrcnn.structures import Batch
 from fastmrcnn.training.optim import learning_rate
 from fastmrcnn.weights.peers.programs import export_state

@@ -18,7 +18,7 @@ from fastmrcnn.training.execution import choose_execution
 from fastmrcnn.training.optim import learning_rate
 from fastmrcnn.training.step import TrainingStep
 from fastmrcnn.weights.card import ModelCard
-from fastmrcnn.weights.start import new_model
+from fastmrcnn.weights.start import load_start, new_model
 
 STEPS = 2
 
@@ -29,9 +29,9 @@ def dry_run(config: Config, train_set: CocoDataset) -> None:
     On a CPU the figures are extrapolated by the number of pixels and images, and say so. On a GPU the
     steps are of the real size, and the figures are those of the second one.
     """
-    device = choose_device(config.train.device)
+    device = choose_device(config.runtime.device)
     set_up_cuda(device)
-    precision = choose_precision(config.train.precision, device)
+    precision = choose_precision(config.runtime.precision, device)
     on_cpu = device.type == "cpu"
     half = 2 if on_cpu else 1
     batch = 1 if on_cpu else config.train.batch
@@ -48,7 +48,9 @@ def dry_run(config: Config, train_set: CocoDataset) -> None:
         polygons=PolygonSizes() if config.model.mask_head.reads_polygons else None,
     )
     card = ModelCard(config, train_set.class_names, train_set.category_ids, train_set.keypoints)
-    model = new_model(card, device, imagenet=False, detector=True)
+    model = new_model(card, device)
+    if config.model.weights is not None:  # a backbone's are not fetched for this
+        load_start(model, card)
     execution = choose_execution(config, device)
     make_step = TrainingStep(model, config.optim, precision, execution, seed=config.train.seed)
     parameters = sum(p.numel() for p in model.parameters())

@@ -7,12 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from fastmrcnn.config.file import parse_config
 from fastmrcnn.config.schema import Config
 from fastmrcnn.data.keypoints import KeypointSchema
-from fastmrcnn.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -35,10 +32,3 @@ def read_card(checkpoint: Mapping[str, Any], source: str | Path) -> ModelCard:
     known = checkpoint.get("keypoints")  # which checkpoints of earlier versions lack
     keypoints = None if known is None else KeypointSchema(**known)
     return ModelCard(config, list(checkpoint["class_names"]), list(checkpoint["category_ids"]), keypoints)
-
-
-def card_of(model: nn.Module) -> ModelCard:
-    card = getattr(model, "card", None)
-    if card is None:
-        raise UserError("this model has no card (configuration and class names); get it from load_checkpoint")
-    return card

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from fastmrcnn.errors import UserError
 from fastmrcnn.files import TEMPORARY_SUFFIX, replacing, write_text
-from fastmrcnn.training.optim import Ema
 from fastmrcnn.weights.card import ModelCard
 from fastmrcnn.weights.files import read_weights
 from fastmrcnn.weights.states import copy_state
@@ -194,18 +193,26 @@ def check_format(tree: dict[str, Any], file: Path) -> dict[str, Any]:
     return tree
 
 
+def judged_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state dict that detects: the average if the run kept one, else the weights of its last step."""
+    state: dict[str, Tensor] = checkpoint["model"] if checkpoint["ema"] is None else checkpoint["ema"]
+    return state
+
+
 def restore(
     checkpoint: Mapping[str, Any],
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: HasState | None = None,
-    ema: Ema | None = None,
+    ema: nn.Module | None = None,
 ) -> int:
     """Put a run back where `read_checkpoint` found it; returns the number of steps done.
 
     The optimizer's state comes from the checkpoint, its options (such as the decay) do not. An
     average that the checkpoint does not have starts from its weights.
 
+    Args:
+        ema: the model with averaged weights.
     Raises:
         UserError: the weights or the optimizer's state belong to another model.
     """
@@ -218,8 +225,7 @@ def restore(
         )
     copy_state(model, checkpoint["model"], source)
     if ema is not None:
-        average = checkpoint["model"] if checkpoint["ema"] is None else checkpoint["ema"]
-        copy_state(ema.model, average, f"{source}, ema")
+        copy_state(ema, judged_weights(checkpoint), f"{source}, ema")
     options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     if [group.keys() for group in saved["param_groups"]] != [g.keys() for g in optimizer.param_groups]:
         raise UserError(f"{source}: its optimizer state does not fit optim.name and model.backbone.norm")

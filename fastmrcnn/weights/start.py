@@ -5,54 +5,69 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmrcnn.config.schema import ModelConfig
 from fastmrcnn.errors import UserError
-from fastmrcnn.model.build import build_model
+from fastmrcnn.model.build import last_stage
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.weights.card import ModelCard
-from fastmrcnn.weights.detectors import _OF_CLASSES, _OF_KEYPOINTS, open_detector, prepared, require_constants
+from fastmrcnn.weights.detectors import open_weights, prepared, require_constants
 from fastmrcnn.weights.peers.programs import grouped
 from fastmrcnn.weights.peers.rows import class_count
-from fastmrcnn.weights.states import compare_states, describe_mismatch
+from fastmrcnn.weights.states import compare_states, describe_mismatch, load_backbone
+from fastmrcnn.weights.trained import untrained_model
 from fastmrcnn.weights.zoo import kind_of
 
+# What depends on the number of classes, or of keypoints.
+_OF_CLASSES = ("box_head.classes.", "box_head.deltas.", "mask_head.predictor.")
+_OF_KEYPOINTS = "keypoint_head.deconv."
 
-def new_model(card: ModelCard, device: torch.device, *, imagenet: bool, detector: bool) -> MaskRCNN:
-    """A model to be trained, in the memory format that suits the device.
 
-    Args:
-        imagenet: load model.backbone.weights.
-        detector: load model.weights, and print what was loaded.
-    """
-    model = build_model(
-        card.config.model,
-        len(card.class_names),
-        load_backbone_weights=imagenet,
-        num_keypoints=card.num_keypoints,
-    )
-    if detector:
-        start_model(model, card.config.model, card.class_names)
+def new_model(card: ModelCard, device: torch.device) -> MaskRCNN:
+    """A model to be trained, with random weights, in the memory format that suits the device."""
     # On a GPU channels_last is the fast layout; on a CPU it is no faster and batch norm loses digits.
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    return model.to(device, memory_format=layout).train()  # type: ignore[call-overload]
+    return untrained_model(card).to(device, memory_format=layout).train()  # type: ignore[call-overload]
 
 
-def start_model(model: MaskRCNN, config: ModelConfig, class_names: Sequence[str] | None = None) -> None:
-    """Load what `model.weights` names, if anything, and print what was loaded and what was left out."""
+def load_start(model: MaskRCNN, card: ModelCard) -> None:
+    """Load what a run starts from: a whole detector (`model.weights`), else an ImageNet backbone, if any.
+
+    Of a detector it is printed what was loaded and what was left out.
+    """
+    config = card.config.model
     if config.weights is not None:
-        lines = load_detector(
+        lines = load_weights(
             model,
             config.weights,
             config.weights_sha256,
             strict=config.weights_strict,
-            class_names=class_names,
+            class_names=card.class_names,
         )
         print(*lines, sep="\n")
+    else:
+        load_imagenet(model, config)
 
 
-def load_detector(
+def load_imagenet(model: MaskRCNN, config: ModelConfig) -> None:
+    """Load what `model.backbone.weights` names, if anything, into the backbone and a C4 model's last stage.
+
+    Raises:
+        UserError: as `load_backbone`.
+    """
+    if config.backbone.weights is None:
+        return
+    backbone: nn.Module = model.backbone
+    if config.architecture == "c4":  # the same modules under the names that an ImageNet checkpoint has
+        backbone = nn.Module()
+        for name, child in model.backbone.named_children():
+            backbone.add_module(name, child)
+        backbone.add_module("layer4", model.res5 or last_stage(config))
+    load_backbone(backbone, config.backbone.weights, config.backbone.weights_sha256)
+
+
+def load_weights(
     model: MaskRCNN,
     source: str,
     sha256: str | None = None,
@@ -60,7 +75,7 @@ def load_detector(
     strict: bool = True,
     class_names: Sequence[str] | None = None,
 ) -> list[str]:
-    """Start a model from another one's weights, on the CPU.
+    """Start a model from another one's weights.
 
     With another number of classes (or of keypoints) the last predictors stay as they are, and everything
     else is loaded.
@@ -71,12 +86,12 @@ def load_detector(
     Returns:
         Lines that say what was loaded and what was left out.
     Raises:
-        UserError: as `open_detector`; or the weights do not fit. The model is unchanged then.
+        UserError: as `open_weights`; or the weights do not fit. The model is unchanged then.
     """
     own = model.state_dict()
     num_classes = class_count(own)
-    detector = open_detector(source, sha256, num_classes=num_classes, strict=strict)
-    path, imported = detector.path, detector.imported
+    file = open_weights(source, sha256, num_classes=num_classes, strict=strict)
+    path, imported = file.path, file.imported
     if strict:
         require_constants(imported.constants, model, path)
     state = prepared(imported, own)
@@ -106,8 +121,8 @@ def load_detector(
         if theirs == num_classes:
             reason = "has another number of keypoints"
         lines.append(f"Left out, since the file {reason}: {grouped(predictors)}")
-    elif detector.card is not None and class_names not in (None, detector.card.class_names):
-        lines.append(f"Its classes were, in this order: {', '.join(detector.card.class_names)}")
+    elif file.card is not None and class_names not in (None, file.card.class_names):
+        lines.append(f"Its classes were, in this order: {', '.join(file.card.class_names)}")
     if mismatch:
         lines.append(
             f"Left out, since they do not fit: {describe_mismatch(mismatch, rest, wanted, imported.names)}"

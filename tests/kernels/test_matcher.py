@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmrcnn.kernels import BoxMatches, match_boxes
 from fastmrcnn.kernels._library import interpreting
-from fastmrcnn.kernels.matcher import op, reference
+from fastmrcnn.kernels.matcher import naive, op, reference
 
 # NumPy, which the interpreter computes with, remarks on boxes that are not finite.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
@@ -28,20 +28,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 def by_matrix(
     boxes: Tensor, gt_boxes: Tensor, gt_valid: Tensor, gt_crowd: Tensor, crowd_overlap: float
 ) -> BoxMatches:
-    """All of a match, from all overlaps at once."""
-    a, b = boxes[:, :, None], gt_boxes[:, None]
-    low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
-    width, height = (high - low).clamp(min=0).unbind(-1)
-    inter = width * height
-    area, gt_area = ((t[..., 2] - t[..., 0]) * (t[..., 3] - t[..., 1]) for t in (a, b))
-    overlap = torch.where(inter > 0, inter / (area + gt_area - inter), 0.0)
-    overlap = torch.where(gt_valid[:, None], overlap, -1.0)
-    best, index = overlap.max(-1)
-    highest = overlap.amax(1)
-    is_best = ((overlap == highest[:, None]) & (highest[:, None] > 0)).any(-1)
-    share = torch.where(inter > 0, inter / area, 0.0)
-    in_crowd = ((share >= crowd_overlap) & gt_crowd[:, None]).any(-1)
-    return BoxMatches(best, index, highest, is_best, in_crowd)
+    return BoxMatches(*naive.match_boxes(boxes, gt_boxes, gt_valid, gt_crowd, True, crowd_overlap))
 
 
 def assert_same(found: BoxMatches, expected: BoxMatches) -> None:

@@ -20,6 +20,7 @@ from fastmrcnn.model.mask_head import softmax_mask_loss
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.model.norms import make_norm
 from fastmrcnn.structures import Proposals, present
+from fastmrcnn.weights.start import load_imagenet
 
 RESNEXT = {"backbone": {"name": "resnext50_32x4d"}}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -155,6 +156,7 @@ def test_c4_takes_its_res5_from_an_imagenet_checkpoint(tmp_path: Path, heads: bo
         ]
     ).model
     model = build_model(config, 3)
+    load_imagenet(model, config)
     assert model.backbone.layer3[1].conv2.weight.equal(whole.layer3[1].conv2.weight)
     assert (model.res5 is not None) == heads
     if model.res5 is not None:

@@ -86,6 +86,12 @@ def class_count(state: Mapping[str, Tensor]) -> int | None:
     return None if bias is None else len(bias) - 1
 
 
+def keypoint_count(state: Mapping[str, Tensor]) -> int | None:
+    """J of a state dict with our names; none: it has no keypoint head."""
+    weight = state.get("keypoint_head.deconv.weight")
+    return None if weight is None else weight.shape[1]
+
+
 def _taken(key: str, labels: list[int]) -> list[int]:
     """torchvision's label of each of our rows, the background last where we have one."""
     return [*labels, 0] if key.startswith("box_head.classes") else labels

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ from fastmrcnn.data.synthetic import synthetic_batch
 from fastmrcnn.detection.paste import paste_masks
 from fastmrcnn.device import choose_precision
 from fastmrcnn.model.mask_rcnn import MaskRCNN
-from fastmrcnn.speed.report import table
-from fastmrcnn.speed.timing import summary, wait
-from fastmrcnn.speed.workload import Workload, changed
+from fastmrcnn.speed.markdown import spread, table
+from fastmrcnn.speed.step_workload import Workload, changed
+from fastmrcnn.speed.timing import summary, waited_for
 from fastmrcnn.structures import Batch, Detections, to_device
 from fastmrcnn.weights.start import new_model
 
@@ -38,7 +38,7 @@ def measure_inference(
     device = workload.device
     config = changed(workload.config, "model.box_head.score_threshold", 0.0)
     card = Workload(config, device, workload.shape, 1, 1, num_classes=workload.num_classes).card
-    model = new_model(card, device, imagenet=False, detector=False)
+    model = new_model(card, device)
     model.load_state_dict(workload.start)
     model.eval()
     ways = [EAGER]
@@ -52,7 +52,7 @@ def measure_inference(
             report(f"inference, batch {images}, {way}")
             row: dict[str, Any] = {"batch": images, "way": way}
             try:
-                row |= _measure(model, batch, config.train.precision, way, workload.steps)
+                row |= _measure(model, batch, config.runtime.precision, way, workload.steps)
             except Exception as error:  # that one way breaks is a result too
                 row["failure"] = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
             found.append(row)
@@ -72,32 +72,23 @@ def _measure(model: MaskRCNN, batch: Batch, precision_name: str, way: str, steps
         torch._dynamo.reset()
         run = torch.compile(detect, fullgraph=True, dynamic=False, mode=_MODES[way])
     height, width = batch.pixels.shape[-2:]
-    model_ms, paste_ms = [], []
-    detections = 0
-    for number in range(WARM_UP + steps):
-        wait(device)
-        started = time.perf_counter()
-        found = run(batch)
-        wait(device)
-        detected = time.perf_counter()
+
+    def paste(found: Detections) -> None:
         if found.masks is not None:
             paste_masks(found.masks.flatten(0, 1), found.boxes.flatten(0, 1), height, width)
-        wait(device)
-        pasted = time.perf_counter()
-        if number >= WARM_UP:
-            model_ms.append(1e3 * (detected - started))
-            paste_ms.append(1e3 * (pasted - detected))
-        detections = int(found.valid.sum())
-    model_times, paste_times = summary(model_ms), summary(paste_ms)
-    both = summary(a + b for a, b in zip(model_ms, paste_ms, strict=True))
+
+    model_ms, paste_ms = [], []
+    for _ in range(WARM_UP + steps):
+        found, milliseconds = waited_for(lambda: run(batch), device)
+        model_ms.append(milliseconds)
+        paste_ms.append(waited_for(partial(paste, found), device)[1])
+    both = summary(map(sum, zip(model_ms[WARM_UP:], paste_ms[WARM_UP:], strict=True)))
     return {
         "precision": precision.name,
-        "detections_per_image": detections / len(batch.pixels),
-        "model_ms": model_times.p50_ms,
-        "paste_ms": paste_times.p50_ms,
-        "p20_ms": both.p20_ms,
-        "p50_ms": both.p50_ms,
-        "p80_ms": both.p80_ms,
+        "detections_per_image": int(found.valid.sum()) / len(batch.pixels),
+        "model_ms": summary(model_ms[WARM_UP:]).p50_ms,
+        "paste_ms": summary(paste_ms[WARM_UP:]).p50_ms,
+        **both._asdict(),
         "images_per_second": 1e3 * len(batch.pixels) / both.p50_ms,
     }
 
@@ -109,7 +100,7 @@ def inference_table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         cells = [str(row["batch"]), row["way"]]
         if "failure" in row:
-            lines.append([*cells, f"FAILED: {row['failure']}".replace("|", "/"), *[""] * 5])
+            lines.append([*cells, f"FAILED: {row['failure']}"])
             continue
         lines.append(
             [
@@ -117,7 +108,7 @@ def inference_table(rows: list[dict[str, Any]]) -> str:
                 row["precision"],
                 f"{row['model_ms']:.1f}",
                 f"{row['paste_ms']:.1f}",
-                f"{row['p50_ms']:.1f} ({row['p20_ms']:.1f} to {row['p80_ms']:.1f})",
+                spread(row),
                 f"{row['images_per_second']:.1f}",
                 f"{row['detections_per_image']:.0f} an image",
             ]

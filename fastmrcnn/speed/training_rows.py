@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import types
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fastmrcnn.device import choose_precision
+from fastmrcnn.kernels import by_reference
 from fastmrcnn.model.mask_head import MaskHead
 from fastmrcnn.model.norms import fold_norms
-from fastmrcnn.speed.plain import plain_boxes, predict_all_classes
-from fastmrcnn.speed.workload import Workload, changed
+from fastmrcnn.speed.step_workload import Workload, changed
 from fastmrcnn.structures import Batch, present, to_device
 from fastmrcnn.training.execution import Execution
 from fastmrcnn.training.optim import learning_rate
@@ -33,7 +33,7 @@ class Row:
     precision: str = "fp32"
     layout: str | None = None  # nchw | channels_last
     packed: bool = False  # mask slots shared by the images of a batch
-    box_kernels: bool = True  # boxes are matched and decoded by kernels
+    box_kernels: bool = True  # boxes are matched and decoded by kernels, or as a detector without them does
     one_class: bool = True  # the masks of the ground-truth class alone, or of all classes
     folded: bool = True  # frozen batch norms, into the convolutions before them
     execution: Execution = EAGER
@@ -106,13 +106,16 @@ class OurRunner:
         self.workload = workload
         self.config = config
         card = replace(workload.card, config=config)
-        model = new_model(card, device, imagenet=False, detector=False)
+        model = new_model(card, device)
         model.load_state_dict(workload.start)
         if row.layout == "nchw":
             model = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         fold_norms(model, row.folded)
         if not row.one_class and isinstance(model.mask_head, MaskHead):
-            predict_all_classes(model.mask_head)
+            # As any head does that has no shorter way to the ground-truth class's mask.
+            all_classes = types.MethodType(MaskHead.loss_of_rois, model.mask_head)
+            model.mask_head.loss_of_rois = all_classes  # type: ignore[method-assign]
+        self.without = () if row.box_kernels else ("match_boxes", "decode_boxes")
         self.precision = choose_precision(row.precision, device)
         self.make_step = TrainingStep(model, config.optim, self.precision, row.execution, seed=workload.seed)
         self.batches = [self._on_device(batch, row.layout) for batch in workload.batches]
@@ -125,7 +128,7 @@ class OurRunner:
     def warm_up(self) -> None:
         make_step = self.make_step
         for number in range(WARM_UP):
-            with make_step.update.closed(), self._row():
+            with make_step.update.closed(), by_reference(*self.without):
                 losses, counts = make_step(self.batches[number % len(self.batches)], number, 0.0)
             if number == 0:
                 self.first_losses = {name: float(value) for name, value in present(losses, counts).items()}
@@ -133,13 +136,9 @@ class OurRunner:
     def step(self, number: int) -> list[Tensor]:
         config = self.config
         rate = learning_rate(config.optim, number, config.train.steps, self.workload.images)
-        with self._row():
+        with by_reference(*self.without):
             losses, _ = self.make_step(self.batches[number % len(self.batches)], number, rate)
         return list(present(losses).values())
-
-    def _row(self) -> contextlib.AbstractContextManager[None]:
-        """Around every step."""
-        return contextlib.nullcontext() if self.row.box_kernels else plain_boxes()
 
     def moved(self) -> float:
         model, start = self.make_step.model, self.workload.start

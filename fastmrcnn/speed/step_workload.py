@@ -1,23 +1,29 @@
-"""What all rows of a benchmark share: batches, weights to start from, and how many steps to make."""
+"""What all rows of a benchmark share: recipe, device, batches, weights to start from, number of steps."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastmrcnn.config.checks import RECIPES
+from fastmrcnn.config.file import load_config
 from fastmrcnn.config.schema import Config
 from fastmrcnn.data.synthetic import synthetic_batches
 from fastmrcnn.data.transforms import Size
+from fastmrcnn.device import choose_device, set_up_cuda
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.norms import FrozenBatchNorm2d, fold_norms
 from fastmrcnn.structures import Batch
 from fastmrcnn.weights.card import ModelCard
 
+RECIPE = "mask_rcnn_r50_fpn_1x.yaml"
+RANDOM_WEIGHTS = ["model.weights=null", "model.backbone.weights=null"]
 BATCHES = 3  # different ones, in turn: a step is not to find its own inputs in a cache
 
 
@@ -50,7 +56,7 @@ class Workload:
     def start(self) -> dict[str, Tensor]:
         """Weights that every row starts from, on the CPU."""
         torch.manual_seed(self.seed)
-        model = build_model(self.config.model, self.num_classes, load_backbone_weights=False)
+        model = build_model(self.config.model, self.num_classes)
         fit_frozen_norms(model.eval(), self.batches[0])
         return model.state_dict()
 
@@ -58,6 +64,39 @@ class Workload:
     def card(self) -> ModelCard:
         ids = list(range(1, self.num_classes + 1))
         return ModelCard(self.config, [f"class {number}" for number in ids], ids)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is run, in words that need no configuration file."""
+        height, width = self.shape
+        model = self.config.model
+        return {
+            "images": self.images,
+            "height": height,
+            "width": width,
+            "steps": self.steps,
+            "objects_per_image": self.objects,
+            "classes": self.num_classes,
+            "seed": self.seed,
+            "backbone": model.backbone.name,
+            "architecture": model.architecture,
+            "sampling_ratio": model.roi.sampling_ratio,
+            "rois_per_image": model.roi.batch_per_image,
+        }
+
+
+def load_recipe(path: str | Path | None, overrides: list[str]) -> Config:
+    """A recipe, or RECIPE, without its weights."""
+    return load_config(path or RECIPES / RECIPE, RANDOM_WEIGHTS + overrides)
+
+
+def set_up_device(config: Config) -> torch.device:
+    """The recipe's device, ready for all rows, torchvision's too: its images are of one size here."""
+    device = choose_device(config.runtime.device)
+    set_up_cuda(device)
+    if config.runtime.threads is not None:
+        torch.set_num_threads(config.runtime.threads)
+    return device
 
 
 def check_synthetic(config: Config) -> None:
