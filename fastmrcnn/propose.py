@@ -42,6 +42,7 @@ def main(argv: list[str]) -> None:
         max_objects=config.data.max_objects,
         min_box_side=config.data.min_box_side,
         require_masks=False,
+        keep_tree=True,
         key="--annotations",
     )
     found = collect_proposals(model, dataset, config)
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> None:
     print(
         f"{sum(len(one.scores) for one in found.values())} proposals of {len(found)} images are in {output}"
     )
-    proposal_recall(dataset.annotations, found)
+    proposal_recall(dataset, found)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastmrcnn import evaluate
 from fastmrcnn.config.schema import Config
+from fastmrcnn.data.build import read_split
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.detection.objects import split_detections
 from fastmrcnn.errors import UserError
@@ -164,6 +165,21 @@ def test_a_crowd_region_without_a_mask_is_its_box(tmp_path: Path) -> None:
     assert alone["segm/AP-box"] < 90
 
 
+def test_a_validation_set_is_judged_by_what_was_read(tmp_path: Path) -> None:
+    """Its file is read once, however often it is evaluated on; of a training set the file is let go."""
+    dataset = write_set(tmp_path / "data", drop=("area", "iscrowd"))
+    config, model = config_for(dataset), PlantedModel(dataset, change=shuffled)
+    from_file = run_evaluation(model, dataset, config, output=tmp_path, pictures=0)
+    assert from_file["segm/AP"] > 0
+    val = read_split(config, "val")
+    paths = config.data.val.model_dump()
+    assert dataset.tree is read_split(small_config(data={"train": paths}), "train").tree is None
+    dataset.annotations.unlink()
+    for _ in range(2):
+        values = run_evaluation(model, val, config, output=tmp_path, pictures=0)
+        np.testing.assert_equal(values, from_file)
+
+
 def test_only_the_images_that_were_evaluated(tmp_path: Path) -> None:
     dataset = write_set(tmp_path / "data")
     run_evaluation(PlantedModel(dataset), dataset, config_for(dataset), output=tmp_path, pictures=0)
@@ -215,9 +231,10 @@ def test_boxes_are_mapped_scaled_and_clipped() -> None:
     # The third lies beyond the right border.
     assert found.boxes.tolist() == [[6.0, 12.0, 16.0, 44.0], [0.0, 12.0, 40.0, 50.0]]
     assert found.classes.tolist() == [2, 0]
-    assert found.masks is not None
-    assert torch.equal(found.masks, detections.masks[0, :2])  # type: ignore[index]
+    assert found.probabilities is not None
+    assert torch.equal(found.probabilities, detections.masks[0, :2])  # type: ignore[index]
     (better,) = split_detections(detections, affine, [(50, 40)], score=0.85)
+    assert better.scores is not None
     assert better.scores.tolist() == pytest.approx([0.9])
 
 

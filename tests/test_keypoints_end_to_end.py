@@ -7,6 +7,7 @@ import copy
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from fastmrcnn.data.coco import read_coco
 from fastmrcnn.data.keypoints import KeypointOptions, choose_sigmas
 from fastmrcnn.detection.objects import coco_results, split_detections
 from fastmrcnn.errors import UserError
-from fastmrcnn.evaluation.coco import KEYPOINT_METRICS, METRICS, evaluate_coco
+from fastmrcnn.evaluation.coco import KEYPOINT_METRICS, METRICS, evaluate_coco, ground_truth
 from fastmrcnn.predict import main as predict_main
 from fastmrcnn.structures import Detections
 
@@ -169,6 +170,11 @@ def test_numbers_are_those_of_pycocotools(tmp_path: Path, sigmas: list[float] | 
         [values[f"keypoints/{name}"] for name in KEYPOINT_METRICS], expected, rtol=1e-12
     )
     assert set(values) == {f"keypoints/{name}" for name in KEYPOINT_METRICS}
+    truth = ground_truth(file)
+    for _ in range(2):  # what is kept for the next evaluation still says the same
+        again = evaluate_coco(truth, results, ("keypoints", "bbox"), show=False, oks_sigmas=sigmas)
+        np.testing.assert_equal({name: again[name] for name in values}, values)
+        assert again["bbox/AP"] == pytest.approx(100)
 
 
 def test_sigmas_of_a_person_are_cocos_own(tmp_path: Path) -> None:
@@ -227,7 +233,7 @@ def test_keypoints_come_back_in_the_pixels_of_the_image() -> None:
     for offset in (0.5, 0.0):
         [entry] = coco_results([found], [7], [4], keypoint_offset=offset)
         assert entry["keypoints"][:2] == pytest.approx([20.25 - offset, 97 - offset])
-    [entry] = coco_results([found._replace(keypoints=None)], [7], [4])
+    [entry] = coco_results([replace(found, keypoints=None)], [7], [4])
     assert "keypoints" not in entry
 
 

@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from fastmrcnn.detection import paste
-from fastmrcnn.detection.paste import encode_images, encode_masks, paste_masks, paste_to_host
+from fastmrcnn.detection.paste import encode_images, paste_masks, paste_to_host
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,12 @@ def random_boxes(count: int, height: int, width: int, seed: int = 0) -> Tensor:
     boxes = torch.cat((corners.amin(1), corners.amax(1)), dim=1)
     boxes[::7] = boxes[::7][:, [2, 3, 0, 1]]
     return boxes
+
+
+def encode_masks(
+    masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float = 0.5
+) -> list[dict[str, object]]:
+    return encode_images([masks], [boxes], [(height, width)], threshold)[0]
 
 
 def encoded_by_pycocotools(bitmaps: Tensor) -> list[dict[str, object]]:

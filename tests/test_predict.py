@@ -17,7 +17,8 @@ from pycocotools import mask as coco_mask
 
 import fastmrcnn.predict as command
 from fastmrcnn.config.schema import Config
-from fastmrcnn.data.coco import CocoDataset, object_bitmap
+from fastmrcnn.data.coco import CocoDataset
+from fastmrcnn.data.masks import bitmap
 from fastmrcnn.detection.detector import Detector, load
 from fastmrcnn.errors import UserError, run_main
 from fastmrcnn.model.build import build_model
@@ -62,9 +63,9 @@ def test_objects_in_the_pixels_of_the_image(dataset: CocoDataset, planted: Detec
     assert found.scores.tolist() == pytest.approx([0.95, 0.75, 0.55])
     for box, mask, item in zip(found.boxes, found.masks, objects, strict=True):
         assert box.tolist() == pytest.approx(item.box, abs=1e-3)
-        bitmap, (x, y, w, h) = object_bitmap(item, 60, 92)
+        crop, (x, y, w, h) = bitmap(item.segmentation, 60, 92)
         whole = np.zeros((60, 92), dtype=bool)
-        whole[y : y + h, x : x + w] = bitmap
+        whole[y : y + h, x : x + w] = crop
         assert iou(mask, whole) > 0.94
     # Resized to 75 x 115, padded to a multiple of 32.
     assert planted.model.seen == [(1, 3, 96, 128)]

@@ -32,6 +32,7 @@ def read_split(config: Config, name: SplitName) -> CocoDataset:
         min_box_side=data.min_box_side,
         require_masks=config.model.mask_head.enabled,
         keypoints=keypoint_options(config, data.min_keypoints if train else 0),
+        keep_tree=not train,
         key=f"data.{name}",
     )
     if split.proposals is None:

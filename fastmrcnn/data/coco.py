@@ -7,9 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from fastmrcnn.data.annotation import annotated_area, annotation_fault, clip, corners, reason_to_skip
 from fastmrcnn.data.coco_json import identifier, read_categories, read_images, read_json
@@ -24,7 +22,7 @@ from fastmrcnn.data.keypoints import (
     pack_keypoints,
     read_schema,
 )
-from fastmrcnn.data.masks import Window, bitmap, pack_polygons
+from fastmrcnn.data.masks import pack_polygons
 from fastmrcnn.data.records import ImageProposals, ImageRecord, ObjectRecord, Problems
 from fastmrcnn.errors import UserError
 
@@ -34,7 +32,6 @@ __all__ = [
     "ObjectRecord",
     "align_classes",
     "check_same_classes",
-    "object_bitmap",
     "read_coco",
 ]
 
@@ -63,6 +60,8 @@ class CocoDataset:
     """By image id, for a model without an RPN."""
     proposal_slots: int = 0
     """P: most proposals of an image."""
+    tree: dict[str, list[Any]] | None = field(default=None, repr=False, compare=False)
+    """All that the file says, for an evaluation to judge by; none: it was not kept."""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -112,6 +111,7 @@ def read_coco(
     require_objects: bool = True,
     require_masks: bool = True,
     keypoints: KeypointOptions | None = None,
+    keep_tree: bool = False,
     key: str = "data.train",
 ) -> CocoDataset:
     """Read and check a data set.
@@ -124,6 +124,8 @@ def read_coco(
         require_objects: refuse a set without any object.
         require_masks: refuse objects without a segmentation; else batches hold no masks.
         keypoints: read keypoints, and how; none: what the file says of them is not looked at.
+        keep_tree: keep the parsed file beside the records, for a set that is to be evaluated on. Training
+            has no use for it, and in a large set it is millions of lists and numbers.
         key: configuration section that gave the paths, for messages.
     Raises:
         UserError: one line with all mistakes, each naming the file, the id and the remedy.
@@ -145,7 +147,8 @@ def read_coco(
     seen: set[int] = set()
     entries = tree["annotations"]
     for position, entry in enumerate(entries):
-        entries[position] = None  # lets go of millions of numbers as they are packed
+        if not keep_tree:
+            entries[position] = None  # lets go of millions of numbers as they are packed
         annotation_id = identifier(entry, "annotation", position, seen, problems)
         if annotation_id is None:
             continue
@@ -195,6 +198,7 @@ def read_coco(
         keypoints=schema,
         unlabelled=unlabelled,
         masks=require_masks,
+        tree=tree if keep_tree else None,
     )
     if require_objects and not any(not o.crowd for record in dataset.records for o in record.objects):
         why = f" ({dataset.summary()[0].split('; ', 1)[-1]})" if skipped or unlabelled else ""
@@ -207,16 +211,6 @@ def read_coco(
             "keypoints, or train without (model.keypoint_head.enabled=false)"
         )
     return dataset
-
-
-def object_bitmap(item: ObjectRecord, height: int, width: int) -> tuple[NDArray[np.uint8], Window]:
-    """Bitmap of an object in its image of `height` x `width`, cropped to its extent.
-
-    Returns:
-        (h, w) uint8 of 0 and 1, and the crop's (x, y, w, h) in annotation pixels; both are empty for
-        an object that covers no pixel.
-    """
-    return bitmap(item.segmentation, height, width)
 
 
 def check_same_classes(train: CocoDataset, val: CocoDataset) -> CocoDataset:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fastmrcnn.data.buckets import power_of_two
 from fastmrcnn.data.keypoints import KeypointSchema
@@ -18,8 +19,8 @@ from fastmrcnn.data.transforms import (
     Plan,
     Size,
     apply_plan,
-    from_annotation,
-    to_annotation,
+    image_to_input,
+    input_to_image,
     transform_boxes,
     transform_keypoints,
 )
@@ -29,8 +30,8 @@ MIN_SLOTS = 8
 MIN_MASK_BYTES = 4096
 
 
-class Objects(NamedTuple):
-    """What does not change with the augmentation: the objects of one image."""
+class RasterisedObjects(NamedTuple):
+    """What does not change with the augmentation: the objects of one image, their masks as bitmaps."""
 
     boxes: NDArray[np.float32]  # (n, 4) xyxy in annotation pixels
     classes: NDArray[np.int64]  # (n,)
@@ -43,13 +44,13 @@ class Objects(NamedTuple):
 
 class Sample(NamedTuple):
     pixels: NDArray[np.uint8]  # (h, w, 3)
-    to_annotation: NDArray[np.float64]  # (2, 3)
+    image_to_input: NDArray[np.float64]  # (2, 3)
+    input_to_image: NDArray[np.float64]  # (2, 3)
     annotated: Size
     boxes: NDArray[np.float32] | None = None  # (n, 4) in pixels of the sample
-    objects: Objects | None = None
+    objects: RasterisedObjects | None = None
     keypoints: NDArray[np.float32] | None = None  # (n, J, 3) in pixels of the sample
     proposals: ImageProposals | None = None  # boxes in pixels of the sample
-    from_annotation: NDArray[np.float64] | None = None  # (2, 3)
 
 
 def read_objects(
@@ -57,7 +58,7 @@ def read_objects(
     schema: KeypointSchema | None = None,
     polygons: bool = False,
     masks: bool = True,
-) -> Objects:
+) -> RasterisedObjects:
     """The objects of an image: masks rasterised, polygons gathered, keypoints if there is a schema.
 
     Crowd regions have no bitmap. An object that turns out to cover no pixel has no mask that could be
@@ -78,7 +79,7 @@ def read_objects(
         keypoints = np.zeros((len(record.objects), len(schema.names), 3), np.float32)
         for row, item in zip(keypoints, record.objects, strict=True):
             row[:] = 0 if item.keypoints is None else item.keypoints
-    return Objects(
+    return RasterisedObjects(
         boxes=np.array([item.box for item in record.objects], np.float32).reshape(-1, 4),
         classes=np.array([item.class_index for item in record.objects], np.int64),
         crowd=np.array(crowd, np.bool_),
@@ -93,13 +94,12 @@ def make_sample(
     resized: NDArray[np.uint8],
     plan: Plan,
     annotated: Size,
-    objects: Objects | None = None,
+    objects: RasterisedObjects | None = None,
     schema: KeypointSchema | None = None,
     proposals: ImageProposals | None = None,
 ) -> Sample:
     """Carry out a plan on a resized image, its boxes, keypoints and proposals; bitmaps stay as they are."""
-
-    forward = from_annotation(plan, *annotated)
+    forward = image_to_input(plan, *annotated)
 
     def move(boxes: NDArray[np.float32]) -> NDArray[np.float32]:
         height, width = plan.size
@@ -115,13 +115,13 @@ def make_sample(
         proposals = proposals._replace(boxes=move(proposals.boxes))
     return Sample(
         apply_plan(resized, plan),
-        to_annotation(plan, *annotated),
+        forward,
+        input_to_image(plan, *annotated),
         annotated,
         boxes,
         objects,
         keypoints,
         proposals,
-        forward,
     )
 
 
@@ -191,7 +191,7 @@ def _collate_targets(
     if samples[0].keypoints is not None:
         points = np.zeros((count, slots, *samples[0].keypoints.shape[1:]), np.float32)
     polygons = [own.polygons for own in objects if own.polygons is not None]
-    to_input = [sample.from_annotation for sample in samples if sample.from_annotation is not None]
+    to_input = [sample.image_to_input for sample in samples]
     start = 0
     for row, (sample, own) in enumerate(zip(samples, objects, strict=True)):
         n = len(own.classes)
@@ -216,7 +216,7 @@ def _collate_targets(
             buffer=torch.from_numpy(buffer),
             offset=torch.from_numpy(offset),
             window=torch.from_numpy(window),
-            to_annotation=torch.from_numpy(affines(samples)),
+            to_annotation=stack_input_to_image(samples),
             size=torch.tensor([sample.annotated for sample in samples], dtype=torch.int32),
         ),
         keypoints=None if points is None else torch.from_numpy(points),
@@ -224,6 +224,6 @@ def _collate_targets(
     )
 
 
-def affines(samples: Sequence[Sample]) -> NDArray[np.float32]:
-    """(N, 2, 3) from input pixels to annotation pixels."""
-    return np.stack([sample.to_annotation for sample in samples]).astype(np.float32)
+def stack_input_to_image(samples: Sequence[Sample]) -> Tensor:
+    """(N, 2, 3) float32."""
+    return torch.from_numpy(np.stack([sample.input_to_image for sample in samples]).astype(np.float32))

@@ -16,7 +16,7 @@ from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.collate import MIN_MASK_BYTES, MIN_SLOTS, collate, make_sample
 from fastmrcnn.data.order import BatchPlan, TrainSampler
 from fastmrcnn.data.polygons import PolygonSizes
-from fastmrcnn.data.transforms import Augment, Plan, Size, resize, resized_size, to_annotation
+from fastmrcnn.data.transforms import Augment, Plan, Size, resize, resized_size
 from fastmrcnn.data.worker import EvalSamples, Failure, LoadedBatch, TrainSamples
 from fastmrcnn.errors import UserError
 from fastmrcnn.structures import Batch
@@ -150,13 +150,13 @@ def prepare_image(
         pixels: (H, W, 3) uint8 RGB.
         buckets: padded shapes to choose from; none, or none that fits: the smallest multiples of 32.
     Returns:
-        The batch, and the (2, 3) affine from its pixels to those of `pixels`.
+        The batch, and input_to_image (2, 3) from its pixels to those of `pixels`.
     """
     height, width = pixels.shape[:2]
     plan = Plan(resized_size(height, width, short_side, long_side_max))
     sample = make_sample(resize(pixels, plan.resized), plan, (height, width))
     batch = collate([sample], bucket_or_new(plan.size, buckets or []))
-    return batch, to_annotation(plan, height, width).astype(np.float32)
+    return batch, sample.input_to_image.astype(np.float32)
 
 
 def largest_targets(dataset: CocoDataset, batch: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastmrcnn.data.buckets import MULTIPLE
-from fastmrcnn.data.collate import MIN_MASK_BYTES, Objects, Sample, collate
+from fastmrcnn.data.collate import MIN_MASK_BYTES, RasterisedObjects, Sample, collate
 from fastmrcnn.data.polygons import ImagePolygons
 from fastmrcnn.data.transforms import Size
 from fastmrcnn.structures import Batch
@@ -99,7 +99,7 @@ def _sample(
     windows = np.concatenate([corners, sides], axis=1).astype(np.int32)
     crops = [_ellipse(width, height).ravel() for width, height in windows[:, 2:].tolist()]
     identity = np.eye(2, 3)
-    own = Objects(
+    own = RasterisedObjects(
         boxes=boxes,
         classes=random.integers(num_classes, size=objects),
         crowd=np.zeros(objects, np.bool_),
@@ -109,11 +109,11 @@ def _sample(
     )
     return Sample(
         pixels=random.integers(256, size=(*shape, 3), dtype=np.uint8),
-        to_annotation=identity,
+        image_to_input=identity,
+        input_to_image=identity,
         annotated=shape,
         boxes=boxes,
         objects=own,
-        from_annotation=identity,
     )
 
 

@@ -3,8 +3,9 @@
 A plan follows from the image's size and the sample's random numbers alone, so that the loader knows
 into which bucket an image falls without opening it.
 
-Coordinates are continuous with pixel edges at integers: pixel i covers [i, i + 1). An *affine* is a
-(2, 3) matrix for columns (x, y, 1).
+Coordinates are continuous with pixel edges at integers: pixel i covers [i, i + 1). Two affine maps, (2, 3)
+matrices for columns (x, y, 1), lead from one set of pixels to the other: *image_to_input* from the image as
+it is annotated to what the model sees of it, *input_to_image* back.
 """
 
 from __future__ import annotations
@@ -153,14 +154,14 @@ def apply_plan(resized: NDArray[np.uint8], plan: Plan) -> NDArray[np.uint8]:
     return np.asarray(image)
 
 
-def to_annotation(plan: Plan, height: int, width: int) -> NDArray[np.float64]:
-    """Affine (2, 3) from pixels of the result to those of the original of height x width."""
-    return _affine(np.linalg.inv(_forward(plan, height, width)))
+def image_to_input(plan: Plan, height: int, width: int) -> NDArray[np.float64]:
+    """(2, 3), from pixels of an image of height x width to those of the plan's result."""
+    return _matrix(plan, height, width)[:2] + 0.0  # adding 0 turns -0 into 0
 
 
-def from_annotation(plan: Plan, height: int, width: int) -> NDArray[np.float64]:
-    """Affine (2, 3) from pixels of the original of height x width to those of the result."""
-    return _affine(_forward(plan, height, width))
+def input_to_image(plan: Plan, height: int, width: int) -> NDArray[np.float64]:
+    """(2, 3), from pixels of the plan's result to those of the image of height x width."""
+    return np.linalg.inv(_matrix(plan, height, width)).astype(np.float64)[:2] + 0.0
 
 
 def transform_boxes(boxes: NDArray[np.floating], affine: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -180,7 +181,7 @@ def transform_keypoints(
     Returns:
         (n, J, 3); all 0 where not labelled or no longer within the image.
     """
-    affine = from_annotation(plan, height, width)
+    affine = image_to_input(plan, height, width)
     places = keypoints[..., :2].astype(np.float64) @ affine[:, :2].T + affine[:, 2]
     within = (places >= 0) & (places <= plan.size[::-1])
     keep = within.all(axis=-1, keepdims=True) & (keypoints[..., 2:] > 0)
@@ -188,7 +189,7 @@ def transform_keypoints(
     return moved[:, list(mirror)] if plan.mirrored else moved
 
 
-def _forward(plan: Plan, height: int, width: int) -> NDArray[np.float64]:
+def _matrix(plan: Plan, height: int, width: int) -> NDArray[np.float64]:
     h, w = plan.resized
     matrix = np.diag([w / width, h / height, 1.0])
     for _ in range(plan.turns % 4):  # (x, y) -> (y, w - x)
@@ -199,7 +200,3 @@ def _forward(plan: Plan, height: int, width: int) -> NDArray[np.float64]:
     if plan.flip_vertical:
         matrix = np.array([[1.0, 0, 0], [0, -1, h], [0, 0, 1]]) @ matrix
     return matrix
-
-
-def _affine(matrix: NDArray[np.floating]) -> NDArray[np.float64]:
-    return matrix[:2].astype(np.float64) + 0.0  # adding 0 turns -0 into 0

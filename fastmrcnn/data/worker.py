@@ -6,13 +6,19 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastmrcnn.data.coco import CocoDataset
-from fastmrcnn.data.collate import Objects, Sample, affines, collate, make_sample, read_objects
+from fastmrcnn.data.collate import (
+    RasterisedObjects,
+    Sample,
+    collate,
+    make_sample,
+    read_objects,
+    stack_input_to_image,
+)
 from fastmrcnn.data.images import read_image
 from fastmrcnn.data.order import BatchPlan
 from fastmrcnn.data.polygons import PolygonSizes
@@ -29,7 +35,7 @@ class LoadedBatch(NamedTuple):
     image_ids: list[int]  # of the real images
     real: int  # images that are not repetitions; all of them in training
     original_sizes: list[Size]  # height and width of the real images as they are
-    to_original: Tensor  # (N, 2, 3) float32, input pixels -> pixels of the original
+    input_to_image: Tensor  # (N, 2, 3) float32, input pixels -> pixels of the original
 
 
 class Failure(NamedTuple):
@@ -57,7 +63,7 @@ class SampleStore:
         boxes = (o.box for record in dataset.records for o in record.objects)
         self.keep_objects = sum((b[2] - b[0]) * (b[3] - b[1]) for b in boxes) <= CACHE_BYTES
         self._pixels: dict[tuple[int, Size], NDArray[np.uint8]] = {}
-        self._objects: dict[int, Objects] = {}
+        self._objects: dict[int, RasterisedObjects] = {}
 
     def resized(self, index: int, size: Size) -> NDArray[np.uint8]:
         found = self._pixels.get((index, size))
@@ -70,7 +76,7 @@ class SampleStore:
     def proposed(self, index: int) -> ImageProposals | None:
         return None if self.proposals is None else self.proposals[self.records[index].image_id]
 
-    def objects(self, index: int) -> Objects:
+    def objects(self, index: int) -> RasterisedObjects:
         found = self._objects.get(index)
         if found is None:
             found = read_objects(self.records[index], self.schema, self.polygons, self.masks)
@@ -151,4 +157,4 @@ class EvalSamples(Dataset[LoadedBatch | Failure]):
 def _loaded(batch: Batch, samples: Sequence[Sample], image_ids: list[int]) -> LoadedBatch:
     repeated = [*samples, *[samples[-1]] * (batch.pixels.shape[0] - len(samples))]
     sizes = [sample.annotated for sample in samples]
-    return LoadedBatch(batch, image_ids, len(samples), sizes, torch.from_numpy(affines(repeated)))
+    return LoadedBatch(batch, image_ids, len(samples), sizes, stack_input_to_image(repeated))

@@ -12,7 +12,7 @@ from PIL import Image
 
 from fastmrcnn.data.images import rgb_pixels
 from fastmrcnn.data.loader import prepare_image
-from fastmrcnn.detection.objects import ImageDetections, split_detections
+from fastmrcnn.detection.objects import Objects, split_detections
 from fastmrcnn.detection.prediction import Prediction, as_prediction
 from fastmrcnn.detection.run import run_model
 from fastmrcnn.errors import UserError
@@ -51,12 +51,14 @@ class Detector(TrainedModel):
         pixels = rgb_pixels(image)
         return as_prediction(self.detect(pixels, score), pixels, self.card)
 
-    def detect(self, pixels: NDArray[np.uint8], score: float) -> ImageDetections:
+    def detect(self, pixels: NDArray[np.uint8], score: float) -> Objects:
         """The detections in (h, w, 3) RGB pixels, resized by the rule in the model's card."""
         config = self.card.config
-        batch, affine = prepare_image(pixels, config.data.short_side_test, config.data.long_side_max)
+        batch, input_to_image = prepare_image(pixels, config.data.short_side_test, config.data.long_side_max)
         detections = run_model(self.model, batch, config.runtime.precision)
-        return split_detections(detections, torch.from_numpy(affine)[None], [pixels.shape[:2]], score)[0]
+        return split_detections(
+            detections, torch.from_numpy(input_to_image)[None], [pixels.shape[:2]], score
+        )[0]
 
 
 def load(path: str | Path, device: str | torch.device = "auto") -> Detector:

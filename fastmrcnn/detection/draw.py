@@ -1,15 +1,18 @@
-"""Pictures for people: objects drawn into an image, ground truth beside predictions, loss curves."""
+"""Pictures for people: objects drawn into an image, ground truth beside predictions."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from fastmrcnn.detection.objects import Objects
+from fastmrcnn.files import replacing
 
 MIN_LONG_SIDE = 480  # smaller images are enlarged, or their labels would hide them
 FILL, OUTLINE = 0.45, 0.95  # opacity
@@ -34,48 +37,35 @@ COLOURS = (
 )
 
 
-class Instances(NamedTuple):
-    """Objects to draw in an image of h x w pixels."""
-
-    boxes: Any  # (n, 4) xyxy
-    masks: Any  # (n, h, w) bool, or None
-    names: Sequence[str]
-    scores: Any = None  # (n,) in 0..1; none: no scores in the labels
-    classes: Sequence[int] | None = None  # objects of a class share its colour; none: each has its own
-    keypoints: Any = None  # (n, J, 3) x, y, and visibility or score
-    skeleton: Sequence[tuple[int, int]] = ()  # keypoints to join
-
-
-def draw_instances(
+def draw_objects(
     image: NDArray[np.uint8],
-    boxes: Any,
-    masks: Any,
-    names: Sequence[str],
-    scores: Any = None,
-    classes: Sequence[int] | None = None,
-    keypoints: Any = None,
+    objects: Objects,
+    class_names: Sequence[str],
     skeleton: Sequence[tuple[int, int]] = (),
 ) -> NDArray[np.uint8]:
     """The image with translucent masks, their outlines, boxes, keypoints and labels.
 
+    Colours tell the classes apart, or the objects if there is but one class.
+
     Args:
         image: (h, w, 3) uint8 RGB. An image with a long side under 480 is enlarged by a whole factor.
-        boxes, masks, names, scores, classes, keypoints, skeleton: as in `Instances`; arrays or tensors on
-            the host. A keypoint whose visibility or score is under 0.05 is not drawn.
+        objects: of the image. A keypoint whose visibility or score is under 0.05 is not drawn.
+        skeleton: keypoints to join.
     Returns:
         (factor * h, factor * w, 3) uint8 RGB; the input is left as it is.
     Raises:
-        ValueError: for other shapes.
+        ValueError: the image is not of the objects' size.
     """
-    boxes = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
-    masks = None if masks is None else np.asarray(masks)
-    _check(image, boxes, masks, names)
-    height, width = image.shape[:2]
+    height, width = objects.height, objects.width
+    if image.shape != (height, width, 3) or image.dtype != np.uint8:
+        raise ValueError(f"image must be ({height}, {width}, 3) uint8, got {image.shape} {image.dtype}")
+    boxes, masks, points = objects.boxes, objects.masks, objects.keypoints
     factor = math.ceil(MIN_LONG_SIDE / max(height, width))
     size = (width * factor, height * factor)
     canvas = np.array(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
     line = max(2, round(max(size) / 450))
-    colours = [COLOURS[k % len(COLOURS)] for k in (range(len(boxes)) if classes is None else classes)]
+    kinds = objects.classes.tolist() if len(class_names) > 1 else range(len(objects))
+    colours = [COLOURS[kind % len(COLOURS)] for kind in kinds]
 
     # Large objects first, so that what lies on them stays visible.
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
@@ -92,42 +82,46 @@ def draw_instances(
             outline=colours[index],
             width=max(1, round(max(size) / 700)),
         )
-    if keypoints is not None:
-        points = np.asarray(keypoints, dtype=np.float32)
-        if points.ndim != 3 or len(points) != len(boxes) or points.shape[2] != 3:
-            raise ValueError(f"keypoints must be ({len(boxes)}, J, 3), got {points.shape}")
+    if points is not None:
         points = points * (factor, factor, 1)
         for index in order:
             _draw_keypoints(pen, points[index], skeleton, colours[index], line)
-    _draw_labels(pen, boxes * factor, _labels(names, scores), colours, size)
+    _draw_labels(pen, boxes * factor, _labels(objects, class_names), colours, size)
     return np.array(drawn)
 
 
-def draw_comparison(image: NDArray[np.uint8], truth: Instances, found: Instances) -> NDArray[np.uint8]:
+def draw_comparison(
+    image: NDArray[np.uint8],
+    truth: Objects,
+    found: Objects,
+    class_names: Sequence[str],
+    skeleton: Sequence[tuple[int, int]] = (),
+) -> NDArray[np.uint8]:
     """Ground truth on the left, predictions on the right, a caption over each. Returns (h', w', 3) uint8."""
-    panels = [draw_instances(image, *truth), draw_instances(image, *found)]
+    panels = [draw_objects(image, objects, class_names, skeleton) for objects in (truth, found)]
     height, width = panels[0].shape[:2]
     font = _font(round(9 + max(height, width) / 90))
     bar, gap = round(font.size * 1.8), max(4, round(width / 100))
     sheet = Image.new("RGB", (2 * width + gap, bar + height), "white")
     pen = ImageDraw.Draw(sheet)
-    for place, (title, instances, panel) in enumerate(
+    for place, (title, objects, panel) in enumerate(
         zip(("ground truth", "predictions"), (truth, found), panels, strict=True)
     ):
         left = place * (width + gap)
-        caption = f"{title} ({len(instances.names)})"
+        caption = f"{title} ({len(objects)})"
         pen.text((left + width / 2, bar / 2), caption, font=font, fill="black", anchor="mm")
         sheet.paste(Image.fromarray(panel), (left, bar))
     return np.array(sheet)
 
 
-def _check(image: NDArray[np.uint8], boxes: NDArray[np.float32], masks: Any, names: Sequence[str]) -> None:
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(f"image must be (h, w, 3) uint8, got {image.shape} {image.dtype}")
-    if masks is not None and masks.shape != (len(boxes), *image.shape[:2]):
-        raise ValueError(f"masks must be {(len(boxes), *image.shape[:2])}, got {masks.shape}")
-    if len(names) != len(boxes):
-        raise ValueError(f"{len(boxes)} boxes need as many names, got {len(names)}")
+def save_picture(path: str | Path, picture: NDArray[np.uint8]) -> None:
+    """Write a picture as PNG. What stood there is replaced.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    with replacing(path) as stream:
+        Image.fromarray(picture).save(stream, format="PNG")
 
 
 def _blend_mask(
@@ -175,10 +169,16 @@ def _draw_keypoints(
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour, outline="white")
 
 
-def _labels(names: Sequence[str], scores: Any) -> list[str]:
-    if scores is None:
-        return list(names)
-    return [f"{name} {float(score):.2f}" for name, score in zip(names, scores, strict=True)]
+def _labels(objects: Objects, class_names: Sequence[str]) -> list[str]:
+    labels = [class_names[kind] for kind in objects.classes.tolist()]
+    if objects.crowd is not None:
+        ends = [" (crowd)" if crowd else "" for crowd in objects.crowd]
+        labels = [label + end for label, end in zip(labels, ends, strict=True)]
+    if objects.scores is not None:
+        labels = [
+            f"{label} {score:.2f}" for label, score in zip(labels, objects.scores.tolist(), strict=True)
+        ]
+    return labels
 
 
 def _draw_labels(

@@ -72,28 +72,21 @@ def paste_to_host(
     return np.unpackbits(bits.cpu().numpy(), axis=-1, count=width).view(np.bool_)
 
 
-def encode_masks(
-    masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float = 0.5
-) -> list[dict[str, Any]]:
-    """The bitmaps of `paste_masks` as COCO's compressed RLE, without the bitmaps.
-
-    Returns:
-        D dictionaries {"size": [height, width], "counts": str}, ready for JSON.
-    """
-    return encode_images([masks], [boxes], [(height, width)], threshold)[0]
-
-
 def encode_images(
     masks: Sequence[Tensor],
     boxes: Sequence[Tensor],
     sizes: Sequence[tuple[int, int]],
     threshold: float = 0.5,
 ) -> list[list[dict[str, Any]]]:
-    """`encode_masks` of several images; on an accelerator the objects of all of them at once.
+    """The bitmaps of `paste_masks` as COCO's compressed RLE, without the bitmaps.
+
+    On an accelerator the objects of all images are encoded at once.
 
     Args:
         masks, boxes: of each image (D, M, M) and (D, 4).
         sizes: height and width of each image.
+    Returns:
+        For each image D dictionaries {"size": [height, width], "counts": str}, ready for JSON.
     """
     for own_masks, own_boxes in zip(masks, boxes, strict=True):
         _check(own_masks, own_boxes, threshold)

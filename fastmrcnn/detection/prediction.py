@@ -7,13 +7,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from fastmrcnn.data.keypoints import KeypointSchema
-from fastmrcnn.detection.draw import draw_instances
-from fastmrcnn.detection.objects import ImageDetections
-from fastmrcnn.detection.paste import paste_to_host
-from fastmrcnn.files import replacing
+from fastmrcnn.detection.draw import draw_objects, save_picture
+from fastmrcnn.detection.objects import Objects, pasted
 from fastmrcnn.weights.card import ModelCard
 
 
@@ -22,16 +19,38 @@ class Prediction:
     """What a model sees in one image, by falling score."""
 
     image: NDArray[np.uint8]  # (h, w, 3) RGB
-    boxes: NDArray[np.float32]  # (n, 4) xyxy in pixels of the image
-    masks: NDArray[np.bool_] | None  # (n, h, w); none: the model has no mask head
-    scores: NDArray[np.float32]  # (n,)
-    classes: NDArray[np.int64]  # (n,)
+    objects: Objects
     class_names: list[str]  # of all classes that the model knows
-    keypoints: NDArray[np.float32] | None = None  # (n, J, 3) x, y, score; none: the model has no such head
     keypoint_schema: KeypointSchema | None = None  # names of the J keypoints, and how they are joined
 
     def __len__(self) -> int:
-        return len(self.scores)
+        return len(self.objects)
+
+    @property
+    def boxes(self) -> NDArray[np.float32]:
+        """(n, 4) xyxy in pixels of the image."""
+        return self.objects.boxes
+
+    @property
+    def masks(self) -> NDArray[np.bool_] | None:
+        """(n, h, w); None: the model has no mask head."""
+        return self.objects.masks
+
+    @property
+    def scores(self) -> NDArray[np.float32]:
+        """(n,) in 0..1."""
+        assert self.objects.scores is not None, "what was found has them"
+        return self.objects.scores
+
+    @property
+    def classes(self) -> NDArray[np.int64]:
+        """(n,)."""
+        return self.objects.classes
+
+    @property
+    def keypoints(self) -> NDArray[np.float32] | None:
+        """(n, J, 3) x, y, score; None: the model has no such head."""
+        return self.objects.keypoints
 
     @property
     def names(self) -> list[str]:
@@ -43,18 +62,8 @@ class Prediction:
 
         Colours tell the classes apart, or the objects if there is but one class.
         """
-        classes = self.classes.tolist() if len(self.class_names) > 1 else None
         skeleton = () if self.keypoint_schema is None else self.keypoint_schema.skeleton
-        return draw_instances(
-            self.image,
-            self.boxes,
-            self.masks,
-            self.names,
-            self.scores,
-            classes,
-            keypoints=self.keypoints,
-            skeleton=skeleton,
-        )
+        return draw_objects(self.image, self.objects, self.class_names, skeleton)
 
     def save(self, path: str | Path) -> None:
         """Write the drawing as PNG. What stood there is replaced.
@@ -62,22 +71,9 @@ class Prediction:
         Raises:
             UserError: the file cannot be written.
         """
-        with replacing(path) as stream:
-            Image.fromarray(self.draw()).save(stream, format="PNG")
+        save_picture(path, self.draw())
 
 
-def as_prediction(found: ImageDetections, pixels: NDArray[np.uint8], card: ModelCard) -> Prediction:
-    masks = None
-    if found.masks is not None:
-        threshold = card.config.model.mask_head.threshold
-        masks = paste_to_host(found.masks, found.boxes, found.height, found.width, threshold)
-    return Prediction(
-        image=pixels,
-        boxes=found.boxes.numpy(),
-        masks=masks,
-        scores=found.scores.numpy(),
-        classes=found.classes.numpy(),
-        class_names=card.class_names,
-        keypoints=None if found.keypoints is None else found.keypoints.numpy(),
-        keypoint_schema=card.keypoints,
-    )
+def as_prediction(found: Objects, pixels: NDArray[np.uint8], card: ModelCard) -> Prediction:
+    objects = pasted(found, card.config.model.mask_head.threshold)
+    return Prediction(pixels, objects, card.class_names, card.keypoints)

@@ -5,27 +5,28 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as coco_mask
+from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
+from fastmrcnn.data.coco import CocoDataset
+from fastmrcnn.data.coco_json import read_json
 from fastmrcnn.data.keypoints import COCO_KEYPOINTS, UNIFORM_SIGMA, choose_sigmas
-from fastmrcnn.errors import UserError
+from fastmrcnn.data.masks import mask_area
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 KEYPOINT_METRICS = ("AP", "AP50", "AP75", "APm", "APl")  # COCO labels no keypoints on small objects
 
 
 def evaluate_coco(
-    annotations: str | Path | COCO,
+    annotations: str | Path | CocoDataset | COCO,
     results: Sequence[dict[str, Any]],
     iou_types: Sequence[str] = ("bbox", "segm"),
     max_dets: int = 100,
@@ -40,7 +41,7 @@ def evaluate_coco(
     result that holds a box from the box.
 
     Args:
-        annotations: COCO-format file, or what `load_ground_truth` made of it.
+        annotations: what `ground_truth` takes.
         results: entries as `coco_results` makes them; may be empty. They are left as they are.
         iou_types: of "bbox", "segm" and "keypoints".
         max_dets: best detections that count in each image; more than 10. For keypoints it is 20.
@@ -53,11 +54,12 @@ def evaluate_coco(
     Raises:
         UserError: the file is missing or not COCO format; sigmas that do not fit.
     """
-    truth = annotations if isinstance(annotations, COCO) else load_ground_truth(annotations)
+    truth = ground_truth(annotations)
     names = [category["name"] for category in truth.loadCats(sorted(truth.getCatIds()))]
     values: dict[str, float] = {}
     for kind in iou_types:
-        judge, note = _new_judge(truth, results, kind), ""
+        # pycocotools writes into the entries; the masks it only reads.
+        judge, note = new_judge(truth, [copy.copy(entry) for entry in results], kind), ""
         if kind == "keypoints":
             count = keypoint_count(truth.dataset)
             if oks_sigmas is None and count != COCO_KEYPOINTS:
@@ -73,33 +75,24 @@ def evaluate_coco(
     return values
 
 
-def load_ground_truth(path: str | Path) -> COCO:
-    """Read an annotation file, and fill in what pycocotools needs and files often lack.
+def ground_truth(annotations: str | Path | CocoDataset | COCO) -> COCO:
+    """The annotations as pycocotools judges by them.
 
-    `area` is the mask's, or the box's where there is no mask; `iscrowd` is 0; a region without a
-    mask has the mask of its box. Where categories name keypoints, an object without any has them
-    unlabelled.
+    Args:
+        annotations: COCO-format file; or a data set, whose tree is taken if it was kept, else its file is
+            read again; or what this function returned.
+    Raises:
+        UserError: the file is missing or not COCO format.
     """
-    try:
-        tree = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as a COCO-format JSON file ({error})") from None
-    parts = ("images", "annotations", "categories")
-    if not isinstance(tree, dict) or any(not isinstance(tree.get(part), list) for part in parts):
-        raise UserError(f"{path}: not COCO format: it must hold lists of {', '.join(parts)}")
-    sizes = {image["id"]: (image["height"], image["width"]) for image in tree["images"]}
-    count = keypoint_count(tree)
-    for entry in tree["annotations"]:
-        entry.setdefault("iscrowd", 0)
-        if count:
-            entry["keypoints"] = entry.get("keypoints") or [0] * 3 * count
-            entry.setdefault("num_keypoints", sum(flag > 0 for flag in entry["keypoints"][2::3]))
-        x, y, w, h = entry["bbox"]
-        shape = entry.get("segmentation") or None
-        if entry.get("area") is None:
-            entry["area"] = w * h if shape is None else _mask_area(shape, *sizes[entry["image_id"]])
-        if shape is None:
-            entry["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    if isinstance(annotations, COCO):
+        return annotations
+    if isinstance(annotations, CocoDataset):
+        path, tree = annotations.annotations, annotations.tree
+    else:
+        path, tree = Path(annotations), None
+    if tree is None:
+        tree = read_json(path, "data.val")
+    fill_in(tree)
     if any(entry["id"] == 0 for entry in tree["annotations"]):
         print(
             f"warning: {path}: pycocotools takes annotation id 0 for 'no match' and counts its object as "
@@ -118,18 +111,33 @@ def keypoint_count(tree: dict[str, Any]) -> int:
     return max((len(category.get("keypoints") or ()) for category in tree["categories"]), default=0)
 
 
-def _mask_area(shape: Any, height: int, width: int) -> float:
-    if isinstance(shape, dict) and not isinstance(shape["counts"], list):
-        return float(coco_mask.area(shape))
-    rle = coco_mask.frPyObjects(shape, height, width)
-    return float(coco_mask.area(coco_mask.merge(rle) if isinstance(rle, list) else rle))
+def fill_in(tree: dict[str, Any]) -> None:
+    """Write into a parsed file what pycocotools needs and files often lack. A second time changes nothing.
+
+    `area` is the mask's, or the box's where there is no mask; `iscrowd` is 0; a region without a
+    mask has the mask of its box. Where categories name keypoints, an object without any has them
+    unlabelled.
+    """
+    sizes = {image["id"]: (image["height"], image["width"]) for image in tree["images"]}
+    count = keypoint_count(tree)
+    for entry in tree["annotations"]:
+        entry.setdefault("iscrowd", 0)
+        if count:
+            entry["keypoints"] = entry.get("keypoints") or [0] * 3 * count
+            entry.setdefault("num_keypoints", sum(flag > 0 for flag in entry["keypoints"][2::3]))
+        x, y, w, h = entry["bbox"]
+        shape = entry.get("segmentation") or None
+        if entry.get("area") is None:
+            entry["area"] = w * h if shape is None else float(mask_area(shape, *sizes[entry["image_id"]]))
+        if shape is None:
+            entry["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
 
 
-def _new_judge(truth: COCO, results: Sequence[dict[str, Any]], kind: str) -> COCOeval:
+def new_judge(truth: COCO, results: list[dict[str, Any]], kind: str) -> COCOeval:
+    """pycocotools' evaluation of results, which it writes into, by their "bbox", "segm" or "keypoints"."""
     with contextlib.redirect_stdout(io.StringIO()):
         if results:
-            # loadRes writes into the entries, and its masks are only read.
-            found = truth.loadRes([copy.copy(entry) for entry in results])
+            found = truth.loadRes(results)
         else:  # which loadRes cannot take
             found = COCO()
             found.dataset = {**truth.dataset, "annotations": []}
@@ -151,7 +159,7 @@ def _run(judge: COCOeval, image_ids: Sequence[int] | None) -> str:
     max_dets = judge.params.maxDets[-1]
     # The first line of pycocotools' summary of boxes and masks only knows 100.
     if judge.params.iouType != "keypoints" and max_dets != 100:
-        value = _mean(judge.eval["precision"][..., 0, -1]) / 100
+        value = mean_known(judge.eval["precision"][..., 0, -1]) / 100
         lines[0] = (
             lines[0].replace("maxDets=100", f"maxDets={max_dets:>3d}").replace("-1.000", f"{value:0.3f}")
         )
@@ -166,13 +174,13 @@ def _metrics(judge: COCOeval, class_names: Sequence[str]) -> dict[str, float]:
     areas = range(1, precision.shape[-1])  # small, medium and large, or the last two for keypoints
     parts = (every, every[fifty], every[seventy_five], *(precision[..., area] for area in areas))
     names = KEYPOINT_METRICS if judge.params.iouType == "keypoints" else METRICS
-    found = {name: _mean(part) for name, part in zip(names, parts, strict=True)}
+    found = {name: mean_known(part) for name, part in zip(names, parts, strict=True)}
     if len(class_names) > 1:
-        found.update({f"AP-{name}": _mean(every[:, :, k]) for k, name in enumerate(class_names)})
+        found.update({f"AP-{name}": mean_known(every[:, :, k]) for k, name in enumerate(class_names)})
     return found
 
 
-def _mean(precision: np.ndarray) -> float:
-    """In 0..100; pycocotools writes -1 where there is no object to find."""
-    known = precision[precision > -1]
+def mean_known(values: NDArray[np.float64]) -> float:
+    """In 0..100, NaN if none is known; pycocotools writes -1 where there is no object to find."""
+    known = values[values > -1]
     return float(np.mean(known)) * 100 if known.size else float("nan")

@@ -7,21 +7,19 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
 from fastmrcnn.config.schema import Config
 from fastmrcnn.data.build import evaluation_loader
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.records import ImageProposals
-from fastmrcnn.detection.objects import split_detections
-from fastmrcnn.device import choose_precision
-from fastmrcnn.evaluation.coco import load_ground_truth
+from fastmrcnn.detection.objects import coco_boxes, split_detections
+from fastmrcnn.detection.run import run_model
+from fastmrcnn.evaluation.coco import ground_truth, mean_known, new_judge
 from fastmrcnn.model.mask_rcnn import MaskRCNN, as_detections
-from fastmrcnn.structures import to_device
+from fastmrcnn.structures import Batch, Detections
 
 LIMITS = (100, 300, 1000)
 
@@ -41,23 +39,24 @@ def collect_proposals(
         config: its sections data, evaluate and runtime.precision are used.
         device: of the model; none: that of its first parameter.
     """
-    place = device or next(model.parameters()).device
-    how = choose_precision(config.runtime.precision, place)
+
+    def propose(batch: Batch) -> Detections:
+        return as_detections(model.propose(model.features(batch), batch))
+
     found: dict[int, ImageProposals] = {}
     with tqdm(total=len(dataset), unit="img", desc="propose", disable=not progress) as bar:
         for loaded in evaluation_loader(dataset, config):
-            with torch.no_grad(), torch.autocast(place.type, dtype=how.dtype, enabled=how.autocast):
-                batch = to_device(loaded.batch, place)
-                proposals = as_detections(model.propose(model.features(batch), batch))
-            each = split_detections(proposals, loaded.to_original, loaded.original_sizes)
+            proposals = run_model(model, loaded.batch, config.runtime.precision, device, propose)
+            each = split_detections(proposals, loaded.input_to_image, loaded.original_sizes)
             for image_id, one in zip(loaded.image_ids, each, strict=True):
-                found[image_id] = ImageProposals(one.boxes.numpy(), one.scores.numpy())
+                assert one.scores is not None, "what was found has them"
+                found[image_id] = ImageProposals(one.boxes, one.scores)
             bar.update(loaded.real)
     return found
 
 
 def proposal_recall(
-    annotations: str | Path | COCO,
+    annotations: str | Path | CocoDataset | COCO,
     proposals: Mapping[int, ImageProposals],
     limits: Sequence[int] = LIMITS,
     show: bool = True,
@@ -65,39 +64,28 @@ def proposal_recall(
     """Average recall over IoU 0.50:0.95 of the best proposals of each image, by pycocotools.
 
     Args:
-        annotations: COCO-format file, or what `load_ground_truth` made of it.
+        annotations: what `ground_truth` takes.
         proposals: by image id, for the images that are judged.
         limits: numbers of proposals, ascending.
         show: print it.
     Returns:
         "box_proposals/AR@100", ... in 0..100; NaN where there is no object to find.
     """
-    truth = annotations if isinstance(annotations, COCO) else load_ground_truth(annotations)
+    truth = ground_truth(annotations)
     category = truth.getCatIds()[0]  # any that there is; pycocotools drops those it does not know
     entries = []
     for image_id, one in proposals.items():
-        corners, sides = one.boxes[:, :2], one.boxes[:, 2:] - one.boxes[:, :2]
-        for box, score in zip(np.hstack([corners, sides]).tolist(), one.scores.tolist(), strict=True):
+        for box, score in zip(coco_boxes(one.boxes), one.scores.tolist(), strict=True):
             entries.append({"image_id": image_id, "category_id": category, "bbox": box, "score": score})
+    judge = new_judge(truth, entries, "bbox")
+    judge.params.useCats = 0
+    judge.params.maxDets = list(limits)
+    judge.params.imgIds = sorted(proposals)
     with contextlib.redirect_stdout(io.StringIO()):
-        if entries:
-            found = truth.loadRes(entries)
-        else:  # which loadRes cannot take
-            found = COCO()
-            found.dataset = {**truth.dataset, "annotations": []}
-            found.createIndex()
-        judge = COCOeval(truth, found, "bbox")
-        judge.params.useCats = 0
-        judge.params.maxDets = list(limits)
-        judge.params.imgIds = sorted(proposals)
         judge.evaluate()
         judge.accumulate()
-    recall = judge.eval["recall"]  # IoU threshold, class, area range (0 is all), limit
-    values = {}
-    for index, limit in enumerate(limits):
-        known = recall[:, 0, 0, index]
-        known = known[known > -1]
-        values[f"box_proposals/AR@{limit}"] = float(known.mean()) * 100 if known.size else float("nan")
+    recall = judge.eval["recall"][:, 0, 0]  # of IoU threshold, class, area range (0 is all), limit
+    values = {f"box_proposals/AR@{limit}": mean_known(recall[:, k]) for k, limit in enumerate(limits)}
     if show:
         print("Proposals: " + ", ".join(f"{name[14:]} {value:.1f}" for name, value in values.items()))
     return values

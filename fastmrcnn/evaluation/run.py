@@ -6,23 +6,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
 from fastmrcnn.config.schema import Config
 from fastmrcnn.data.build import evaluation_loader
-from fastmrcnn.data.coco import CocoDataset, ImageRecord, object_bitmap
+from fastmrcnn.data.coco import CocoDataset
+from fastmrcnn.data.collate import read_objects
 from fastmrcnn.data.images import read_image
 from fastmrcnn.data.keypoints import choose_sigmas
+from fastmrcnn.data.masks import bitmap
 from fastmrcnn.data.proposals import write_proposals
-from fastmrcnn.detection.draw import Instances, draw_comparison
-from fastmrcnn.detection.objects import ImageDetections, coco_results, split_detections
-from fastmrcnn.detection.paste import paste_to_host
+from fastmrcnn.data.records import ImageRecord
+from fastmrcnn.detection.draw import draw_comparison, save_picture
+from fastmrcnn.detection.objects import Objects, coco_results, pasted, split_detections
 from fastmrcnn.detection.run import run_model
 from fastmrcnn.evaluation.coco import evaluate_coco
 from fastmrcnn.evaluation.proposals import collect_proposals, proposal_recall
-from fastmrcnn.files import make_folder, replacing, write_json
+from fastmrcnn.files import make_folder, write_json
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 
 RESULTS = "coco_instances_results.json"
@@ -60,7 +61,7 @@ def run_evaluation(
         proposals = collect_proposals(model, dataset, config, device=device, progress=progress)
         make_folder(output)
         write_proposals(output / "proposals.npz", proposals)
-        return proposal_recall(dataset.annotations, proposals, show=progress)
+        return proposal_recall(dataset, proposals, show=progress)
     chosen = choose_pictures(dataset, config.evaluate.pictures if pictures is None else pictures)
     threshold, offset = config.model.mask_head.threshold, config.data.keypoint_offset
     loader = evaluation_loader(dataset, config)
@@ -68,7 +69,7 @@ def run_evaluation(
     if dataset.num_keypoints is not None:
         choose_sigmas(dataset.num_keypoints, sigmas)  # a mistake in them is told at once
     results = []
-    kept: dict[int, ImageDetections] = {}
+    kept: dict[int, Objects] = {}
     cut = 0
     with tqdm(
         total=len(dataset), unit="img", desc="evaluate", dynamic_ncols=True, disable=not progress
@@ -76,7 +77,7 @@ def run_evaluation(
         for loaded in loader:
             detections = run_model(model, loaded.batch, config.runtime.precision, device)
             cut += int(detections.cut[: loaded.real].sum())
-            found = split_detections(detections, loaded.to_original, loaded.original_sizes)
+            found = split_detections(detections, loaded.input_to_image, loaded.original_sizes)
             ids = loaded.image_ids
             results += coco_results(found, ids, dataset.category_ids, threshold, offset)
             for image_id, one in zip(ids, found, strict=True):
@@ -86,7 +87,7 @@ def run_evaluation(
     make_folder(output)
     write_json(output / RESULTS, results)
     values = evaluate_coco(
-        dataset.annotations,
+        dataset,
         results,
         judged(config),
         image_ids=[record.image_id for record in dataset.records],
@@ -119,48 +120,31 @@ def choose_pictures(dataset: CocoDataset, count: int) -> dict[int, ImageRecord]:
 
 
 def draw_picture(
-    record: ImageRecord, found: ImageDetections, dataset: CocoDataset, threshold: float, folder: Path
+    record: ImageRecord, found: Objects, dataset: CocoDataset, threshold: float, folder: Path
 ) -> None:
     """Write ground truth beside the better predictions as `folder/<image id>_<stem>.png`."""
-    class_names = dataset.class_names
+    assert found.scores is not None, "what was found has them"
+    better = pasted(found.first(int((found.scores >= PICTURE_SCORE).sum())), threshold)
     skeleton = () if dataset.keypoints is None else dataset.keypoints.skeleton
-    keep = found.scores >= PICTURE_SCORE
-    boxes, classes = found.boxes[keep], found.classes[keep].tolist()
-    masks = None
-    if found.masks is not None:
-        masks = paste_to_host(found.masks[keep], boxes, found.height, found.width, threshold)
-    predicted = Instances(
-        boxes.numpy(),
-        masks,
-        [class_names[k] for k in classes],
-        found.scores[keep],
-        classes,
-        None if found.keypoints is None else found.keypoints[keep],
-        skeleton,
-    )
-    truth = ground_truth(record, dataset)
-    if len(class_names) == 1:  # then colours are better spent on telling the objects apart
-        truth, predicted = truth._replace(classes=None), predicted._replace(classes=None)
+    truth = annotated_objects(record, dataset)
+    sheet = draw_comparison(read_image(record), truth, better, dataset.class_names, skeleton)
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / f"{record.image_id}_{record.path.stem}.png") as stream:
-        sheet = draw_comparison(read_image(record), truth, predicted)
-        Image.fromarray(sheet).save(stream, format="PNG")
+    save_picture(folder / f"{record.image_id}_{record.path.stem}.png", sheet)
 
 
-def ground_truth(record: ImageRecord, dataset: CocoDataset) -> Instances:
+def annotated_objects(record: ImageRecord, dataset: CocoDataset) -> Objects:
     """The objects of an image, crowd regions included, as they are drawn."""
+    known = read_objects(record, dataset.keypoints, masks=False)
     masks = np.zeros((len(record.objects), record.height, record.width), dtype=bool)
     for mask, item in zip(masks, record.objects, strict=True):
-        bitmap, (x, y, w, h) = object_bitmap(item, record.height, record.width)
-        mask[y : y + h, x : x + w] = bitmap
-    classes = [item.class_index for item in record.objects]
-    names = [
-        dataset.class_names[item.class_index] + (" (crowd)" if item.crowd else "") for item in record.objects
-    ]
-    boxes = [item.box for item in record.objects]
-    if dataset.keypoints is None:
-        return Instances(boxes, masks, names, None, classes)
-    points = np.zeros((len(boxes), len(dataset.keypoints.names), 3), np.float32)
-    for row, item in zip(points, record.objects, strict=True):
-        row[:] = 0 if item.keypoints is None else item.keypoints
-    return Instances(boxes, masks, names, None, classes, points, dataset.keypoints.skeleton)
+        crop, (x, y, w, h) = bitmap(item.segmentation, record.height, record.width)
+        mask[y : y + h, x : x + w] = crop
+    return Objects(
+        record.height,
+        record.width,
+        known.boxes,
+        known.classes,
+        masks=masks,
+        keypoints=known.keypoints,
+        crowd=known.crowd,
+    )

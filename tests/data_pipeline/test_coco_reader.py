@@ -15,7 +15,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from fastmrcnn.data.coco import check_same_classes, object_bitmap, read_coco
+from fastmrcnn.data.coco import check_same_classes, read_coco
 from fastmrcnn.data.masks import bitmap, segmentation_problem
 from fastmrcnn.errors import UserError
 
@@ -334,7 +334,7 @@ def test_nuclei() -> None:
     for record in dataset.records:
         for item in record.objects:
             whole = coco.annToMask(coco.anns[item.annotation_id])
-            crop, (x, y, w, h) = object_bitmap(item, record.height, record.width)
+            crop, (x, y, w, h) = bitmap(item.segmentation, record.height, record.width)
             np.testing.assert_array_equal(crop, whole[y : y + h, x : x + w])
             assert crop.sum() == whole.sum() == coco_mask.area(coco.annToRLE(coco.anns[item.annotation_id]))
             count += 1
@@ -391,7 +391,7 @@ def test_junk_anywhere_is_accepted_or_a_user_error(tmp_path: Path) -> None:
                 dataset = read_coco(images, file)
                 for record in dataset.records:
                     for item in record.objects:
-                        object_bitmap(item, record.height, record.width)
+                        bitmap(item.segmentation, record.height, record.width)
                 accepted += 1
             tried += 1
     assert 100 < accepted < tried / 2

@@ -17,7 +17,7 @@ from PIL import Image
 
 from fastmrcnn.data import worker
 from fastmrcnn.data.coco import CocoDataset, read_coco
-from fastmrcnn.data.collate import Objects, power_of_two, read_objects
+from fastmrcnn.data.collate import RasterisedObjects, power_of_two, read_objects
 from fastmrcnn.data.loader import EvalLoader, LoadedBatch, TrainLoader, largest_targets, prepare_image
 from fastmrcnn.data.order import TrainSampler
 from fastmrcnn.data.records import ImageRecord, ObjectRecord
@@ -335,13 +335,13 @@ def test_evaluation_sees_every_image_once_and_in_order(tmp_path: Path) -> None:
         assert loaded.batch.targets is None
         assert loaded.batch.pixels.shape[0] == 2
         assert loaded.real == len(loaded.image_ids) == len(loaded.original_sizes)
-        assert loaded.to_original.shape == (2, 2, 3)
+        assert loaded.input_to_image.shape == (2, 2, 3)
         for row in range(2):
             image_id = loaded.image_ids[min(row, loaded.real - 1)]  # the last is repeated
             record = dataset.records[image_id - 100]
             assert loaded.batch.pixels[row, 0, 0, 0] == image_id - 99
             height, width = loaded.batch.sizes[row].tolist()
-            corner = loaded.to_original[row] @ torch.tensor([width, height, 1.0])
+            corner = loaded.input_to_image[row] @ torch.tensor([width, height, 1.0])
             np.testing.assert_allclose(corner, [record.width, record.height], rtol=1e-6)
 
 
@@ -408,6 +408,6 @@ def test_resuming_late_is_quick(tmp_path: Path) -> None:
 def test_objects_of_an_image_without_any() -> None:
     path = Path("x")
     found = read_objects(ImageRecord(1, path, "x", 4, 4, [], path))
-    assert isinstance(found, Objects)
+    assert isinstance(found, RasterisedObjects)
     assert found.boxes.shape == found.windows.shape == (0, 4)
     assert found.crops.shape == (0,)

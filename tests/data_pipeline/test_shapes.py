@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastmrcnn.data.coco import object_bitmap, read_coco
+from fastmrcnn.data.coco import read_coco
 from fastmrcnn.data.images import read_image
+from fastmrcnn.data.masks import bitmap
 from fastmrcnn.data.shapes import CLASS_NAMES, draw_image, write_shapes
 
 
@@ -47,7 +48,7 @@ def test_annotations_are_what_can_be_seen(paths: dict[str, Path]) -> None:
         taken = np.zeros((record.height, record.width), np.int64)
         boxes = np.zeros_like(taken)
         for item in record.objects:
-            crop, (x, y, w, h) = object_bitmap(item, record.height, record.width)
+            crop, (x, y, w, h) = bitmap(item.segmentation, record.height, record.width)
             assert item.box == (x, y, x + w, y + h)
             assert item.area == crop.sum() > 0
             taken[y : y + h, x : x + w] += crop
@@ -65,7 +66,7 @@ def test_objects_differ_from_their_background(paths: dict[str, Path]) -> None:
         pixels = read_image(record).astype(float)
         bitmaps = []
         for item in record.objects:
-            crop, (x, y, w, h) = object_bitmap(item, record.height, record.width)
+            crop, (x, y, w, h) = bitmap(item.segmentation, record.height, record.width)
             whole = np.zeros((record.height, record.width), bool)
             whole[y : y + h, x : x + w] = crop
             bitmaps.append(whole)

@@ -15,11 +15,11 @@ from fastmrcnn.data.transforms import (
     Plan,
     apply_plan,
     draws,
-    from_annotation,
+    image_to_input,
+    input_to_image,
     plan_image,
     resize,
     resized_size,
-    to_annotation,
     transform_boxes,
 )
 from fastmrcnn.errors import UserError
@@ -75,9 +75,9 @@ def test_flips_and_turns_move_masks_and_boxes_alike(
     plan = Plan(resized=size, **changes)
     turned = apply_plan(np.repeat(mask[:, :, None], 3, axis=2), plan)[:, :, 0]
     assert turned.shape == plan.size
-    back = to_annotation(plan, *size)
+    back = input_to_image(plan, *size)
     np.testing.assert_array_equal(read_through(back, mask, plan.size), turned)
-    box = transform_boxes(extent(mask)[None], from_annotation(plan, *size))
+    box = transform_boxes(extent(mask)[None], image_to_input(plan, *size))
     np.testing.assert_array_equal(box[0], extent(turned))
 
 
@@ -87,7 +87,7 @@ def test_the_affines_undo_each_other(
     size: tuple[int, int], short: int, longest: int, changes: dict[str, int]
 ) -> None:
     plan = Plan(resized=resized_size(*size, short, longest), **changes)
-    forward, back = from_annotation(plan, *size), to_annotation(plan, *size)
+    forward, back = image_to_input(plan, *size), input_to_image(plan, *size)
     corners = np.array([[0.0, 0, size[1], size[0]], [0, 0, 1, 1]])
     moved = transform_boxes(corners, forward)
     height, width = plan.size
@@ -102,11 +102,11 @@ def test_scaled_masks_agree_with_scaled_pictures(changes: dict[str, int]) -> Non
     plan = Plan(resized=resized_size(60, 90, 148, 400), **changes)
     assert plan.resized == (148, 222)
     picture = apply_plan(resize(np.repeat(mask[:, :, None] * 255, 3, axis=2), plan.resized), plan)[:, :, 0]
-    mapped = read_through(to_annotation(plan, 60, 90), mask, plan.size).astype(bool)
+    mapped = read_through(input_to_image(plan, 60, 90), mask, plan.size).astype(bool)
     scaled = picture >= 128
     iou = (mapped & scaled).sum() / (mapped | scaled).sum()
     assert iou > 0.98  # the border differs by less than one pixel of the original
-    box = transform_boxes(extent(mask)[None], from_annotation(plan, 60, 90))[0]
+    box = transform_boxes(extent(mask)[None], image_to_input(plan, 60, 90))[0]
     np.testing.assert_allclose(box, extent(scaled), atol=1.3)
 
 
