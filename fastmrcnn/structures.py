@@ -87,11 +87,7 @@ class SampledRois(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Scalars, named as in detectron2. A part that the model lacks gives None.
-
-    The last three are counts, not losses: foreground RoIs of the batch, those of them that found no slot
-    in the mask head, and those with a labelled keypoint that found none in the keypoint head.
-    """
+    """Scalars, named as in detectron2, whose sum is minimised. A part that the model lacks gives None."""
 
     loss_rpn_cls: Tensor | None = None
     loss_rpn_loc: Tensor | None = None
@@ -99,18 +95,24 @@ class Losses(NamedTuple):
     loss_box_reg: Tensor | None = None
     loss_mask: Tensor | None = None
     loss_keypoint: Tensor | None = None
-    num_fg: Tensor | None = None
-    masks_dropped: Tensor | None = None
-    keypoints_dropped: Tensor | None = None
-
-    def present(self) -> dict[str, Tensor]:
-        """Losses and counts by name, without those that are None."""
-        return {name: value for name, value in self._asdict().items() if value is not None}
 
     def total(self) -> Tensor:
         """Sum of the losses, to be differentiated."""
-        first, *rest = (value for name, value in self.present().items() if name.startswith("loss_"))
+        first, *rest = present(self).values()
         return sum(rest, start=first)
+
+
+class Counts(NamedTuple):
+    """Scalars that come with the losses of a batch. A part that the model lacks gives None."""
+
+    num_fg: Tensor | None = None  # foreground RoIs
+    masks_dropped: Tensor | None = None  # those of them that found no slot in the mask head
+    keypoints_dropped: Tensor | None = None  # those with a labelled keypoint, in the keypoint head
+
+
+def present(*parts: Losses | Counts) -> dict[str, Tensor]:
+    """Losses and counts by name, without those that are None."""
+    return {name: value for part in parts for name, value in part._asdict().items() if value is not None}
 
 
 class Detections(NamedTuple):

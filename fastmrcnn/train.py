@@ -164,8 +164,8 @@ def train(
             if execution.compiled or execution.cuda_graphs:
                 prepare_shapes(make_step, batch, loader.buckets, first=step == start)
             lr = learning_rate(config.optim, step, steps, batch_size)
-            losses = make_step(batch, step, lr)
-            metrics.add(losses, batch_size, data_time)
+            losses, counts = make_step(batch, step, lr)
+            metrics.add(losses, counts, batch_size, data_time)
 
             done = step + 1
             bar.update()

@@ -449,7 +449,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # sections of the model that are not as
 
 
 def step_of(config: Config) -> TrainingStep:
-    model = build_model(config.model, 3, load_backbone_weights=False, num_keypoints=17)
+    model = build_model(config.model, 3, num_keypoints=17)
     precision = device.choose_precision("fp32", CPU)
     return TrainingStep(model.train(), config.optim, precision, Execution())
 

@@ -15,6 +15,7 @@ from fastmrcnn.config.file import (
     nearest_key,
     parse_config,
 )
+from fastmrcnn.config.model import FpnConfig
 from fastmrcnn.config.schema import Config
 from fastmrcnn.errors import UserError
 
@@ -232,6 +233,16 @@ def test_dump_names_every_key() -> None:
         return found
 
     assert leaves(yaml.safe_load(dump_config(Config()))) == set(known_keys())
+
+
+def test_fields_of_a_section_by_name() -> None:
+    section = FpnConfig(channels=8)
+    assert section.values("channels") == {"channels": 8}
+    assert section.without("channels") == {"norm": "none"}
+    assert section.values() == section.without() == {"channels": 8, "norm": "none"}
+    for ask in (section.values, section.without):
+        with pytest.raises(KeyError, match="chanels"):
+            ask("chanels")
 
 
 def test_configuration_is_frozen() -> None:

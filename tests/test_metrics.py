@@ -11,15 +11,15 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastmrcnn.structures import Losses
+from fastmrcnn.structures import Counts, Losses
 from fastmrcnn.training.metrics import Metrics
 
 GOOD = torch.tensor(-1)
 
 
-def losses(value: float) -> Losses:
+def numbers(value: float) -> tuple[Losses, Counts]:
     parts = [torch.tensor(value * factor, requires_grad=True) for factor in (1, 2, 3, 4, 5)]
-    return Losses(*parts, num_fg=torch.tensor(7), masks_dropped=torch.tensor(0))
+    return Losses(*parts), Counts(num_fg=torch.tensor(7), masks_dropped=torch.tensor(0))
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -28,8 +28,8 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 def test_a_row_holds_means_under_detectron2s_names(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path)
-    metrics.add(losses(1.0), images=4, data_time=0.5)
-    metrics.add(losses(3.0), images=4, data_time=1.5)
+    metrics.add(*numbers(1.0), images=4, data_time=0.5)
+    metrics.add(*numbers(3.0), images=4, data_time=1.5)
     row, bad = metrics.read(19, GOOD, lr=0.01, steps_left=80)
     metrics.close()
     assert bad == -1
@@ -55,9 +55,9 @@ def test_a_row_holds_means_under_detectron2s_names(tmp_path: Path) -> None:
 
 def test_each_row_starts_afresh_and_leaves_out_what_is_excluded(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path)
-    metrics.add(losses(1.0), 2, 0.0)
+    metrics.add(*numbers(1.0), 2, 0.0)
     metrics.read(0, GOOD, 0.1, 1)
-    metrics.add(losses(5.0), 2, 0.0)
+    metrics.add(*numbers(5.0), 2, 0.0)
     metrics.exclude(-1000.0)  # as if the step had taken that much longer
     row, _ = metrics.read(1, GOOD, 0.1, 0)
     metrics.close()
@@ -67,7 +67,7 @@ def test_each_row_starts_afresh_and_leaves_out_what_is_excluded(tmp_path: Path) 
 
 def test_a_bad_step_is_reported_and_not_written(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path)
-    metrics.add(losses(math.nan), 2, 0.0)
+    metrics.add(*numbers(math.nan), 2, 0.0)
     _, bad = metrics.read(5, torch.tensor(4), 0.1, 0)
     metrics.close()
     assert bad == 4
@@ -96,7 +96,7 @@ def test_lines_of_a_run_that_went_further_are_dropped(tmp_path: Path) -> None:
 
 def test_tensorboard_has_the_same_numbers(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path)
-    metrics.add(losses(1.0), 2, 0.0)
+    metrics.add(*numbers(1.0), 2, 0.0)
     metrics.read(9, GOOD, 0.1, 0)
     metrics.write({"iteration": 9, "segm/AP": 44.0})
     metrics.close()

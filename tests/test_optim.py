@@ -283,10 +283,10 @@ def test_whole_step_never_syncs(config: OptimConfig, scale: float | None, tmp_pa
             for group in optimizer.param_groups:
                 group["lr"].fill_(0.01)
             update.before_forward()
-            losses = model(batch, keys)
+            losses, counts = model(batch, keys)
             update.backward(losses.total(), step)
             ema.update(step, update.first_bad_step)
-            metrics.add(losses, 2, 0.0)
+            metrics.add(losses, counts, 2, 0.0)
     assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with NoSync(), pytest.raises(AssertionError, match="makes the host wait"):
         metrics.read(1, update.first_bad_step, 0.01, 0)

@@ -16,9 +16,9 @@ from fastmrcnn.config.schema import Config, OptimConfig
 from fastmrcnn.device import choose_precision, set_up_cuda
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.convs import Conv2d
-from fastmrcnn.model.sampling import SamplingKeys
-from fastmrcnn.structures import Batch, Losses, to_device
-from fastmrcnn.training.cuda_graph import GraphedStep, leaves
+from fastmrcnn.model.subsample import SamplingKeys
+from fastmrcnn.structures import Batch, present, to_device
+from fastmrcnn.training.cuda_graph import GraphedStep, Result, Run, leaves
 from fastmrcnn.training.execution import Execution, choose_execution
 from fastmrcnn.training.step import TrainingStep, keep_compile_cache
 
@@ -59,18 +59,16 @@ class Recorder:
     def __init__(self) -> None:
         self.recorded = 0
 
-    def __call__(
-        self, run: Callable[[Batch, SamplingKeys], Losses], batch: Batch, keys: SamplingKeys
-    ) -> tuple[Losses, Callable[[], None]]:
+    def __call__(self, run: Run, batch: Batch, keys: SamplingKeys) -> tuple[Result, Callable[[], None]]:
         self.recorded += 1
         for _ in range(2):
-            losses = run(batch, keys)
+            result = run(batch, keys)
 
         def replay() -> None:
-            for own, new in zip(leaves(losses), leaves(run(batch, keys)), strict=True):
+            for own, new in zip(leaves(result), leaves(run(batch, keys)), strict=True):
                 own.copy_(new)
 
-        return losses, replay
+        return result, replay
 
 
 @pytest.mark.parametrize("optim", [SGD, ADAMW], ids=["sgd", "adamw"])
@@ -83,8 +81,8 @@ def test_replayed_steps_are_the_steps(optim: OptimConfig, precision: str) -> Non
     for number, seed in enumerate((1, 2, 1, 5)):
         # Two sizes in turn: two recordings, over the same weights.
         batch = random_batch(seed, shape=(128, 96) if seed == 1 else (96, 128))
-        expected = plain(batch, number, 0.01)
-        losses = replayed(batch, number, 0.01)
+        expected, _ = plain(batch, number, 0.01)
+        losses, _ = replayed(batch, number, 0.01)
         assert losses.total().item() == expected.total().item()
         kept.append((losses, expected))
     for losses, expected in kept:  # no replay has written over what was handed out
@@ -174,7 +172,7 @@ def test_epilogues_are_fused_where_that_was_chosen() -> None:
         step = make_step(execution=Execution(fuse_epilogues=fused))
         convs = [module for module in step.model.modules() if isinstance(module, Conv2d)]
         assert {conv.fused for conv in convs if conv.kernel_size[0] <= 3} == {fused}
-        losses.append(step(random_batch(1), 0, 0.01).present())
+        losses.append(present(*step(random_batch(1), 0, 0.01)))
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
 
 
@@ -216,10 +214,10 @@ def test_cuda_graphs_train_as_eager_steps_do(precision: str, optim: OptimConfig)
     graphed.warm_up(batches[0], [(128, 96), (96, 128)])
     tolerance = 1e-4 if precision == "fp32" else 3e-2
     for number, batch in enumerate(batches):
-        expected = eager(batch, number, 0.002).total().item()
+        expected = eager(batch, number, 0.002)[0].total().item()
         guard = syncs_are_errors() if number else nullcontext()
         with guard:
-            losses = graphed(batch, number, 0.002)
+            losses, _ = graphed(batch, number, 0.002)
         assert losses.total().item() == pytest.approx(expected, rel=tolerance)
     assert isinstance(graphed.run, GraphedStep)
     assert len(graphed.run.recordings) == 2

@@ -20,7 +20,7 @@ from fastmrcnn.weights.states import backbone_of, copy_state, load_backbone
 
 
 def backbone(name: str = "resnet18", norm: str = "frozen_bn", width: int = 8) -> ResNet:
-    return ResNet(name, make_norm(norm), width=width)
+    return ResNet(name, make_norm(norm), width=width, stride_in_1x1=False, stages=4, frozen_stages=0)
 
 
 def imagenet_state(name: str = "resnet18", width: int = 8) -> dict[str, Tensor]:

@@ -86,7 +86,8 @@ class RoiConfig(Section):
     mode: Literal["avg", "max"] = "avg"
     """Of the samples of a bin. pool needs max."""
     aligned: bool = True
-    """Half-pixel correct RoIAlign (detectron2's RoIAlignV2); false: torchvision."""
+    """Half-pixel correct RoIAlign (detectron2's RoIAlignV2); false: torchvision. Mask targets are cut from
+    the ground truth alike."""
     sampling_ratio: int = 0
     """Samples per bin and axis; 0 or less: adaptive."""
 

@@ -23,6 +23,22 @@ class Section(BaseModel):
         """A section whose lines are all commented out reads as null; it means the defaults."""
         return {} if value is None else value
 
+    def values(self, *names: str) -> dict[str, Any]:
+        """These fields by name, or all, to be a module's keyword arguments.
+
+        Raises:
+            KeyError: the section has no field of that name.
+        """
+        fields = dict(self)
+        return {name: fields[name] for name in names or fields}
+
+    def without(self, *names: str) -> dict[str, Any]:
+        """All fields but these, likewise."""
+        fields = dict(self)
+        for name in names:
+            del fields[name]
+        return fields
+
 
 Positive = Annotated[int, Field(gt=0)]
 Side = Annotated[float, Field(gt=0, allow_inf_nan=False)]

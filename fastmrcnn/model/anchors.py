@@ -13,8 +13,8 @@ class AnchorGenerator(nn.Module):
     """Makes the same anchors for every image of a padded batch.
 
     Args:
-        sizes: sides of the square anchors, a list per level.
         strides: of the levels, in pixels.
+        sizes: sides of the square anchors, a list per level.
         aspect_ratios: height over width.
         rounding: round the base anchors to whole pixels, as torchvision does.
         stride_rule: nominal (4, 8, ...) or grid (padded size // grid size, as torchvision does).
@@ -23,13 +23,13 @@ class AnchorGenerator(nn.Module):
 
     def __init__(
         self,
-        sizes: Sequence[Sequence[float]],
-        aspect_ratios: Sequence[float],
         strides: Sequence[int],
         *,
-        rounding: bool = False,
-        stride_rule: str = "nominal",
-        offset: float = 0.0,
+        sizes: Sequence[Sequence[float]],
+        aspect_ratios: Sequence[float],
+        rounding: bool,
+        stride_rule: str,
+        offset: float,
     ) -> None:
         super().__init__()
         if len(sizes) != len(strides):

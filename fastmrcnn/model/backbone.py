@@ -96,10 +96,10 @@ class ResNet(nn.Module):
         name: str,
         norm: Norm,
         *,
-        width: int = 64,
-        stride_in_1x1: bool = False,
-        stages: int = 4,
-        frozen_stages: int = 0,
+        width: int,
+        stride_in_1x1: bool,
+        stages: int,
+        frozen_stages: int,
     ) -> None:
         super().__init__()
         if name not in _ARCHITECTURES:
@@ -138,9 +138,7 @@ class ResNet(nn.Module):
         return features
 
 
-def residual_stage(
-    name: str, index: int, norm: Norm, *, width: int = 64, stride_in_1x1: bool = False
-) -> nn.Sequential:
+def residual_stage(name: str, index: int, norm: Norm, *, width: int, stride_in_1x1: bool) -> nn.Sequential:
     """Stage `index` (1 is res2, 4 is res5) of a published network; from the second on it halves the map."""
     stage = _stage(name, index, norm, width, stride_in_1x1)
     _initialise(stage)
@@ -169,7 +167,7 @@ def _stage(name: str, index: int, norm: Norm, width: int, stride_in_1x1: bool) -
     return nn.Sequential(*layers)
 
 
-def stage_channels(name: str, index: int, width: int = 64) -> int:
+def stage_channels(name: str, index: int, width: int) -> int:
     """Channels that stage `index` (1 is res2) puts out."""
     return width * 2 ** (index - 1) * _ARCHITECTURES[name][0].expansion
 

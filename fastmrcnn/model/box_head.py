@@ -13,16 +13,18 @@ from fastmrcnn.model.boxes import encode
 from fastmrcnn.model.convs import init_convs, make_convs, run_convs
 from fastmrcnn.model.losses import masked_sum, smooth_l1
 from fastmrcnn.model.norms import Norm
-from fastmrcnn.model.sampling import take
+from fastmrcnn.model.subsample import take
 from fastmrcnn.structures import Detections, Proposals, SampledRois, Targets
 
 
 class BoxHead(nn.Module):
     """
     Args:
-        channels, resolution: of the RoI features, (N, S, channels, resolution, resolution).
+        in_channels, in_side: of what the head reads, (N, S, in_channels, in_side, in_side).
         num_classes: K; the background is class K.
-        convs, conv_channels, norm: 3x3 convolutions before the hidden layers, their width and norm.
+        resolution: side of the RoI features; the same as `in_side` unless a stage of the backbone comes
+            between (C4).
+        convs, channels, norm: 3x3 convolutions before the hidden layers, their width and norm.
         fcs, hidden: hidden layers and their width; without any, features are averaged over the RoI (C4).
         delta_weights: the deltas are learned multiplied by these.
         score_threshold: a score at or below it is no candidate.
@@ -32,26 +34,28 @@ class BoxHead(nn.Module):
 
     def __init__(
         self,
-        channels: int,
-        resolution: int,
+        in_channels: int,
+        in_side: int,
         num_classes: int,
         *,
-        convs: int = 0,
-        conv_channels: int = 256,
-        norm: Norm | None = None,
-        fcs: int = 2,
-        hidden: int = 1024,
-        class_agnostic: bool = False,
-        delta_weights: Sequence[float] = (10.0, 10.0, 5.0, 5.0),
-        box_loss_beta: float = 0.0,
-        score_threshold: float = 0.05,
-        nms_iou: float = 0.5,
-        candidates: int = 100_000,
-        detections: int = 100,
-        loss_weight: float = 1.0,
+        resolution: int,
+        convs: int,
+        channels: int,
+        norm: Norm | None,
+        fcs: int,
+        hidden: int,
+        class_agnostic: bool,
+        delta_weights: Sequence[float],
+        box_loss_beta: float,
+        score_threshold: float,
+        nms_iou: float,
+        candidates: int,
+        detections: int,
+        loss_weight: float,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
+        self.resolution = resolution
         self.class_agnostic = class_agnostic
         self.delta_weights = tuple(delta_weights)
         self.box_loss_beta = box_loss_beta
@@ -60,9 +64,9 @@ class BoxHead(nn.Module):
         self.candidates = candidates
         self.detections = detections
         self.loss_weight = loss_weight
-        self.convs, self.norms = make_convs(channels, conv_channels, convs, norm)
-        channels = conv_channels if convs else channels
-        inputs = channels * resolution * resolution if fcs else channels
+        self.convs, self.norms = make_convs(in_channels, channels, convs, norm)
+        inputs = channels if convs else in_channels
+        inputs *= in_side * in_side if fcs else 1
         self.fcs = [f"fc{index}" for index in range(1, fcs + 1)]
         for name in self.fcs:
             self.add_module(name, nn.Linear(inputs, hidden))

@@ -1,4 +1,7 @@
-"""The one place where the configuration's model section becomes modules."""
+"""The one place where the configuration's model section becomes modules.
+
+Modules have no defaults of their own: their keyword arguments are the fields of their section, by name.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from fastmrcnn.model.mask_head import FcnMaskHead, MaskHead, MlpMaskHead
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.model.norms import Norm, make_norm
 from fastmrcnn.model.roi_pooler import RoiPooler
-from fastmrcnn.model.roi_sampler import RoiSampler
+from fastmrcnn.model.rois import RoiSampler
 from fastmrcnn.model.rpn import RegionProposalNetwork
 
 
@@ -28,17 +31,16 @@ def build_model(config: ModelConfig, num_classes: int, num_keypoints: int | None
     c4 = config.architecture == "c4"
     norm = make_norm(config.backbone.norm, config.backbone.norm_eps)
     backbone = ResNet(
-        config.backbone.name,
-        norm,
-        width=config.backbone.width,
-        stride_in_1x1=config.backbone.stride_in_1x1,
+        norm=norm,
         stages=3 if c4 else 4,
-        frozen_stages=config.backbone.frozen_stages,
+        **config.backbone.values("name", "width", "stride_in_1x1", "frozen_stages"),
     )
     res5 = last_stage(config) if c4 and config.box_head.enabled else None
     fpn = None
     if config.architecture == "fpn":
-        fpn = FeaturePyramid(backbone.out_channels, config.fpn.channels, _optional_norm(config.fpn.norm))
+        fpn = FeaturePyramid(
+            backbone.out_channels, channels=config.fpn.channels, norm=_optional_norm(config.fpn.norm)
+        )
     channels = backbone.out_channels[-1] if fpn is None else fpn.channels
     strides = backbone.strides[-1:] if fpn is None else fpn.strides
     head_channels = stage_channels(config.backbone.name, 4, config.backbone.width) if c4 else channels
@@ -49,19 +51,12 @@ def build_model(config: ModelConfig, num_classes: int, num_keypoints: int | None
         rpn=_rpn(config, channels, strides) if config.rpn.enabled else None,
         sampler=RoiSampler(
             num_classes,
-            batch_per_image=roi.batch_per_image,
-            foreground_share=roi.foreground_share,
-            foreground_iou=roi.foreground_iou,
-            append_ground_truth=roi.append_ground_truth,
             crowd_overlap=config.crowd_overlap,
+            **roi.values("batch_per_image", "foreground_share", "foreground_iou", "append_ground_truth"),
         ),
         pooler=RoiPooler(
             backbone.strides[-1:] if fpn is None else backbone.strides,
-            op=roi.op,
-            mode=roi.mode,
-            canonical_size=roi.canonical_size,
-            sampling_ratio=roi.sampling_ratio,
-            aligned=roi.aligned,
+            **roi.values("op", "mode", "canonical_size", "sampling_ratio", "aligned"),
         ),
         res5=res5,
         box_head=_box_head(config, head_channels, num_classes) if config.box_head.enabled else None,
@@ -69,100 +64,39 @@ def build_model(config: ModelConfig, num_classes: int, num_keypoints: int | None
         keypoint_head=_keypoint_head(config, channels, num_keypoints)
         if config.keypoint_head.enabled
         else None,
-        box_resolution=config.box_head.resolution,
-        mask_resolution=config.mask_head.resolution,
-        keypoint_resolution=config.keypoint_head.resolution,
-        mask_slots_per_image=config.mask_head.slots_per_image,
-        keypoint_slots_per_image=config.keypoint_head.slots_per_image,
-        channel_order=config.channel_order,
-        pixel_mean=config.pixel_mean,
-        pixel_std=config.pixel_std,
+        **config.values("channel_order", "pixel_mean", "pixel_std"),
     )
 
 
 def last_stage(config: ModelConfig) -> nn.Sequential:
     """The residual stage that a C4 model keeps for its heads: an ImageNet network's layer4."""
     backbone = config.backbone
-    return residual_stage(
-        backbone.name,
-        4,
-        make_norm(backbone.norm, backbone.norm_eps),
-        width=backbone.width,
-        stride_in_1x1=backbone.stride_in_1x1,
-    )
+    norm = make_norm(backbone.norm, backbone.norm_eps)
+    return residual_stage(index=4, norm=norm, **backbone.values("name", "width", "stride_in_1x1"))
 
 
 def _rpn(config: ModelConfig, channels: int, strides: list[int]) -> RegionProposalNetwork:
-    rpn = config.rpn
-    anchors = AnchorGenerator(
-        config.anchors.sizes,
-        config.anchors.aspect_ratios,
-        strides,
-        rounding=config.anchors.rounding,
-        stride_rule=config.anchors.stride_rule,
-        offset=config.anchors.offset,
-    )
+    anchors = AnchorGenerator(strides, **config.anchors.values())
     return RegionProposalNetwork(
-        channels,
-        anchors,
-        convs=rpn.convs,
-        pre_nms_top_n=(rpn.pre_nms_top_n, rpn.pre_nms_top_n_test),
-        post_nms_top_n=(rpn.post_nms_top_n, rpn.post_nms_top_n_test),
-        nms_iou=rpn.nms_iou,
-        min_box_side=rpn.min_box_side,
-        foreground_iou=rpn.foreground_iou,
-        background_iou=rpn.background_iou,
-        crowd_overlap=config.crowd_overlap,
-        batch_per_image=rpn.batch_per_image,
-        foreground_share=rpn.foreground_share,
-        box_loss_beta=rpn.box_loss_beta,
-        loss_normalizer=rpn.loss_normalizer,
-        loss_weight=rpn.loss_weight,
+        channels, anchors, crowd_overlap=config.crowd_overlap, **config.rpn.without("enabled")
     )
 
 
 def _box_head(config: ModelConfig, channels: int, num_classes: int) -> BoxHead:
     box = config.box_head
+    side = -(-box.resolution // 2) if config.architecture == "c4" else box.resolution
     return BoxHead(
-        channels,
-        -(-box.resolution // 2) if config.architecture == "c4" else box.resolution,
-        num_classes,
-        convs=box.convs,
-        conv_channels=box.channels,
-        norm=_optional_norm(box.norm),
-        fcs=box.fcs,
-        hidden=box.hidden,
-        class_agnostic=box.class_agnostic,
-        delta_weights=box.delta_weights,
-        box_loss_beta=box.box_loss_beta,
-        score_threshold=box.score_threshold,
-        nms_iou=box.nms_iou,
-        candidates=box.candidates,
-        detections=box.detections,
-        loss_weight=box.loss_weight,
+        channels, side, num_classes, norm=_optional_norm(box.norm), **box.without("enabled", "norm")
     )
 
 
 def _mask_head(config: ModelConfig, channels: int, num_classes: int) -> MaskHead:
-    mask = config.mask_head
-    settings = {
-        "class_agnostic": mask.class_agnostic,
-        "loss": mask.loss,
-        "target": mask.target,
-        "target_sampling_ratio": mask.target_sampling_ratio,
-        "aligned": config.roi.aligned,
-        "loss_weight": mask.loss_weight,
-    }
+    mask, aligned = config.mask_head, config.roi.aligned
     if mask.kind == "mlp":
-        return MlpMaskHead(
-            channels, mask.resolution, num_classes, fcs=mask.fcs, hidden=mask.hidden, **settings
-        )
-    norm = _optional_norm(mask.norm)
-    return FcnMaskHead(channels, num_classes, convs=mask.convs, channels=mask.channels, norm=norm, **settings)
-
-
-def _optional_norm(name: str) -> Norm | None:
-    return None if name == "none" else make_norm(name)
+        own = mask.without("enabled", "kind", "threshold", "convs", "channels", "norm")
+        return MlpMaskHead(channels, num_classes, aligned=aligned, **own)
+    own = mask.without("enabled", "kind", "threshold", "fcs", "hidden", "norm")
+    return FcnMaskHead(channels, num_classes, aligned=aligned, norm=_optional_norm(mask.norm), **own)
 
 
 def _keypoint_head(config: ModelConfig, channels: int, num_keypoints: int | None) -> KeypointHead:
@@ -171,13 +105,11 @@ def _keypoint_head(config: ModelConfig, channels: int, num_keypoints: int | None
             "model.keypoint_head.enabled=true needs to know the keypoints: annotations that name them, or a "
             "checkpoint that was trained on such"
         )
-    head, roi = config.keypoint_head, config.roi
+    most = num_keypoints * config.roi.batch_per_image * config.roi.foreground_share
     return KeypointHead(
-        channels,
-        num_keypoints,
-        convs=head.convs,
-        channels=head.channels,
-        loss_normalizer=head.loss_normalizer,
-        most_keypoints=num_keypoints * roi.batch_per_image * roi.foreground_share,
-        loss_weight=head.loss_weight,
+        channels, num_keypoints, most_keypoints=most, **config.keypoint_head.without("enabled")
     )
+
+
+def _optional_norm(name: str) -> Norm | None:
+    return None if name == "none" else make_norm(name)

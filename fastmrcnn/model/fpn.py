@@ -19,7 +19,7 @@ class FeaturePyramid(nn.Module):
         norm: after each convolution, which then has no bias; none: a bias and no norm.
     """
 
-    def __init__(self, in_channels: Sequence[int], channels: int, norm: Norm | None = None) -> None:
+    def __init__(self, in_channels: Sequence[int], *, channels: int, norm: Norm | None) -> None:
         super().__init__()
         self.channels = channels
         self.strides = [4 * 2**index for index in range(len(in_channels) + 1)]  # of p2..p6

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmrcnn.model.convs import make_convs, run_convs
-from fastmrcnn.model.roi_sampler import PackedRois
-from fastmrcnn.model.sampling import take
+from fastmrcnn.model.rois import PackedRois
+from fastmrcnn.model.subsample import take
 from fastmrcnn.structures import SampledRois
 
 
@@ -20,7 +20,10 @@ class KeypointHead(nn.Module):
     Args:
         in_channels: of the RoI features, (T, in_channels, M/4, M/4).
         num_keypoints: J.
+        resolution: M/4, side of the RoI features, which are always the head's own.
         convs, channels: 3x3 convolutions and their width.
+        slots_per_image: slots in training, shared by the images of a batch; none: as many as the sampler
+            may give.
         loss_normalizer: visible: the loss is a mean over the visible keypoints of the batch (torchvision,
             and the recipes of detectron2); static: it is divided by `images * most_keypoints`, so that a
             batch with few keypoints weighs less.
@@ -32,14 +35,18 @@ class KeypointHead(nn.Module):
         in_channels: int,
         num_keypoints: int,
         *,
-        convs: int = 8,
-        channels: int = 512,
-        loss_normalizer: str = "visible",
-        most_keypoints: float = 1.0,
-        loss_weight: float = 1.0,
+        resolution: int,
+        convs: int,
+        channels: int,
+        slots_per_image: int | None,
+        loss_normalizer: str,
+        most_keypoints: float,
+        loss_weight: float,
     ) -> None:
         super().__init__()
         self.num_keypoints = num_keypoints
+        self.resolution = resolution
+        self.slots_per_image = slots_per_image
         self.loss_normalizer = loss_normalizer
         self.most_keypoints = most_keypoints
         self.loss_weight = loss_weight

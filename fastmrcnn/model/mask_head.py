@@ -18,7 +18,7 @@ from fastmrcnn.kernels import (
 )
 from fastmrcnn.model.convs import init_convs, make_convs, run_convs
 from fastmrcnn.model.norms import Norm
-from fastmrcnn.model.roi_sampler import PackedRois
+from fastmrcnn.model.rois import PackedRois
 from fastmrcnn.structures import Batch, PackedMasks, PackedPolygons
 
 
@@ -27,6 +27,9 @@ class MaskHead(nn.Module):
 
     Args:
         num_classes: K.
+        resolution: M/2, side of the RoI features. With C4 they are the box head's instead.
+        slots_per_image: slots in training, shared by the images of a batch; none: as many as the sampler
+            may give.
         class_agnostic: one mask for all classes.
         loss: sigmoid: a binary mask for each class by itself; softmax: the classes and the background
             compete for each pixel (table 2b), the last channel is the background.
@@ -43,16 +46,20 @@ class MaskHead(nn.Module):
         self,
         num_classes: int,
         *,
-        class_agnostic: bool = False,
-        loss: str = "sigmoid",
-        target: str = "bitmap",
-        target_sampling_ratio: int = 2,
-        aligned: bool = True,
-        loss_weight: float = 1.0,
+        resolution: int,
+        slots_per_image: int | None,
+        class_agnostic: bool,
+        loss: str,
+        target: str,
+        target_sampling_ratio: int,
+        aligned: bool,
+        loss_weight: float,
     ) -> None:
         super().__init__()
         if loss == "softmax" and (class_agnostic or target == "soft"):
             raise ValueError("a softmax over the classes needs class-specific masks and binary targets")
+        self.resolution = resolution
+        self.slots_per_image = slots_per_image
         self.class_agnostic = class_agnostic
         self.softmax = loss == "softmax"
         self.target = target
@@ -134,9 +141,9 @@ class FcnMaskHead(MaskHead):
         in_channels: int,
         num_classes: int,
         *,
-        convs: int = 4,
-        channels: int = 256,
-        norm: Norm | None = None,
+        convs: int,
+        channels: int,
+        norm: Norm | None,
         **settings: Any,
     ) -> None:
         super().__init__(num_classes, **settings)
@@ -195,7 +202,7 @@ class MlpMaskHead(MaskHead):
     """Fully connected layers over the whole RoI (table 2e).
 
     Args:
-        in_channels, resolution: of the RoI features, (F, in_channels, resolution, resolution).
+        in_channels: of the RoI features, (F, in_channels, M/2, M/2).
         fcs, hidden: hidden layers and their width.
         **settings: of MaskHead.
     """
@@ -203,16 +210,15 @@ class MlpMaskHead(MaskHead):
     def __init__(
         self,
         in_channels: int,
-        resolution: int,
         num_classes: int,
         *,
-        fcs: int = 2,
-        hidden: int = 1024,
+        fcs: int,
+        hidden: int,
         **settings: Any,
     ) -> None:
         super().__init__(num_classes, **settings)
-        self.side = 2 * resolution
-        inputs = in_channels * resolution * resolution
+        self.side = 2 * self.resolution
+        inputs = in_channels * self.resolution**2
         self.fcs = nn.ModuleList(nn.Linear(inputs if i == 0 else hidden, hidden) for i in range(fcs))
         self.predictor = nn.Linear(hidden if fcs else inputs, self.mask_channels * self.side**2)
         for index in range(fcs):

@@ -11,15 +11,15 @@ from fastmrcnn.model.fpn import FeaturePyramid
 from fastmrcnn.model.keypoint_head import KeypointHead, with_keypoints
 from fastmrcnn.model.mask_head import MaskHead
 from fastmrcnn.model.roi_pooler import RoiPooler
-from fastmrcnn.model.roi_sampler import RoiSampler, pack_foreground
+from fastmrcnn.model.rois import RoiSampler, pack_foreground
 from fastmrcnn.model.rpn import RegionProposalNetwork
-from fastmrcnn.model.sampling import SamplingKeys
-from fastmrcnn.structures import Batch, Detections, Losses, Proposals, Targets
+from fastmrcnn.model.subsample import SamplingKeys
+from fastmrcnn.structures import Batch, Counts, Detections, Losses, Proposals, Targets
 
 
 class MaskRCNN(nn.Module):
     """
-    In training mode `model(batch, keys)` gives Losses, else `model(batch)` gives Detections.
+    In training mode `model(batch, keys)` gives Losses and Counts, else `model(batch)` gives Detections.
 
     Args:
         rpn: none: proposals come with the batch.
@@ -27,12 +27,8 @@ class MaskRCNN(nn.Module):
         fpn: none: everything reads the backbone's last map (C4, C5).
         pooler: cuts RoI features.
         res5: stage that the heads share, run on the RoI features (C4); none: there is none.
-        mask_head, keypoint_head: none: Faster R-CNN.
-        box_resolution, mask_resolution: sides of the RoI features for the two heads. With `res5` both
-            read what it makes of the first.
-        keypoint_resolution: side of the RoI features for the keypoint head, which are always its own.
-        mask_slots_per_image, keypoint_slots_per_image: slots of a head in training, shared by the images
-            of a batch; none: as many as the sampler may give.
+        mask_head, keypoint_head: none: Faster R-CNN. With `res5` the mask head reads what it makes of the
+            box head's RoI features.
         channel_order: rgb | bgr, of the network's input; a batch is always RGB.
         pixel_mean, pixel_std: in that order, for pixels in 0..255.
     """
@@ -48,18 +44,13 @@ class MaskRCNN(nn.Module):
         rpn: RegionProposalNetwork | None,
         sampler: RoiSampler,
         pooler: RoiPooler,
-        res5: nn.Sequential | None = None,
+        res5: nn.Sequential | None,
         box_head: BoxHead | None,
         mask_head: MaskHead | None,
-        keypoint_head: KeypointHead | None = None,
-        box_resolution: int = 7,
-        mask_resolution: int = 14,
-        keypoint_resolution: int = 14,
-        mask_slots_per_image: int | None = None,
-        keypoint_slots_per_image: int | None = None,
-        channel_order: str = "rgb",
-        pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53),
-        pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375),
+        keypoint_head: KeypointHead | None,
+        channel_order: str,
+        pixel_mean: tuple[float, float, float],
+        pixel_std: tuple[float, float, float],
     ) -> None:
         super().__init__()
         if rpn is None and box_head is None:
@@ -75,24 +66,20 @@ class MaskRCNN(nn.Module):
         self.box_head = box_head
         self.mask_head = mask_head
         self.keypoint_head = keypoint_head
-        self.box_resolution = box_resolution
-        self.mask_resolution = mask_resolution
-        self.keypoint_resolution = keypoint_resolution
-        self.mask_slots_per_image = mask_slots_per_image
-        self.keypoint_slots_per_image = keypoint_slots_per_image
         self.channel_order = channel_order
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).reshape(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).reshape(3, 1, 1), persistent=False)
 
-    def forward(self, batch: Batch, keys: SamplingKeys | None = None) -> Losses | Detections:
+    def forward(self, batch: Batch, keys: SamplingKeys | None = None) -> tuple[Losses, Counts] | Detections:
         if not self.training:
             return self.detect(batch)
         if batch.targets is None or keys is None:
             raise ValueError("training needs targets and sampling keys; for detections call eval() first")
         return self.losses(batch, batch.targets, keys)
 
-    def losses(self, batch: Batch, targets: Targets, keys: SamplingKeys) -> Losses:
+    def losses(self, batch: Batch, targets: Targets, keys: SamplingKeys) -> tuple[Losses, Counts]:
         losses: dict[str, Tensor] = {}
+        counts: dict[str, Tensor] = {}
         features = self.features(batch)
         if self.rpn is not None:
             objectness, deltas = self.rpn.head(features)
@@ -101,7 +88,7 @@ class MaskRCNN(nn.Module):
                 objectness, deltas, anchors, targets, keys.anchors
             )
             if self.box_head is None:
-                return Losses(**losses)
+                return Losses(**losses), Counts()
             proposals = self.rpn.propose(objectness, deltas, anchors, batch.sizes)
         else:
             proposals = given_proposals(batch)
@@ -113,26 +100,27 @@ class MaskRCNN(nn.Module):
         losses["loss_cls"], losses["loss_box_reg"] = self.box_head.losses(
             logits, deltas_of_class, rois, targets
         )
-        losses["num_fg"] = rois.is_foreground.sum()
+        counts["num_fg"] = rois.is_foreground.sum()
+        most = self.sampler.foreground_slots
         if self.mask_head is not None:
-            chosen = pack_foreground(rois, self.sampler.foreground_slots, self.mask_slots_per_image)
+            chosen = pack_foreground(rois, most, self.mask_head.slots_per_image)
             if self.res5 is None:
-                x = self.pooler(features, chosen.boxes, chosen.valid, self.mask_resolution, chosen.image)
+                x = self.pooler(features, chosen.boxes, chosen.valid, self.mask_head.resolution, chosen.image)
             else:
                 x = pooled.flatten(0, 1).index_select(0, chosen.slot)
             losses["loss_mask"] = self.mask_head.loss_of_rois(x, chosen, batch, targets.masks)
-            losses["masks_dropped"] = losses["num_fg"] - chosen.valid.sum()
+            counts["masks_dropped"] = counts["num_fg"] - chosen.valid.sum()
         if self.keypoint_head is not None:
             if targets.keypoints is None:
                 raise ValueError("a model with a keypoint head needs targets with keypoints")
             labelled = with_keypoints(rois, targets.keypoints)
-            chosen = pack_foreground(labelled, self.sampler.foreground_slots, self.keypoint_slots_per_image)
-            x = self.pooler(features, chosen.boxes, chosen.valid, self.keypoint_resolution, chosen.image)
+            chosen = pack_foreground(labelled, most, self.keypoint_head.slots_per_image)
+            x = self.pooler(features, chosen.boxes, chosen.valid, self.keypoint_head.resolution, chosen.image)
             losses["loss_keypoint"] = self.keypoint_head.loss(
                 self.keypoint_head(x), chosen, targets.keypoints
             )
-            losses["keypoints_dropped"] = labelled.is_foreground.sum() - chosen.valid.sum()
-        return Losses(**losses)
+            counts["keypoints_dropped"] = labelled.is_foreground.sum() - chosen.valid.sum()
+        return Losses(**losses), Counts(**counts)
 
     @torch.no_grad()
     def detect(self, batch: Batch) -> Detections:
@@ -145,13 +133,13 @@ class MaskRCNN(nn.Module):
         found = self.box_head.detect(logits, deltas_of_class, proposals, batch.sizes)
         if self.mask_head is not None:
             if self.res5 is None:
-                x = self.pooler(features, found.boxes, found.valid, self.mask_resolution)
+                x = self.pooler(features, found.boxes, found.valid, self.mask_head.resolution)
             else:
                 x = self.box_features(features, found.boxes, found.valid)
             masks = self.mask_head.masks_of_rois(x.flatten(0, 1), found.classes.flatten())
             found = found._replace(masks=masks.unflatten(0, found.valid.shape))
         if self.keypoint_head is not None:
-            x = self.pooler(features, found.boxes, found.valid, self.keypoint_resolution)
+            x = self.pooler(features, found.boxes, found.valid, self.keypoint_head.resolution)
             heatmaps = self.keypoint_head(x.flatten(0, 1))
             found = found._replace(heatmaps=heatmaps.unflatten(0, found.valid.shape))
         return found
@@ -183,14 +171,15 @@ class MaskRCNN(nn.Module):
 
     def box_features(self, features: list[Tensor], boxes: Tensor, valid: Tensor) -> Tensor:
         """What the box head reads of (N, S, 4) boxes: (N, S, C, side, side)."""
-        x = self.pooler(features, boxes, valid, self.box_resolution)
+        assert self.box_head is not None
+        x = self.pooler(features, boxes, valid, self.box_head.resolution)
         return x if self.res5 is None else self.res5(x.flatten(0, 1)).unflatten(0, valid.shape)
 
     def draw_keys(self, batch: Batch, generator: torch.Generator) -> SamplingKeys:
         """Fresh sampling keys for a batch, on the generator's device."""
         count, _, height, width = batch.pixels.shape
         anchors = 0 if self.rpn is None else self.rpn.anchors.count(height, width)
-        rois = given_proposals(batch).valid.shape[1] if self.rpn is None else self.rpn.post_nms_top_n[0]
+        rois = given_proposals(batch).valid.shape[1] if self.rpn is None else self.rpn.post_nms_top_n
         if batch.targets is not None:
             rois += batch.targets.boxes.shape[1]
         device = generator.device

@@ -15,7 +15,7 @@ class FrozenBatchNorm2d(nn.Module):
 
     folded = True  # Conv2d may multiply the scale into its weights and add the shift as its bias
 
-    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+    def __init__(self, channels: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.register_buffer("weight", torch.ones(channels))

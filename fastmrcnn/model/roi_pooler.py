@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from torch import Tensor
@@ -15,39 +16,25 @@ from fastmrcnn.kernels import (
 )
 
 
+@dataclass(eq=False)
 class RoiPooler:
-    """RoIAlign, RoIPool or RoIWarp of one map or of a pyramid, the level of a box by FPN eq. 1.
+    """RoIAlign, RoIPool or RoIWarp of one map or of a pyramid, the level of a box by FPN eq. 1."""
 
-    Args:
-        strides: of the maps, finest first. Coarser maps that come with them are not read.
-        op: align | pool | warp (arXiv 1703.06870, Table 2c). pool rounds boxes and bins to whole pixels,
-            warp only boxes.
-        mode: avg | max, of the samples of a bin; pool has max only.
-        canonical_size: side of a box, in pixels, whose features come from the map of stride 16.
-        sampling_ratio: samples per bin and axis; 0 or less: adaptive. pool has none.
-        aligned: half-pixel correct (detectron2's RoIAlignV2). For align only.
-    """
+    strides: Sequence[int]  # of the maps, finest first; coarser maps that come with them are not read
+    _: KW_ONLY
+    op: str  # align | pool | warp (arXiv 1703.06870, table 2c); pool rounds boxes and bins, warp only boxes
+    mode: str  # avg | max, of the samples of a bin; pool has max only
+    canonical_size: float  # side of a box, in pixels, whose features come from the map of stride 16
+    sampling_ratio: int  # samples per bin and axis; 0 or less: adaptive. pool has none
+    aligned: bool  # half-pixel correct (detectron2's RoIAlignV2), for align only
 
-    def __init__(
-        self,
-        strides: Sequence[int],
-        *,
-        op: str = "align",
-        mode: str = "avg",
-        canonical_size: float = 224.0,
-        sampling_ratio: int = 0,
-        aligned: bool = True,
-    ) -> None:
+    def __post_init__(self) -> None:
+        op, mode = self.op, self.mode
         if op not in ("align", "pool", "warp") or mode not in ("avg", "max"):
             raise ValueError(f"op must be align, pool or warp and mode avg or max, got {op} and {mode}")
         if op == "pool" and mode != "max":
             raise ValueError(f"pool takes the largest value of a bin: mode must be max, got {mode}")
-        self.scales = [1 / stride for stride in strides]
-        self.op = op
-        self.mode = mode
-        self.canonical_size = canonical_size
-        self.sampling_ratio = sampling_ratio
-        self.aligned = aligned
+        self.scales = [1 / stride for stride in self.strides]
 
     def __call__(
         self,

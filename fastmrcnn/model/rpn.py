@@ -14,14 +14,14 @@ from fastmrcnn.model.boxes import encode
 from fastmrcnn.model.convs import make_convs, run_convs
 from fastmrcnn.model.losses import masked_sum, smooth_l1
 from fastmrcnn.model.matcher import match
-from fastmrcnn.model.sampling import sample, take
+from fastmrcnn.model.subsample import sample, take
 from fastmrcnn.structures import Proposals, Targets
 
 
 class RpnHead(nn.Module):
     """3x3 convolutions, then objectness and deltas for the A anchors of each cell."""
 
-    def __init__(self, channels: int, anchors_per_cell: int, convs: int = 1) -> None:
+    def __init__(self, channels: int, anchors_per_cell: int, convs: int) -> None:
         super().__init__()
         self.convs, _ = make_convs(channels, channels, convs)
         self.objectness = nn.Conv2d(channels, anchors_per_cell, 1)
@@ -41,33 +41,47 @@ class RpnHead(nn.Module):
 
 
 class RegionProposalNetwork(nn.Module):
+    """
+    Args:
+        channels: of every level.
+        convs: 3x3 convolutions before the predictors.
+        pre_nms_top_n, pre_nms_top_n_test: proposals kept per level, in training and in testing.
+        post_nms_top_n, post_nms_top_n_test: and per image.
+        foreground_iou, background_iou, crowd_overlap: see `match`.
+        batch_per_image, foreground_share: see `sample`.
+        loss_normalizer: divide by the anchors asked for, or by those sampled.
+    """
+
     def __init__(
         self,
         channels: int,
         anchors: AnchorGenerator,
         *,
-        convs: int = 1,
-        pre_nms_top_n: tuple[int, int] = (2000, 1000),
-        post_nms_top_n: tuple[int, int] = (1000, 1000),
-        nms_iou: float = 0.7,
-        min_box_side: float = 0.0,
-        foreground_iou: float = 0.7,
-        background_iou: float = 0.3,
-        crowd_overlap: float | None = None,
-        batch_per_image: int = 256,
-        foreground_share: float = 0.5,
-        box_loss_beta: float = 0.0,
-        loss_normalizer: str = "asked",
-        loss_weight: float = 1.0,
+        convs: int,
+        pre_nms_top_n: int,
+        pre_nms_top_n_test: int,
+        post_nms_top_n: int,
+        post_nms_top_n_test: int,
+        nms_iou: float,
+        min_box_side: float,
+        foreground_iou: float,
+        background_iou: float,
+        crowd_overlap: float | None,
+        batch_per_image: int,
+        foreground_share: float,
+        box_loss_beta: float,
+        loss_normalizer: str,
+        loss_weight: float,
     ) -> None:
-        """pre_nms_top_n (per level) and post_nms_top_n (per image) are for training and for testing."""
         super().__init__()
         if len(set(anchors.per_cell)) != 1:
             raise ValueError(f"every level needs the same number of anchors a cell, got {anchors.per_cell}")
         self.head = RpnHead(channels, anchors.per_cell[0], convs)
         self.anchors = anchors
         self.pre_nms_top_n = pre_nms_top_n
+        self.pre_nms_top_n_test = pre_nms_top_n_test
         self.post_nms_top_n = post_nms_top_n
+        self.post_nms_top_n_test = post_nms_top_n_test
         self.nms_iou = nms_iou
         self.min_box_side = min_box_side
         self.foreground_iou = foreground_iou
@@ -84,10 +98,12 @@ class RegionProposalNetwork(nn.Module):
         self, objectness: Sequence[Tensor], deltas: Sequence[Tensor], anchors: Sequence[Tensor], sizes: Tensor
     ) -> Proposals:
         """Best boxes of each level, decoded, clipped and thinned out by NMS within their level."""
-        when = 0 if self.training else 1
+        before, after = self.pre_nms_top_n_test, self.post_nms_top_n_test
+        if self.training:
+            before, after = self.pre_nms_top_n, self.post_nms_top_n
         scores, moves, references, levels = [], [], [], []
         for level, (logits, delta, anchor) in enumerate(zip(objectness, deltas, anchors, strict=True)):
-            count = min(self.pre_nms_top_n[when], logits.shape[1])
+            count = min(before, logits.shape[1])
             top, index = logits.float().topk(count)
             scores.append(top)
             moves.append(take(delta, index))
@@ -97,7 +113,7 @@ class RegionProposalNetwork(nn.Module):
         box, valid = decode_boxes(
             torch.cat(moves, 1), torch.cat(references, 1), sizes, scores=score, min_side=self.min_box_side
         )
-        count = min(self.post_nms_top_n[when], box.shape[1])
+        count = min(after, box.shape[1])
         index, kept = padded_nms(box, score, torch.cat(levels, 1), valid, self.nms_iou, count)
         return Proposals(take(box, index), take(score, index), kept)
 

@@ -18,6 +18,7 @@ from fastmrcnn.speed.step_workload import Workload
 from fastmrcnn.speed.timing import Stopwatch, device_calls, summary
 from fastmrcnn.speed.torchvision_row import NotComparableError, TorchvisionRunner
 from fastmrcnn.speed.training_rows import OurRunner, Row, Runner
+from fastmrcnn.structures import Counts
 
 MASK_SLOTS = 48  # an image, where nothing else was said
 SLOTS_MULTIPLE = 16  # mask slots that match torchvision's foreground are rounded up to this
@@ -232,7 +233,7 @@ def _quantity(row: dict[str, Any], name: str) -> float:
 
 
 def first_loss(row: dict[str, Any]) -> float:
-    return sum(value for name, value in row["first_losses"].items() if name.startswith("loss_"))
+    return sum(value for name, value in row["first_losses"].items() if name not in Counts._fields)
 
 
 def broken(found: list[dict[str, Any]]) -> bool:

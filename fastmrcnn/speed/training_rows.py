@@ -14,7 +14,7 @@ from fastmrcnn.kernels import by_reference
 from fastmrcnn.model.mask_head import MaskHead
 from fastmrcnn.model.norms import fold_norms
 from fastmrcnn.speed.step_workload import Workload, changed
-from fastmrcnn.structures import Batch, to_device
+from fastmrcnn.structures import Batch, present, to_device
 from fastmrcnn.training.execution import Execution
 from fastmrcnn.training.optim import learning_rate
 from fastmrcnn.training.step import TrainingStep
@@ -129,16 +129,16 @@ class OurRunner:
         make_step = self.make_step
         for number in range(WARM_UP):
             with make_step.update.closed(), by_reference(*self.without):
-                losses = make_step(self.batches[number % len(self.batches)], number, 0.0)
+                losses, counts = make_step(self.batches[number % len(self.batches)], number, 0.0)
             if number == 0:
-                self.first_losses = {name: float(value) for name, value in losses.present().items()}
+                self.first_losses = {name: float(value) for name, value in present(losses, counts).items()}
 
     def step(self, number: int) -> list[Tensor]:
         config = self.config
         rate = learning_rate(config.optim, number, config.train.steps, self.workload.images)
         with by_reference(*self.without):
-            losses = self.make_step(self.batches[number % len(self.batches)], number, rate)
-        return [value for name, value in losses.present().items() if name.startswith("loss_")]
+            losses, _ = self.make_step(self.batches[number % len(self.batches)], number, rate)
+        return list(present(losses).values())
 
     def moved(self) -> float:
         model, start = self.make_step.model, self.workload.start

@@ -10,6 +10,7 @@ from typing import Any
 from fastmrcnn.config.schema import Config
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.errors import UserError
+from fastmrcnn.structures import Losses
 from fastmrcnn.weights.checkpoint import find_checkpoint
 
 
@@ -43,7 +44,7 @@ def mask_slot_advice(config: Config, most_foreground: int, dropped: int) -> str 
 def describe(row: dict[str, Any]) -> str:
     """A row of metrics on one line of the progress bar."""
     parts = [f"loss {row['total_loss']:.3f}"]
-    parts += [f"{name.removeprefix('loss_')} {row[name]:.3f}" for name in row if name.startswith("loss_")]
+    parts += [f"{name.removeprefix('loss_')} {row[name]:.3f}" for name in row if name in Losses._fields]
     parts += [f"lr {row['lr']:.2g}", f"{row['images_per_second']:.1f} img/s"]
     return ", ".join(parts)
 

@@ -15,22 +15,23 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fastmrcnn.model.sampling import SamplingKeys
-from fastmrcnn.structures import Batch, Losses, tree_map
+from fastmrcnn.model.subsample import SamplingKeys
+from fastmrcnn.structures import Batch, Counts, Losses, tree_map
 
 Shapes = tuple[tuple[torch.Size, torch.dtype], ...]
-Run = Callable[[Batch, SamplingKeys], Losses]
+Result = tuple[Losses, Counts]  # of a step
+Run = Callable[[Batch, SamplingKeys], Result]
 WARM_UPS = 3  # runs before recording: cuDNN chooses its algorithms, lazy state is made
 
 
 class Recording(NamedTuple):
     batch: Batch  # what the graph reads
     keys: SamplingKeys
-    losses: Losses  # what it writes
+    result: Result  # what it writes
     replay: Callable[[], None]
 
 
-Record = Callable[[Run, Batch, SamplingKeys], tuple[Losses, Callable[[], None]]]
+Record = Callable[[Run, Batch, SamplingKeys], tuple[Result, Callable[[], None]]]
 
 
 class GraphedStep:
@@ -38,7 +39,7 @@ class GraphedStep:
     Args:
         run: the step, its inputs on the GPU. It reads and writes state in place, and leaves no gradient.
         closed: a context in which `run` changes no state: recording needs runs that do not count.
-        record: runs the step on buffers that stay, and returns its losses and a function that does the
+        record: runs the step on buffers that stay, and returns its result and a function that does the
             same again; none: as a CUDA graph.
     """
 
@@ -50,7 +51,7 @@ class GraphedStep:
         self.record = record or CudaRecorder()
         self.recordings: dict[Shapes, Recording] = {}
 
-    def __call__(self, batch: Batch, keys: SamplingKeys) -> Losses:
+    def __call__(self, batch: Batch, keys: SamplingKeys) -> Result:
         shapes = shapes_of((batch, keys))
         if shapes not in self.recordings:
             self.recordings[shapes] = self._recorded(batch, keys)
@@ -58,13 +59,13 @@ class GraphedStep:
         for own, given in zip(leaves(recording[:2]), leaves((batch, keys)), strict=True):
             own.copy_(given)
         recording.replay()
-        return tree_map(Tensor.clone, recording.losses)  # the next replay writes over them
+        return tree_map(Tensor.clone, recording.result)  # the next replay writes over them
 
     def _recorded(self, batch: Batch, keys: SamplingKeys) -> Recording:
         batch, keys = tree_map(Tensor.clone, batch), tree_map(Tensor.clone, keys)
         with self.closed():
-            losses, replay = self.record(self.run, batch, keys)
-        return Recording(batch, keys, losses, replay)
+            result, replay = self.record(self.run, batch, keys)
+        return Recording(batch, keys, result, replay)
 
 
 class CudaRecorder:
@@ -73,7 +74,7 @@ class CudaRecorder:
     def __init__(self) -> None:
         self.pool: Any = None
 
-    def __call__(self, run: Run, batch: Batch, keys: SamplingKeys) -> tuple[Losses, Callable[[], None]]:
+    def __call__(self, run: Run, batch: Batch, keys: SamplingKeys) -> tuple[Result, Callable[[], None]]:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), warnings.catch_warnings():
@@ -85,9 +86,9 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         # Other threads go on meanwhile: a loader's thread may pin memory, which "global" would not bear.
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            losses = run(batch, keys)
+            result = run(batch, keys)
         self.pool = graph.pool()
-        return losses, graph.replay
+        return result, graph.replay
 
 
 def leaves(structure: Any) -> list[Tensor]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmrcnn.errors import UserError
+from fastmrcnn.structures import Losses
 
 
 def plot_losses(metrics: str | Path, picture: str | Path) -> None:
@@ -23,7 +24,7 @@ def plot_losses(metrics: str | Path, picture: str | Path) -> None:
     from matplotlib.figure import Figure
 
     rows = _read_rows(Path(metrics))
-    losses = sorted({key for row in rows for key in row if key.startswith("loss_")})
+    losses = sorted({key for row in rows for key in row if key in Losses._fields})
     kinds = {"bbox/AP": "box", "segm/AP": "mask", "keypoints/AP": "keypoint"}
     precision = [key for key in kinds if any(row.get(key) is not None for row in rows)]
     panels = 3 if precision else 2

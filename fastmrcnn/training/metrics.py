@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmrcnn.files import write_text
-from fastmrcnn.structures import Losses
+from fastmrcnn.structures import Counts, Losses, present
 
 
 class Metrics:
@@ -48,14 +48,14 @@ class Metrics:
         ]
         write_text(self.path, "".join(line + "\n" for line in kept))
 
-    def add(self, losses: Losses, images: int, data_time: float) -> None:
-        """Take the losses of a step, without waiting for them."""
-        present = losses.present()
-        values = torch.stack([value.detach().float() for value in present.values()])
+    def add(self, losses: Losses, counts: Counts, images: int, data_time: float) -> None:
+        """Take the losses and counts of a step, without waiting for them."""
+        named = present(losses, counts)
+        values = torch.stack([value.detach().float() for value in named.values()])
         # Steps after a bad one are not trained on; their losses are not to drown the message.
         self._sums = values if self._sums is None else self._sums + values
         self._most = values if self._most is None else torch.maximum(self._most, values)
-        self._names = list(present)
+        self._names = list(named)
         self._count += 1
         self._images += images
         self._data_time += data_time
@@ -75,7 +75,7 @@ class Metrics:
         per_step = seconds / self._count
         row: dict[str, Any] = {
             "iteration": step,
-            "total_loss": sum(mean for name, mean in means.items() if name.startswith("loss_")),
+            "total_loss": sum(means[name] for name in Losses._fields if name in means),
             **means,
             "lr": lr,
             "time": per_step,

@@ -8,7 +8,7 @@ sequence can be recorded once as a CUDA graph and replayed.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,13 +18,11 @@ from fastmrcnn.config.schema import OptimConfig
 from fastmrcnn.device import Precision
 from fastmrcnn.model.convs import fuse_epilogues
 from fastmrcnn.model.mask_rcnn import MaskRCNN
-from fastmrcnn.model.sampling import SamplingKeys
-from fastmrcnn.structures import Batch, Losses, tree_map
-from fastmrcnn.training.cuda_graph import GraphedStep, Shapes, shapes_of
+from fastmrcnn.model.subsample import SamplingKeys
+from fastmrcnn.structures import Batch, tree_map
+from fastmrcnn.training.cuda_graph import GraphedStep, Result, Run, Shapes, shapes_of
 from fastmrcnn.training.execution import Execution
 from fastmrcnn.training.optim import Ema, GatedStep, build_optimizer
-
-Forward = Callable[[Batch, SamplingKeys], Losses]
 
 
 class TrainingStep:
@@ -58,13 +56,13 @@ class TrainingStep:
         self.generator = torch.Generator(self.device)
         self.number = torch.zeros((), dtype=torch.int64, device=self.device)
         self.forward = compiled(forward_of(model, self.device, precision), execution)
-        self.run: Forward = self._run
+        self.run: Run = self._run
         if execution.cuda_graphs:
             self.run = GraphedStep(self._run, self.update.closed)
         self.warm: set[Shapes] = set()
 
-    def __call__(self, batch: Batch, step: int, lr: float) -> Losses:
-        """Make step number `step` at the rate `lr`; returns the losses before the update, on the device."""
+    def __call__(self, batch: Batch, step: int, lr: float) -> Result:
+        """Make step number `step` at the rate `lr`; the result is from before the update, on the device."""
         self.number.fill_(step)
         for group in self.optimizer.param_groups:
             group["lr"].fill_(lr)
@@ -93,28 +91,27 @@ class TrainingStep:
         """Whether the step has not been warmed up for a batch of these shapes, and would compile now."""
         return shapes_of(batch) not in self.warm
 
-    def _run(self, batch: Batch, keys: SamplingKeys) -> Losses:
+    def _run(self, batch: Batch, keys: SamplingKeys) -> Result:
         self.update.before_forward()
-        losses = self.forward(batch, keys)
+        losses, counts = self.forward(batch, keys)
         self.update.backward(losses.total(), self.number)
         if self.ema is not None:
             self.ema.update(self.number, self.update.first_bad_step)
-        return tree_map(Tensor.detach, losses)
+        return tree_map(Tensor.detach, (losses, counts))
 
 
-def forward_of(model: MaskRCNN, device: torch.device, precision: Precision) -> Forward:
-    """Pixels to losses, under autocast."""
+def forward_of(model: MaskRCNN, device: torch.device, precision: Precision) -> Run:
+    """Pixels to losses and counts, under autocast."""
 
-    def forward(batch: Batch, keys: SamplingKeys) -> Losses:
+    def forward(batch: Batch, keys: SamplingKeys) -> Result:
         with torch.autocast(device.type, dtype=precision.dtype, enabled=precision.autocast):
-            losses = model(batch, keys)
-        assert isinstance(losses, Losses)
-        return losses
+            losses, counts = model(batch, keys)
+        return losses, counts
 
     return forward
 
 
-def compiled(forward: Forward, execution: Execution) -> Forward:
+def compiled(forward: Run, execution: Execution) -> Run:
     """`forward` as one graph for each shape, if `execution` says so."""
     if not execution.compiled:
         return forward

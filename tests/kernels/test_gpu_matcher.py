@@ -12,6 +12,7 @@ import torch
 from tolerances import assert_near
 from torch import Tensor
 
+from fastmrcnn.config.model import AnchorConfig
 from fastmrcnn.kernels import decode_boxes, match_boxes
 from fastmrcnn.kernels.box_decode import reference as decode_reference
 from fastmrcnn.kernels.matcher import reference as matcher_reference
@@ -31,7 +32,7 @@ def _plain_memory() -> None:
 def anchors() -> Tensor:
     """(1, 268569, 4) of five levels."""
     strides = [4, 8, 16, 32, 64]
-    make = AnchorGenerator([[8 * s] for s in strides], [0.5, 1.0, 2.0], strides)
+    make = AnchorGenerator(strides, **AnchorConfig(sizes=[[8 * s] for s in strides]).values())
     maps = [torch.empty(1, 1, -(-HEIGHT // s), -(-WIDTH // s)) for s in strides]
     return torch.cat(make(maps, (HEIGHT, WIDTH)))[None].cuda()
 

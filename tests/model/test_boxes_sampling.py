@@ -6,13 +6,14 @@ from batches import random_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastmrcnn.config.model import AnchorConfig, RoiConfig
 from fastmrcnn.kernels import decode_boxes
 from fastmrcnn.kernels.box_decode.reference import MAX_LOG_SCALE
 from fastmrcnn.model.anchors import AnchorGenerator
 from fastmrcnn.model.boxes import encode
 from fastmrcnn.model.matcher import match
-from fastmrcnn.model.roi_sampler import RoiSampler
-from fastmrcnn.model.sampling import sample
+from fastmrcnn.model.rois import RoiSampler
+from fastmrcnn.model.subsample import sample
 from fastmrcnn.structures import Proposals
 
 
@@ -33,7 +34,7 @@ def test_decode_inverts_encode(corners: list[float], sides: list[float]) -> None
 
 
 def test_anchors_stand_at_every_stride_in_row_major_order() -> None:
-    anchors = AnchorGenerator([[32], [64], [128], [256], [512]], [0.5, 1.0, 2.0], [4, 8, 16, 32, 64])
+    anchors = AnchorGenerator([4, 8, 16, 32, 64], **AnchorConfig().values())
     shapes = [(32, 24), (16, 12), (8, 6), (4, 3), (2, 2)]
     levels = anchors([torch.zeros(1, 1, *shape) for shape in shapes], (128, 96))
     assert [len(level) for level in levels] == [3 * h * w for h, w in shapes]
@@ -121,7 +122,10 @@ def test_roi_sampler_appends_ground_truth_and_labels_background() -> None:
         torch.zeros(2, 6),
         torch.ones(2, 6, dtype=torch.bool),
     )
-    sampler = RoiSampler(3, batch_per_image=8, foreground_share=0.25)
+    values = RoiConfig(batch_per_image=8).values(
+        "batch_per_image", "foreground_share", "foreground_iou", "append_ground_truth"
+    )
+    sampler = RoiSampler(3, crowd_overlap=None, **values)
     rois = sampler(proposals, batch.targets, torch.rand(2, 14))
     assert rois.is_foreground.sum(1).tolist() == [2, 0]
     assert rois.valid.sum(1).tolist() == [8, 6]

@@ -17,13 +17,14 @@ from nosync import NoSync
 from torch._dynamo.testing import CompileCounter
 
 from fastmrcnn.config.file import parse_config
+from fastmrcnn.config.model import KeypointHeadConfig
 from fastmrcnn.detection.heatmaps import decode_heatmaps
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.keypoint_head import KeypointHead, keypoint_targets, with_keypoints
 from fastmrcnn.model.mask_rcnn import MaskRCNN
-from fastmrcnn.model.roi_sampler import PackedRois
-from fastmrcnn.structures import Batch, Detections, Losses, PackedMasks, SampledRois, Targets
+from fastmrcnn.model.rois import PackedRois
+from fastmrcnn.structures import Batch, Detections, PackedMasks, SampledRois, Targets
 from fastmrcnn.weights.peers.names import torchvision_names
 
 PEER = Path(__file__).parents[1] / "data" / "torchvision_keypoint_rcnn.npz"
@@ -64,12 +65,17 @@ def packed(boxes: Any, valid: Any) -> PackedRois:
     )
 
 
+def head_of(in_channels: int, num_keypoints: int, **settings: Any) -> KeypointHead:
+    values = KeypointHeadConfig(**settings).without("enabled")
+    return KeypointHead(in_channels, num_keypoints, most_keypoints=12, **values)
+
+
 def test_head_has_the_published_layers() -> None:
-    head = KeypointHead(256, 17)
+    head = head_of(256, 17)
     assert [tuple(conv.weight.shape) for conv in head.convs] == [(512, 256, 3, 3)] + [(512, 512, 3, 3)] * 7
     assert tuple(head.deconv.weight.shape) == (512, 17, 4, 4)
     with torch.no_grad():
-        maps = KeypointHead(8, 3, convs=1, channels=4)(torch.rand(2, 8, 14, 14))
+        maps = head_of(8, 3, convs=1, channels=4)(torch.rand(2, 8, 14, 14))
     assert maps.shape == (2, 3, 56, 56)
 
 
@@ -123,7 +129,7 @@ def test_loss_is_the_cross_entropy_at_the_keypoints() -> None:
     own = -logits.flatten(2).log_softmax(-1)
     expected = own[0, 0, 2 * 8 + 3] + own[1, 0, 7]  # one lies outside, one is not labelled, a slot is empty
     for normalizer, divisor in (("visible", 2), ("static", 1 * 12)):
-        head = KeypointHead(4, 2, loss_normalizer=normalizer, most_keypoints=12, loss_weight=3.0)
+        head = head_of(4, 2, loss_normalizer=normalizer, loss_weight=3.0)
         loss = head.loss(logits, rois, keypoints.float())
         torch.testing.assert_close(loss, 3 * expected / divisor)
     (gradient,) = torch.autograd.grad(head.loss(logits, rois, keypoints.float()), logits)
@@ -135,9 +141,9 @@ def test_loss_is_the_cross_entropy_at_the_keypoints() -> None:
 def test_without_a_labelled_keypoint_loss_and_gradient_are_zero(normalizer: str) -> None:
     model = small_model(loss_normalizer=normalizer).train()
     batch = keypoint_batch(1, labelled=False)
-    losses = model(batch, model.draw_keys(batch, torch.Generator().manual_seed(0)))
+    losses, counts = model(batch, model.draw_keys(batch, torch.Generator().manual_seed(0)))
     assert losses.loss_keypoint.item() == 0
-    assert losses.num_fg > 0
+    assert counts.num_fg > 0
     losses.total().backward()
     for name, parameter in model.keypoint_head.named_parameters():
         assert parameter.grad.abs().max() == 0, name
@@ -160,15 +166,15 @@ def test_rois_without_a_labelled_keypoint_take_no_slot() -> None:
 
 def test_fewer_slots_drop_and_count() -> None:
     batch = keypoint_batch(2, (4, 1))
-    counts = {}
+    dropped = {}
     for slots in (None, 1):
         model = small_model(slots_per_image=slots).train()
         keys = model.draw_keys(batch, torch.Generator().manual_seed(0))
-        losses = model(batch, keys)
-        counts[slots] = losses.keypoints_dropped.item()
+        losses, counts = model(batch, keys)
+        dropped[slots] = counts.keypoints_dropped.item()
         assert losses.loss_keypoint.item() > 0
-    assert counts[None] == 0
-    assert counts[1] > 0
+    assert dropped[None] == 0
+    assert dropped[1] > 0
 
 
 def test_one_graph_without_recompilation() -> None:
@@ -179,7 +185,7 @@ def test_one_graph_without_recompilation() -> None:
     for seed, labelled in ((1, True), (2, False)):
         batch = keypoint_batch(seed, (3, seed), labelled)
         keys = model.draw_keys(batch, torch.Generator().manual_seed(seed))
-        losses, again = model(batch, keys), compiled(batch, keys)
+        (losses, _), (again, _) = model(batch, keys), compiled(batch, keys)
         assert (losses.loss_keypoint > 0) == labelled
         torch.testing.assert_close(again.total(), losses.total())
         again.total().backward()
@@ -200,7 +206,7 @@ def test_no_sync(masks: bool, slots: int | None) -> None:
     batch = keypoint_batch(1)
     keys = model.draw_keys(batch, torch.Generator().manual_seed(1))
     with NoSync():
-        losses = model(batch, keys)
+        losses, _ = model(batch, keys)
         losses.total().backward()
         found = model.eval()(batch._replace(targets=None))
     assert (losses.loss_mask is not None) == (found.masks is not None) == masks
@@ -214,7 +220,7 @@ def test_without_a_pyramid(architecture: str) -> None:
     section["keypoint_head"] = {"enabled": True, "convs": 1, "channels": 8}
     model = build_model(parse_config({"model": section}, "the test").model, 3, num_keypoints=JOINTS)
     batch = keypoint_batch(3)
-    losses = model.train()(batch, model.draw_keys(batch, torch.Generator().manual_seed(0)))
+    losses, _ = model.train()(batch, model.draw_keys(batch, torch.Generator().manual_seed(0)))
     assert losses.loss_keypoint > 0
     losses.total().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.keypoint_head.parameters())
@@ -226,9 +232,9 @@ def test_bf16_step() -> None:
     model = small_model().train()
     batch = keypoint_batch(4)
     keys = model.draw_keys(batch, torch.Generator().manual_seed(0))
-    expected = model(batch, keys).loss_keypoint
+    expected = model(batch, keys)[0].loss_keypoint
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = model(batch, keys).loss_keypoint
+        loss = model(batch, keys)[0].loss_keypoint
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected, rtol=0.02, atol=0)
 
@@ -350,10 +356,10 @@ def test_losses_and_gradients_of_torchvision(torchvision: Any) -> None:
     model, data, names = torchvision
     model.train()
     batch = peer_batch()
-    losses: Losses = model(batch, model.draw_keys(batch, torch.Generator().manual_seed(0)))
-    assert losses.num_fg is not None
-    assert losses.num_fg.item() < 2 * model.sampler.foreground_slots  # so that none was left out
-    assert losses.keypoints_dropped == 0
+    losses, counts = model(batch, model.draw_keys(batch, torch.Generator().manual_seed(0)))
+    assert counts.num_fg is not None
+    assert counts.num_fg.item() < 2 * model.sampler.foreground_slots  # so that none was left out
+    assert counts.keypoints_dropped == 0
     for ours, theirs in LOSSES.items():
         assert getattr(losses, ours).item() == pytest.approx(float(data[f"loss.{theirs}"]), rel=1e-4), ours
     losses.total().backward()

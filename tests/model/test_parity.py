@@ -17,7 +17,7 @@ from fastmrcnn.config.file import parse_config
 from fastmrcnn.detection.paste import paste_masks
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
-from fastmrcnn.model.sampling import SamplingKeys
+from fastmrcnn.model.subsample import SamplingKeys
 from fastmrcnn.structures import Batch
 from fastmrcnn.weights.peers.names import detectron2_names, torchvision_names
 from fastmrcnn.weights.trained import load_trained
@@ -122,7 +122,7 @@ def check_losses_and_gradients(peer: str, norm: str, prefix: str, run: Callable[
     model, batch, data = build(peer, norm)
     model.train()
     keys = model.draw_keys(batch, torch.Generator().manual_seed(0))
-    losses = run(model)(batch, keys)
+    losses, _ = run(model)(batch, keys)
     assert foreground_fits(model, batch, keys)
     for name, key in LOSSES[peer].items():
         expected = float(data[f"{prefix}loss.{key}"])

@@ -76,8 +76,8 @@ def test_detectron2s_loss() -> None:
     model.mask_head.target = "polygon"
     keys = model.draw_keys(batch, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        losses = model.train()(batch, keys)
-    assert losses.num_fg < model.sampler.foreground_slots  # so none was left out
+        losses, counts = model.train()(batch, keys)
+    assert counts.num_fg < model.sampler.foreground_slots  # so none was left out
     expected = float(data["loss.loss_mask_polygon"])
     assert losses.loss_mask.item() == pytest.approx(expected, rel=1e-4)
     assert float(data["loss.loss_mask"]) != pytest.approx(expected, rel=1e-4)  # what bitmaps would give
@@ -92,10 +92,10 @@ def test_one_graph_without_syncs() -> None:
         batch = with_polygons(random_batch(seed, counts), every=2)
         keys = model.draw_keys(batch, torch.Generator().manual_seed(seed))
         with NoSync():
-            losses = model(batch, keys)
+            losses, _ = model(batch, keys)
             losses.total().backward()
         assert losses.loss_mask > 0
-        torch.testing.assert_close(compiled(batch, keys).loss_mask, losses.loss_mask, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(compiled(batch, keys)[0].loss_mask, losses.loss_mask, rtol=1e-4, atol=1e-5)
     assert counter.frame_count == 1
     torch._dynamo.reset()
 
@@ -110,9 +110,9 @@ def test_objects_without_polygons_are_learnt_from_their_bitmaps() -> None:
     losses = {}
     with torch.no_grad():
         for name, one in {"none": none, "some": with_polygons(batch, 2), "all": with_polygons(batch)}.items():
-            losses[name] = float(model(one, keys).loss_mask)
+            losses[name] = float(model(one, keys)[0].loss_mask)
         model.mask_head.target = "bitmap"
-        losses["bitmap"] = float(model(batch, keys).loss_mask)
+        losses["bitmap"] = float(model(batch, keys)[0].loss_mask)
     assert losses["none"] == losses["bitmap"]
     assert len({losses["none"], losses["some"], losses["all"]}) == 3
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastmrcnn.model.matcher import match
-from fastmrcnn.model.sampling import sample, take
+from fastmrcnn.model.subsample import sample, take
 from fastmrcnn.structures import Proposals, SampledRois, Targets
 
 
@@ -23,32 +24,17 @@ class PackedRois(NamedTuple):
     valid: Tensor  # (T,) bool
 
 
+@dataclass(eq=False)
 class RoiSampler:
-    """
-    Args:
-        num_classes: K, the class of background.
-        batch_per_image: RoIs sampled of each image.
-        foreground_share: at most this share of them is foreground.
-        foreground_iou: overlap from which a proposal is foreground; below it is background.
-        append_ground_truth: the objects' own boxes are proposals too.
-    """
+    """Labels proposals by the ground truth and samples some for the heads to learn from."""
 
-    def __init__(
-        self,
-        num_classes: int,
-        *,
-        batch_per_image: int = 512,
-        foreground_share: float = 0.25,
-        foreground_iou: float = 0.5,
-        append_ground_truth: bool = True,
-        crowd_overlap: float | None = None,
-    ) -> None:
-        self.num_classes = num_classes
-        self.batch_per_image = batch_per_image
-        self.foreground_share = foreground_share
-        self.foreground_iou = foreground_iou
-        self.append_ground_truth = append_ground_truth
-        self.crowd_overlap = crowd_overlap
+    num_classes: int  # K, the class of background
+    _: KW_ONLY
+    batch_per_image: int  # RoIs sampled of each image
+    foreground_share: float  # at most this share of them is foreground
+    foreground_iou: float  # overlap from which a proposal is foreground; below it is background
+    append_ground_truth: bool  # the objects' own boxes are proposals too
+    crowd_overlap: float | None  # see `match`
 
     @property
     def foreground_slots(self) -> int:
@@ -80,7 +66,7 @@ class RoiSampler:
         return SampledRois(take(boxes, chosen.picked), classes, matched, chosen.is_foreground, chosen.valid)
 
 
-def pack_foreground(rois: SampledRois, most: int, slots_per_image: int | None = None) -> PackedRois:
+def pack_foreground(rois: SampledRois, most: int, slots_per_image: int | None) -> PackedRois:
     """Gather the foreground of all images into N * slots_per_image slots.
 
     Args:
