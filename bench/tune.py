@@ -25,11 +25,11 @@ from record import environment
 from torch import Tensor
 from workload import STRIDES, TRAINING, Workload, feature_maps, generator, masks, proposals, rois
 
-from fastmrcnn.kernels._spec import Launch
+from fastmrcnn.kernels.common.launch import Launch
+from fastmrcnn.kernels.common.pooling import Pooling
 from fastmrcnn.kernels.mask_loss import kernel as mask_loss
 from fastmrcnn.kernels.nms import kernel as nms
 from fastmrcnn.kernels.roi_align import backward, forward
-from fastmrcnn.kernels.roi_align.rois import Pooling
 
 RESULTS = Path(__file__).parent / "results" / "tuning"
 MOST_SHOWN = 8

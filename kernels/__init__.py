@@ -4,8 +4,8 @@ CUDA tensors run Triton, CPU tensors run the reference, and with TRITON_INTERPRE
 Triton too. Needs torch and, where Triton runs, triton; importing needs torch alone.
 """
 
-from ._library import by_reference
 from .box_decode.op import decode_boxes
+from .common.library import by_reference
 from .level_assign.op import assign_levels
 from .mask_loss.op import mask_loss
 from .mask_paste.op import paste_masks

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ._library import NAMESPACE, interpreting
+from .common.library import NAMESPACE, interpreting
 from .patch import patch
 
 REPEATS = 20

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import require_triton
+from .common.library import require_triton
 from .nms.op import nms
 from .roi_align.op import _roi_align_backward as _backward
 from .roi_align.op import roi_align

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._spec import CompileSpec, Launch
+from ..common.launch import CompileSpec, Launch
 from .reference import MAX_LOG_SCALE, box_dtype
 
 BLOCK = 256  # boxes of a program

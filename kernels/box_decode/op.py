@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._library import NAMESPACE, chosen, in_full_precision, runs_triton, switchable
+from ..common.library import NAMESPACE, chosen, in_full_precision, runs_triton, switchable
 from . import reference
 from .reference import MAX_LOG_SCALE
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._spec import CompileSpec, Launch, plain
+from ..common.launch import CompileSpec, Launch, plain
 from .reference import sum_dtype
 
 PIXELS = 1024  # at once

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._library import NAMESPACE, check_range, chosen, runs_triton, switchable
+from ..common.library import NAMESPACE, check_range, chosen, runs_triton, switchable
 from . import reference
 
 

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._library import interpreting
-from .._spec import CompileSpec, Launch, plain
+from ..common.launch import CompileSpec, Launch, plain
+from ..common.library import interpreting
 from .reference import packed_width, sample_dtype
 from .sampling import load_box, position, sample, touches
 

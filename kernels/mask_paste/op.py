@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._library import NAMESPACE, chosen, runs_triton, switchable
+from ..common.library import NAMESPACE, chosen, runs_triton, switchable
 from . import reference
 from .checks import check
 

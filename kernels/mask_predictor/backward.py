@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._spec import Launch, plain
+from ..common.launch import Launch, plain
 from ..mask_loss.reference import sum_dtype
 from .reference import FeatureLayout, SlotSums
 from .tiles import (

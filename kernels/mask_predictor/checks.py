@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._library import check_range
+from ..common.library import check_range
 
 
 def check_predictor(

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._spec import Launch, plain
+from ..common.launch import Launch, plain
 from ..mask_loss.reference import sum_dtype
 from ..mask_targets.kernel import bitmap_arguments
 from ..mask_targets.reference import Bitmaps, Sampling

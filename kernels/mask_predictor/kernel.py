@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._spec import CompileSpec, Launch, plain
+from ..common.launch import CompileSpec, Launch, plain
 from ..mask_loss import kernel as mask_loss_kernel
 from ..mask_targets.kernel import example
 from ..mask_targets.reference import Bitmaps, Sampling

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._library import NAMESPACE, runs_triton
+from ..common.library import NAMESPACE, runs_triton
 from ..mask_targets import op as mask_targets_op
 from ..mask_targets import reference as mask_targets_reference
 from ..mask_targets.reference import Bitmaps, Sampling

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._library import interpreting
-from .._spec import CompileSpec, Launch, plain
+from ..common.launch import CompileSpec, Launch, plain
+from ..common.library import interpreting
 from ..mask_paste.kernel import TRITON_DTYPE
 from ..mask_paste.reference import sample_dtype
 from ..mask_paste.sampling import load_box, position, sample

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._library import NAMESPACE, check_range, runs_triton
+from ..common.library import NAMESPACE, check_range, runs_triton
 from ..mask_paste.checks import check, check_table
 from . import reference
 

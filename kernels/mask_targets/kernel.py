@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._spec import CompileSpec, Launch, plain
+from ..common.launch import CompileSpec, Launch, plain
 from .reference import Bitmaps, Sampling, position_dtype
 from .sampling import target_pixels
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._library import NAMESPACE, check_range, chosen, in_full_precision, runs_triton, switchable
+from ..common.library import NAMESPACE, check_range, chosen, in_full_precision, runs_triton, switchable
 from . import reference
 from .reference import Bitmaps, Sampling
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._library import NAMESPACE, chosen, runs_triton, switchable
+from ..common.library import NAMESPACE, chosen, runs_triton, switchable
 from . import naive, reference
 
 

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._library import interpreting
-from .._spec import CompileSpec, Launch
+from ..common.launch import CompileSpec, Launch
+from ..common.library import interpreting
 from .greedy import greedy_kernel
 from .reference import round_down_to_float32
 

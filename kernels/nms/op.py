@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._library import NAMESPACE, runs_triton
+from ..common.library import NAMESPACE, runs_triton
 from . import reference
 
 

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._library import interpreting
-from .._spec import CompileSpec, Launch
+from ..common.launch import CompileSpec, Launch
+from ..common.library import interpreting
 from .reference import MIN_SIDE, SCALE
 
 ROWS = 32  # bits of a word

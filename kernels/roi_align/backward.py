@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._spec import Launch, Target, reach, target_of
+from ..common.launch import Launch, Target, reach, target_of
+from ..common.pooling import Pooling, empty_maps
 from .geometry import axis, bins_of, level_of, load_boxes, scale_of, select, tile_of, touched, weights
 from .launch import (
     TILE,
@@ -20,7 +21,6 @@ from .launch import (
     parts_of,
     product_arguments,
 )
-from .rois import Pooling, empty_maps
 
 ITEMS_PER_WORD = 32
 

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..common.pooling import Pooling
 from ..level_assign import reference as level_assign
-from .rois import Axis, Pooling, Rois
+from .rois import Axis, Rois
 
 MAX_ENTRIES = 1 << 22
 """RoIs are taken in groups whose entries do not exceed this, to bound the memory."""

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._spec import Launch, Target, target_of
+from ..common.launch import Launch, Target, target_of
+from ..common.pooling import Pooling, empty_pooled
 from .geometry import axis, bins_of, level_of, load_boxes, scale_of, select, touched, weights
 from .launch import (
     TILE,
@@ -21,7 +22,6 @@ from .launch import (
     parts_of,
     product_arguments,
 )
-from .rois import Pooling, empty_pooled
 
 STAGES = 3  # of the loop over tiles: what is loaded while the product of a tile runs
 

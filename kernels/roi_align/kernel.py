@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._spec import H100, CompileSpec, Target
+from ..common.launch import H100, CompileSpec, Target
+from ..common.pooling import Pooling, memory_format
 from . import backward, forward
-from .rois import Pooling, memory_format
 
 
 def multilevel_roi_align(

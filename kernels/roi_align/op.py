@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._library import NAMESPACE, runs_triton
-from . import reference
-from .checks import by_image, check_features, check_pyramid, check_single, pack, pair, pooling
-from .rois import (
+from ..common.library import NAMESPACE, runs_triton
+from ..common.pooling import (
     MAPS_SCHEMA,
     POOLING_SCHEMA,
     Maps,
@@ -22,6 +20,8 @@ from .rois import (
     is_channels_last,
     memory_format,
 )
+from ..common.roi_checks import by_image, check_features, check_pyramid, check_single, pack, pair, pooling
+from . import reference
 
 
 def roi_align(

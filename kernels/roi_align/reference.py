@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..common.pooling import Pooling, sum_dtype
 from .entries import Entries, entry_groups, transpose
-from .rois import Pooling, locate, sum_dtype
+from .rois import locate
 
 
 def multilevel_roi_align(

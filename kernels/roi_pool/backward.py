@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._spec import Launch, reach
+from ..common.launch import Launch, reach
+from ..common.pooling import Pooling, empty_maps
 from ..roi_align.geometry import level_of, load_boxes, scale_of, select, tile_of
 from ..roi_align.launch import box_arguments
-from ..roi_align.rois import Pooling, empty_maps
 from .forward import geometry
 from .geometry import bins_of_tile, lines_of, onto_map, place, sample_at
 

@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._spec import Launch, Target, target_of
+from ..common.launch import Launch, Target, target_of
+from ..common.pooling import Pooling, empty_pooled
 from ..roi_align.geometry import level_of, load_boxes, scale_of, select
 from ..roi_align.launch import box_arguments, layout_of, level_arguments
-from ..roi_align.rois import Pooling, empty_pooled
 from .geometry import on_map, onto_map, place, sample_at, window
 from .points import MOST_SAMPLES
 

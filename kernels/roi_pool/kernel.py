@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._spec import H100, CompileSpec, Target
-from ..roi_align.rois import Pooling, memory_format
+from ..common.launch import H100, CompileSpec, Target
+from ..common.pooling import Pooling, memory_format
 from . import backward, forward
 
 

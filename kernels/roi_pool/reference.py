@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..roi_align.rois import Pooling, sum_dtype
+from ..common.pooling import Pooling, sum_dtype
 from .points import Bins, Point, Rois, Windows, locate, most_points, point_at
 
 MAX_VALUES = 1 << 24

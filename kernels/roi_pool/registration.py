@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._library import NAMESPACE, runs_triton
-from ..roi_align.checks import Inputs
-from ..roi_align.rois import (
+from ..common.library import NAMESPACE, runs_triton
+from ..common.pooling import (
     MAPS_SCHEMA,
     POOLING_SCHEMA,
     Maps,
@@ -20,6 +19,7 @@ from ..roi_align.rois import (
     is_channels_last,
     memory_format,
 )
+from ..common.roi_checks import Inputs
 from . import reference
 from .points import MOST_SAMPLES
 

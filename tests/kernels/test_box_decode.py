@@ -15,8 +15,8 @@ from tolerances import assert_near
 from torch import Tensor
 
 from fastmrcnn.kernels import decode_boxes
-from fastmrcnn.kernels._library import interpreting
 from fastmrcnn.kernels.box_decode import op, reference
+from fastmrcnn.kernels.common.library import interpreting
 
 # NumPy, which the interpreter computes with, remarks on deltas that are not finite.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")

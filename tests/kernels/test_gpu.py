@@ -16,10 +16,10 @@ from tolerances import assert_near
 from torch import Tensor
 
 from fastmrcnn.kernels import assign_levels, mask_loss, multilevel_roi_align, nms, padded_nms
+from fastmrcnn.kernels.common.pooling import Pooling
 from fastmrcnn.kernels.mask_loss import reference as mask_loss_reference
 from fastmrcnn.kernels.nms import reference as nms_reference
 from fastmrcnn.kernels.roi_align import reference as roi_align_reference
-from fastmrcnn.kernels.roi_align.rois import Pooling
 
 pytestmark = pytest.mark.gpu
 SIZES = [(100, 168), (50, 84), (25, 42), (13, 21)]  # of two images at 400x672

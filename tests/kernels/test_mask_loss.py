@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastmrcnn.kernels._library import runs_triton
+from fastmrcnn.kernels.common.library import runs_triton
 from fastmrcnn.kernels.mask_loss import op, reference
 from fastmrcnn.kernels.mask_loss.op import mask_loss
 

@@ -16,7 +16,7 @@ from nosync import NoSync
 from pasted import BOXES, NOTHING, SIZE, corners, random_boxes, random_masks, values
 
 from fastmrcnn.kernels import paste_masks
-from fastmrcnn.kernels._library import interpreting
+from fastmrcnn.kernels.common.library import interpreting
 from fastmrcnn.kernels.mask_paste import op, reference
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmrcnn.kernels import class_mask_logits, class_mask_loss, class_mask_loss_from_bitmaps, mask_targets
-from fastmrcnn.kernels._library import interpreting, runs_triton
+from fastmrcnn.kernels.common.library import interpreting, runs_triton
 from fastmrcnn.kernels.mask_loss.op import mask_loss
 from fastmrcnn.kernels.mask_predictor import op, reference
 from fastmrcnn.kernels.mask_targets.reference import Bitmaps

@@ -17,7 +17,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from fastmrcnn.kernels import mask_rle, paste_masks
-from fastmrcnn.kernels._library import interpreting
+from fastmrcnn.kernels.common.library import interpreting
 from fastmrcnn.kernels.mask_rle import op, reference
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -18,7 +18,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from fastmrcnn.kernels import mask_targets
-from fastmrcnn.kernels._library import interpreting
+from fastmrcnn.kernels.common.library import interpreting
 from fastmrcnn.kernels.mask_targets import op, reference
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

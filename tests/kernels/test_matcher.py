@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmrcnn.kernels import BoxMatches, match_boxes
-from fastmrcnn.kernels._library import interpreting
+from fastmrcnn.kernels.common.library import interpreting
 from fastmrcnn.kernels.matcher import naive, op, reference
 
 # NumPy, which the interpreter computes with, remarks on boxes that are not finite.

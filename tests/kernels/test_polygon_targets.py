@@ -17,7 +17,7 @@ from nosync import NoSync
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from fastmrcnn.kernels._library import interpreting
+from fastmrcnn.kernels.common.library import interpreting
 from fastmrcnn.kernels.polygon_targets.op import _polygon_mask_targets, polygon_mask_targets
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

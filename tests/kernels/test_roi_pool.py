@@ -34,7 +34,7 @@ from fastmrcnn.kernels import (
     multilevel_roi_warp,
     roi_pool,
 )
-from fastmrcnn.kernels.roi_align.rois import Pooling
+from fastmrcnn.kernels.common.pooling import Pooling
 from fastmrcnn.kernels.roi_pool import reference, registration
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -1,4 +1,4 @@
-"""What RoIAlign is asked, checked before any launch and brought into one form."""
+"""What the pooling of RoIs is asked, checked before any launch and brought into one form."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._library import check_range
-from .rois import Pooling
+from .library import check_range
+from .pooling import Pooling
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:

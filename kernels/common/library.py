@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-NAMESPACE = __package__.replace(".", "_")  # fastmrcnn.kernels -> fastmrcnn_kernels
+PACKAGE = __package__.rpartition(".")[0]  # of the operators: fastmrcnn.kernels, or what a copy is called
+NAMESPACE = PACKAGE.replace(".", "_")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _switchable: set[str] = set()
@@ -41,13 +42,11 @@ def runs_triton(tensor: Tensor) -> bool:
 def require_triton() -> None:
     """Raise one clear error where Triton cannot work, instead of one from deep inside it."""
     if importlib.util.find_spec("triton") is None:
-        raise RuntimeError(
-            f"{__package__}: kernels on CUDA tensors need triton: pip install 'triton>=3.6,<3.8'"
-        )
+        raise RuntimeError(f"{PACKAGE}: kernels on CUDA tensors need triton: pip install 'triton>=3.6,<3.8'")
     compilers = (os.environ.get("CC"), "cc", "gcc", "clang")
     if not any(name and shutil.which(name) for name in compilers):
         raise RuntimeError(
-            f"{__package__}: triton builds its launchers with a C compiler and found none; "
+            f"{PACKAGE}: triton builds its launchers with a C compiler and found none; "
             "install gcc or clang, or set CC"
         )
 
