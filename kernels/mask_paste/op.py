@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._library import NAMESPACE, runs_triton
-from . import reference
+from . import cpu
 from .checks import check
 
 
@@ -61,7 +61,7 @@ def _paste_masks(
         from . import kernel
 
         return kernel.paste_masks(masks, boxes, valid, height, width, threshold, packed)
-    return reference.paste_masks(masks, boxes, valid, height, width, threshold, packed)
+    return cpu.paste_masks(masks, boxes, valid, height, width, threshold, packed)
 
 
 @_paste_masks.register_fake
@@ -74,5 +74,5 @@ def _(
     threshold: float,
     packed: bool,
 ) -> Tensor:
-    columns = reference.packed_width(width) if packed else width
+    columns = cpu.packed_width(width) if packed else width
     return masks.new_empty((masks.shape[0], height, columns), dtype=torch.uint8 if packed else torch.bool)

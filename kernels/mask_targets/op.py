@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .._library import NAMESPACE, check_range, runs_triton
-from . import reference
-from .reference import Bitmaps, Sampling
+from . import cpu
+from .cpu import Bitmaps, Sampling
 
 
 def mask_targets(
@@ -135,8 +135,8 @@ def _mask_targets(
         from . import kernel
 
         return kernel.mask_targets(boxes, image, matched, valid, bitmaps, how)
-    with torch.autocast(boxes.device.type, enabled=False):  # which would round the reference's products
-        return reference.mask_targets(boxes, image, matched, valid, bitmaps, how)
+    with torch.autocast(boxes.device.type, enabled=False):  # which would round the products of cpu.py
+        return cpu.mask_targets(boxes, image, matched, valid, bitmaps, how)
 
 
 @_mask_targets.register_fake
@@ -157,5 +157,5 @@ def _(
     aligned: bool,
     bitmap: bool,
 ) -> Tensor:
-    dtype = torch.bool if bitmap else reference.position_dtype(boxes)
+    dtype = torch.bool if bitmap else cpu.position_dtype(boxes)
     return boxes.new_empty((boxes.shape[0], resolution, resolution), dtype=dtype)

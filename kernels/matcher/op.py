@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._library import NAMESPACE, runs_triton
-from . import reference
+from . import cpu
 
 
 class BoxMatches(NamedTuple):
@@ -104,7 +104,7 @@ def _match_boxes(
         from . import kernel
 
         return kernel.match_boxes(boxes, gt_boxes, gt_valid, gt_crowd, low_quality, crowd_overlap)
-    return reference.match_boxes(boxes, gt_boxes, gt_valid, gt_crowd, low_quality, crowd_overlap)
+    return cpu.match_boxes(boxes, gt_boxes, gt_valid, gt_crowd, low_quality, crowd_overlap)
 
 
 @_match_boxes.register_fake

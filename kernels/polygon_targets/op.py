@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._library import NAMESPACE, may_look, require_all, runs_triton
-from . import reference
+from . import cpu
 
 
 def polygon_mask_targets(
@@ -25,7 +25,7 @@ def polygon_mask_targets(
     """The matched object's polygons, rasterised on an M x M grid over each box.
 
     The result is, bit for bit, that of detectron2's PolygonMasks.crop_and_resize: vertices in float64,
-    sides of a box of at least 0.1, then pycocotools' rule (`reference`). Boxes may reach over the image,
+    sides of a box of at least 0.1, then pycocotools' rule (`naive.py`). Boxes may reach over the image,
     polygons over the box. A polygon that crosses itself is filled by the even-odd rule; an object is the
     union of its parts.
 
@@ -114,7 +114,7 @@ def _check(
     if resolution < 1:
         raise ValueError(f"resolution must be positive, got {resolution}")
     if may_look(boxes):
-        known = reference.in_range(image, matched, first_part)
+        known = cpu.in_range(image, matched, first_part)
         ranges = f"0..{images - 1} and 0..{slots - 1}"
         require_all(
             known,
@@ -143,7 +143,7 @@ def _polygon_mask_targets(
         from . import kernel
 
         return kernel.polygon_mask_targets(*arguments, resolution)
-    return reference.polygon_mask_targets(*arguments, step, resolution)
+    return cpu.polygon_mask_targets(*arguments, step, resolution)
 
 
 @_polygon_mask_targets.register_fake
