@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..common.launch import CompileSpec, Launch, plain
 from ..common.library import interpreting
-from .reference import packed_width, sample_dtype
+from .cpu import packed_width, sample_dtype
 from .sampling import load_box, position, sample, touches
 
 TILE_H, TILE_W = 64, 128  # of a program, in pixels
@@ -68,7 +68,7 @@ def _launch(
         "ROWS": TILE_H if interpreting() else ROWS,
     }
     grid = (slots, triton.cdiv(height, TILE_H), triton.cdiv(width, TILE_W))
-    # Without fusion the rounding of every step is the reference's.
+    # Without fusion the rounding of every step is that of cpu.py.
     return out, Launch(_paste_kernel, grid, arguments, options={"enable_fp_fusion": False})
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..common.library import NAMESPACE, chosen, runs_triton, switchable
-from . import reference
+from . import cpu
 from .checks import check
 
 
@@ -45,7 +45,7 @@ def paste_masks(
         ValueError: a shape, dtype, device or number is not as above.
     """
     check(masks, boxes, height, width, threshold, valid)
-    paste = chosen("paste_masks", _paste_masks, reference.paste_masks)
+    paste = chosen("paste_masks", _paste_masks, cpu.paste_masks)
     return paste(masks.detach(), boxes.detach(), valid, height, width, threshold, packed)
 
 
@@ -63,7 +63,7 @@ def _paste_masks(
         from . import kernel
 
         return kernel.paste_masks(masks, boxes, valid, height, width, threshold, packed)
-    return reference.paste_masks(masks, boxes, valid, height, width, threshold, packed)
+    return cpu.paste_masks(masks, boxes, valid, height, width, threshold, packed)
 
 
 @_paste_masks.register_fake
@@ -76,5 +76,5 @@ def _(
     threshold: float,
     packed: bool,
 ) -> Tensor:
-    columns = reference.packed_width(width) if packed else width
+    columns = cpu.packed_width(width) if packed else width
     return masks.new_empty((masks.shape[0], height, columns), dtype=torch.uint8 if packed else torch.bool)

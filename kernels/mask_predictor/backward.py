@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..common.launch import Launch, plain
 from ..mask_loss.reference import sum_dtype
-from .reference import FeatureLayout, SlotSums
+from .cpu import FeatureLayout, SlotSums
 from .tiles import (
     feature_arguments,
     load_features,

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..common.library import NAMESPACE, runs_triton
+from ..mask_targets import cpu as mask_targets_cpu
 from ..mask_targets import op as mask_targets_op
-from ..mask_targets import reference as mask_targets_reference
-from ..mask_targets.reference import Bitmaps, Sampling
-from . import reference
+from ..mask_targets.cpu import Bitmaps, Sampling
+from . import cpu
 from .checks import check_classes, check_loss, check_predictor
-from .reference import FeatureLayout, SlotSums, layout_of
+from .cpu import FeatureLayout, SlotSums, layout_of
 
 
 def class_mask_logits(features: Tensor, weight: Tensor, bias: Tensor | None, classes: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ def class_mask_loss_from_bitmaps(
 
 
 def _full_precision(features: Tensor) -> torch.autocast:
-    """Autocast would round the references' matrix products; kernels do not feel it."""
+    """Autocast would round the matrix products of cpu.py; kernels do not feel it."""
     return torch.autocast(features.device.type, enabled=False)
 
 
@@ -147,13 +147,13 @@ def _class_mask_logits(features: Tensor, weight: Tensor, bias: Tensor, classes: 
 
         return kernel.class_mask_logits(features, weight, bias, classes)
     with _full_precision(features):
-        return reference.class_mask_logits(features, weight, bias, classes)
+        return cpu.class_mask_logits(features, weight, bias, classes)
 
 
 @_class_mask_logits.register_fake
 def _(features: Tensor, weight: Tensor, bias: Tensor, classes: Tensor) -> Tensor:
     slots, _, height, width = features.shape
-    return features.new_empty((slots, height, width), dtype=reference.sum_dtype(features))
+    return features.new_empty((slots, height, width), dtype=cpu.sum_dtype(features))
 
 
 @torch.library.custom_op(f"{NAMESPACE}::class_mask_logits_backward", mutates_args=())
@@ -165,7 +165,7 @@ def _class_mask_logits_backward(
 
         return kernel.class_mask_logits_backward(grad, features, weight, classes)
     with _full_precision(features):
-        return reference.class_mask_logits_backward(grad, features, weight, classes)
+        return cpu.class_mask_logits_backward(grad, features, weight, classes)
 
 
 @_class_mask_logits_backward.register_fake
@@ -196,7 +196,7 @@ def _class_mask_loss(
         loss, sums = kernel.class_mask_loss(*arguments)
     else:
         with _full_precision(features):
-            loss, sums = reference.class_mask_loss(*arguments)
+            loss, sums = cpu.class_mask_loss(*arguments)
     return loss, *sums
 
 
@@ -231,8 +231,8 @@ def _from_bitmaps(
         loss, sums = kernel.class_mask_loss(features, weight, bias, classes, None, slot_weight, ground_truth)
         return loss, *sums
     with _full_precision(features):
-        targets = mask_targets_reference.mask_targets(boxes, image, matched, slot_weight, bitmaps, how)
-        loss, sums = reference.class_mask_loss(features, weight, bias, classes, targets, slot_weight)
+        targets = mask_targets_cpu.mask_targets(boxes, image, matched, slot_weight, bitmaps, how)
+        loss, sums = cpu.class_mask_loss(features, weight, bias, classes, targets, slot_weight)
     return loss, *sums
 
 
@@ -248,7 +248,7 @@ def _(features: Tensor, weight: Tensor, *rest: Any) -> Kept:
 
 def _empty_sums(features: Tensor) -> Kept:
     slots, channels, height, width = features.shape
-    dtype = reference.sum_dtype(features)
+    dtype = cpu.sum_dtype(features)
     shapes: list[tuple[int, ...]] = [(), (), (slots, height, width), (slots, channels), (slots,)]
     loss, divisor, slope, weight_sums, bias_sums = (
         features.new_empty(shape, dtype=dtype) for shape in shapes
@@ -275,7 +275,7 @@ def _class_mask_loss_backward(
         from . import kernel
 
         return kernel.class_mask_loss_backward(grad, sums, weight, classes, slot_weight, layout)
-    return reference.class_mask_loss_backward(grad, sums, weight, classes, slot_weight, layout)
+    return cpu.class_mask_loss_backward(grad, sums, weight, classes, slot_weight, layout)
 
 
 @_class_mask_loss_backward.register_fake

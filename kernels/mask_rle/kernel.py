@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..common.launch import CompileSpec, Launch, plain
 from ..common.library import interpreting
+from ..mask_paste.cpu import sample_dtype
 from ..mask_paste.kernel import TRITON_DTYPE
-from ..mask_paste.reference import sample_dtype
 from ..mask_paste.sampling import load_box, position, sample
 
 COLUMNS, ROWS = 8, 64  # of a program, and of those rows that it takes at once
@@ -79,7 +79,7 @@ def _launches(
     columns = (slots, triton.cdiv(width, scan["COLUMNS"]))
     write = {"ends_ptr": ends, "max_runs": max_runs, "BLOCK": BLOCK}
     finish = {"edges_of_column_ptr": edges_of_column, "runs_ptr": runs, "count_ptr": count}
-    # Without fusion the rounding of every step is the reference's.
+    # Without fusion the rounding of every step is that of mask_paste's cpu.py.
     options = {"enable_fp_fusion": False}
     launches = [
         Launch(_count_kernel, columns, {**where, **scan}, options=options),

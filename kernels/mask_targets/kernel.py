@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.launch import CompileSpec, Launch, plain
-from .reference import Bitmaps, Sampling, position_dtype
+from .cpu import Bitmaps, Sampling, position_dtype
 from .sampling import target_pixels
 
 PIXELS = 128  # of a program
@@ -26,7 +26,7 @@ TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 def mask_targets(
     boxes: Tensor, image: Tensor, matched: Tensor, valid: Tensor | None, bitmaps: Bitmaps, how: Sampling
 ) -> Tensor:
-    """See `reference.mask_targets`."""
+    """See `cpu.mask_targets`."""
     out, launch = _launch(boxes, image, matched, valid, bitmaps, how)
     if out.numel() > 0:
         launch.run()

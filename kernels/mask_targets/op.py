@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..common.library import NAMESPACE, check_range, chosen, in_full_precision, runs_triton, switchable
-from . import reference
-from .reference import Bitmaps, Sampling
+from . import cpu
+from .cpu import Bitmaps, Sampling
 
 
 @switchable
@@ -116,7 +116,7 @@ def check(boxes: Tensor, image: Tensor, matched: Tensor, valid: Tensor | None, b
 
 def _plain(boxes: Tensor, image: Tensor, matched: Tensor, valid: Tensor | None, *arguments: Any) -> Tensor:
     bitmaps, how = Bitmaps(*arguments[:6]), Sampling(*arguments[6:])
-    return reference.mask_targets(boxes, image, matched, valid, bitmaps, how)
+    return cpu.mask_targets(boxes, image, matched, valid, bitmaps, how)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::mask_targets", mutates_args=())
@@ -143,7 +143,7 @@ def _mask_targets(
         from . import kernel
 
         return kernel.mask_targets(boxes, image, matched, valid, bitmaps, how)
-    return in_full_precision(reference.mask_targets, boxes, image, matched, valid, bitmaps, how)
+    return in_full_precision(cpu.mask_targets, boxes, image, matched, valid, bitmaps, how)
 
 
 @_mask_targets.register_fake
@@ -164,5 +164,5 @@ def _(
     aligned: bool,
     bitmap: bool,
 ) -> Tensor:
-    dtype = torch.bool if bitmap else reference.position_dtype(boxes)
+    dtype = torch.bool if bitmap else cpu.position_dtype(boxes)
     return boxes.new_empty((boxes.shape[0], resolution, resolution), dtype=dtype)

@@ -10,11 +10,11 @@ def match_boxes(
     boxes: Tensor,
     gt_boxes: Tensor,
     gt_valid: Tensor,
-    gt_crowd: Tensor | None,
-    low_quality: bool,
-    crowd_overlap: float,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """See `op.match_boxes`; the fields of `BoxMatches`, in the dtype of the boxes, float32 or float64."""
+    *,
+    gt_crowd: Tensor | None = None,
+    crowd_overlap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The fields of `op.BoxMatches`, in the dtype of the boxes, which is float32 there."""
     a, b = boxes[:, :, None], gt_boxes[:, None]
     low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
     width, height = (high - low).clamp(min=0).unbind(-1)
@@ -31,11 +31,8 @@ def match_boxes(
     )
     if objects:
         best, index = overlap.max(-1)
-    gt_best = is_best = in_crowd = None
-    if low_quality:
-        gt_best = overlap.amax(1) if total else nothing
-        is_best = ((overlap == gt_best[:, None]) & (gt_best[:, None] > 0)).any(-1)
-    if gt_crowd is not None:
-        share = torch.where(inter > 0, inter / area, 0.0)
-        in_crowd = ((share >= crowd_overlap) & gt_crowd[:, None]).any(-1)
-    return best, index, gt_best, is_best, in_crowd
+    gt_best = overlap.amax(1) if total else nothing
+    is_best = ((overlap == gt_best[:, None]) & (gt_best[:, None] > 0)).any(-1)
+    if gt_crowd is None or crowd_overlap is None:
+        return best, index, gt_best, is_best, None
+    return best, index, gt_best, is_best, ((inter / area >= crowd_overlap) & gt_crowd[:, None]).any(-1)

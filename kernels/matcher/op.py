@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..common.library import NAMESPACE, chosen, runs_triton, switchable
-from . import naive, reference
+from . import cpu, naive
 
 
 class BoxMatches(NamedTuple):
@@ -93,8 +93,11 @@ def _check(boxes: Tensor, gt_boxes: Tensor, gt_valid: Tensor, gt_crowd: Tensor |
             raise ValueError(f"{name} must be on {boxes.device} as boxes are, got {tensor.device}")
 
 
-def _plain(boxes: Tensor, gt_boxes: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
-    return naive.match_boxes(boxes.float(), gt_boxes.float(), *rest)
+def _plain(
+    boxes: Tensor, gt_boxes: Tensor, gt_valid: Tensor, gt_crowd: Tensor | None, _: bool, crowd_overlap: float
+) -> tuple[Tensor | None, ...]:
+    crowd: dict[str, Any] = {"gt_crowd": gt_crowd, "crowd_overlap": crowd_overlap}
+    return naive.match_boxes(boxes.float(), gt_boxes.float(), gt_valid, **crowd)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::match_boxes", mutates_args=())
@@ -110,7 +113,7 @@ def _match_boxes(
         from . import kernel
 
         return kernel.match_boxes(boxes, gt_boxes, gt_valid, gt_crowd, low_quality, crowd_overlap)
-    return reference.match_boxes(boxes, gt_boxes, gt_valid, gt_crowd, low_quality, crowd_overlap)
+    return cpu.match_boxes(boxes, gt_boxes, gt_valid, gt_crowd, low_quality, crowd_overlap)
 
 
 @_match_boxes.register_fake

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..common.library import NAMESPACE, runs_triton
-from . import reference
+from . import cpu
 
 
 def padded_nms(
@@ -127,7 +127,7 @@ def _padded_nms(
         from . import kernel
 
         return kernel.padded_nms(boxes, scores, groups, valid, iou_threshold, max_out)
-    return reference.padded_nms(boxes, scores, groups, valid, iou_threshold, max_out)
+    return cpu.padded_nms(boxes, scores, groups, valid, iou_threshold, max_out)
 
 
 @_padded_nms.register_fake
@@ -149,7 +149,7 @@ def _nms(boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_threshold: fl
         from . import kernel
 
         return kernel.nms(boxes, scores, groups, iou_threshold)
-    return reference.nms(boxes, scores, groups, iou_threshold)
+    return cpu.nms(boxes, scores, groups, iou_threshold)
 
 
 @_nms.register_fake

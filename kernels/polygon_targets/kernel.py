@@ -1,4 +1,4 @@
-"""Polygons rasterised on the grid of each RoI, in Triton. The rule, and its names, are those of `reference`.
+"""Polygons rasterised on the grid of each RoI, in Triton. The rule, and its names, are those of `cpu`.
 
 A program makes 32 x 32 pixels of one mask. It walks over the parts of the object, some edges at a time;
 what an edge toggles in a column is a word of 32 bits, one for each row, so that odd and even is an
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..common.launch import CompileSpec, Launch
 from ..common.library import interpreting
-from .reference import MIN_SIDE, SCALE
+from .cpu import MIN_SIDE, SCALE
 
 ROWS = 32  # bits of a word
 COLUMNS = 32

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..common.library import NAMESPACE, chosen, may_look, require_all, runs_triton, switchable
-from . import reference
+from . import cpu
 
 
 @switchable
@@ -26,7 +26,7 @@ def polygon_mask_targets(
     """The matched object's polygons, rasterised on an M x M grid over each box.
 
     The result is, bit for bit, that of detectron2's PolygonMasks.crop_and_resize: vertices in float64,
-    sides of a box of at least 0.1, then pycocotools' rule (`reference`). Boxes may reach over the image,
+    sides of a box of at least 0.1, then pycocotools' rule (`naive.py`). Boxes may reach over the image,
     polygons over the box. A polygon that crosses itself is filled by the even-odd rule; an object is the
     union of its parts.
 
@@ -51,7 +51,7 @@ def polygon_mask_targets(
             gives zeros.
     """
     _check(boxes, image, matched, vertices, part_start, first_part, parts, to_input, step, resolution)
-    rasterise = chosen("polygon_mask_targets", _polygon_mask_targets, reference.polygon_mask_targets)
+    rasterise = chosen("polygon_mask_targets", _polygon_mask_targets, cpu.polygon_mask_targets)
     return rasterise(
         boxes.detach().float(),
         image,
@@ -116,7 +116,7 @@ def _check(
     if resolution < 1:
         raise ValueError(f"resolution must be positive, got {resolution}")
     if may_look(boxes):
-        known = reference.in_range(image, matched, first_part)
+        known = cpu.in_range(image, matched, first_part)
         ranges = f"0..{images - 1} and 0..{slots - 1}"
         require_all(
             known,
@@ -145,7 +145,7 @@ def _polygon_mask_targets(
         from . import kernel
 
         return kernel.polygon_mask_targets(*arguments, resolution)
-    return reference.polygon_mask_targets(*arguments, step, resolution)
+    return cpu.polygon_mask_targets(*arguments, step, resolution)
 
 
 @_polygon_mask_targets.register_fake

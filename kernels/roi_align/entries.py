@@ -1,4 +1,4 @@
-"""The (pixel, weight) entries of every bin: what the reference of RoIAlign sums over.
+"""The (pixel, weight) entries of every bin: what RoIAlign sums over on a CPU.
 
 No shape depends on data and nothing is read back, so a device never waits. With adaptive sampling the
 number of entries is known on the device only: the lists have room for the most there can be, and what

@@ -23,7 +23,7 @@ from . import backward, forward
 def multilevel_roi_align(
     features: list[Tensor], boxes: Tensor, batch_index: Tensor | None, valid: Tensor | None, how: Pooling
 ) -> Tensor:
-    """See `reference.multilevel_roi_align`. The result is channels_last if the first map is."""
+    """See `cpu.multilevel_roi_align`. The result is channels_last if the first map is."""
     out, launch = forward.launch(features, boxes, batch_index, valid, how)
     if out.numel() > 0:
         launch.run()
@@ -40,7 +40,7 @@ def multilevel_roi_align_backward(
     channels_last: bool,
     how: Pooling,
 ) -> list[Tensor]:
-    """See `reference.multilevel_roi_align_backward`. Two launches, and a bit of memory per RoI and tile."""
+    """See `cpu.multilevel_roi_align_backward`. Two launches, and a bit of memory per RoI and tile."""
     grads, launches = backward.launches(
         grad, boxes, batch_index, valid, num_images, sizes, channels_last, how
     )

@@ -21,7 +21,7 @@ from ..common.pooling import (
     memory_format,
 )
 from ..common.roi_checks import by_image, check_features, check_pyramid, check_single, pack, pair, pooling
-from . import reference
+from . import cpu
 
 
 def roi_align(
@@ -189,7 +189,7 @@ def _roi_align(
         from . import kernel
 
         return kernel.multilevel_roi_align(list(features), boxes, batch_index, valid, how)
-    out = reference.multilevel_roi_align(list(features), boxes, batch_index, valid, how)
+    out = cpu.multilevel_roi_align(list(features), boxes, batch_index, valid, how)
     return out.contiguous(memory_format=memory_format(is_channels_last(features[0])))
 
 
@@ -220,7 +220,7 @@ def _roi_align_backward(
         from . import kernel
 
         return kernel.multilevel_roi_align_backward(grad, *where, maps.channels_last, how)
-    grads = reference.multilevel_roi_align_backward(grad, *where, how)
+    grads = cpu.multilevel_roi_align_backward(grad, *where, how)
     return [part.clone(memory_format=memory_format(maps.channels_last)) for part in grads]
 
 

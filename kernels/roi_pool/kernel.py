@@ -20,7 +20,7 @@ def multilevel_roi_max(
     kind: str,
     how: Pooling,
 ) -> tuple[Tensor, Tensor]:
-    """See `reference.multilevel_roi_max`. The results are channels_last if the first map is."""
+    """See `cpu.multilevel_roi_max`. The results are channels_last if the first map is."""
     out, winner, launch = forward.launch(features, boxes, batch_index, valid, kind, how)
     if out.numel() > 0:
         launch.run()
@@ -39,7 +39,7 @@ def multilevel_roi_max_backward(
     kind: str,
     how: Pooling,
 ) -> list[Tensor]:
-    """See `reference.multilevel_roi_max_backward`. One launch, and no memory but the gradients."""
+    """See `cpu.multilevel_roi_max_backward`. One launch, and no memory but the gradients."""
     grads, launch = backward.launch(
         grad, winner, boxes, batch_index, valid, num_images, sizes, channels_last, kind, how
     )

@@ -20,12 +20,12 @@ from ..common.pooling import (
     memory_format,
 )
 from ..common.roi_checks import Inputs
-from . import reference
+from . import cpu
 from .points import MOST_SAMPLES
 
 
 def largest(inputs: Inputs, kind: str, how: Pooling) -> Tensor:
-    """(R, C, oh, ow): see `reference.multilevel_roi_max`."""
+    """(R, C, oh, ow): see `cpu.multilevel_roi_max`."""
     for feature in inputs.features:
         if max(feature.shape[2:]) > MOST_SAMPLES:
             raise ValueError(f"maps must be at most {MOST_SAMPLES} pixels wide, got {tuple(feature.shape)}")
@@ -55,7 +55,7 @@ def _roi_max(
 
         return kernel.multilevel_roi_max(list(features), boxes, batch_index, valid, kind, how)
     form = memory_format(is_channels_last(features[0]))
-    out, winner = reference.multilevel_roi_max(list(features), boxes, batch_index, valid, kind, how)
+    out, winner = cpu.multilevel_roi_max(list(features), boxes, batch_index, valid, kind, how)
     return out.contiguous(memory_format=form), winner.contiguous(memory_format=form)
 
 
@@ -103,7 +103,7 @@ def _roi_max_backward(
             kind,
             how,
         )
-    grads = reference.multilevel_roi_max_backward(
+    grads = cpu.multilevel_roi_max_backward(
         grad, winner, boxes, batch_index, maps.num_images, maps.sizes, kind, how
     )
     return [part.clone(memory_format=memory_format(maps.channels_last)) for part in grads]

@@ -1,6 +1,6 @@
 """Pasted masks against a computation pixel by pixel, and against detectron2's bitmaps.
 
-CPU tensors run the reference, or Triton's kernel if TRITON_INTERPRET=1; the tests are the same.
+CPU tensors run cpu.py, or Triton's kernel if TRITON_INTERPRET=1; the tests are the same.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pasted import BOXES, NOTHING, SIZE, corners, random_boxes, random_masks, va
 
 from fastmrcnn.kernels import paste_masks
 from fastmrcnn.kernels.common.library import interpreting
-from fastmrcnn.kernels.mask_paste import op, reference
+from fastmrcnn.kernels.mask_paste import cpu, op
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -60,7 +60,7 @@ def test_float32_has_the_references_bits(height: int, width: int, device: str) -
     count = 3 if interpreting() else 20
     masks, boxes = random_masks(count, 7), random_boxes(count, height, width)
     found = paste_masks(masks.to(device), boxes.to(device), height, width).cpu()
-    assert torch.equal(found, reference.paste_masks(masks, boxes, None, height, width, 0.5, False))
+    assert torch.equal(found, cpu.paste_masks(masks, boxes, None, height, width, 0.5, False))
     packed = paste_masks(masks.to(device), boxes.to(device), height, width, packed=True).cpu()
     assert packed.dtype == torch.uint8
     np.testing.assert_array_equal(packed.numpy(), np.packbits(found.numpy(), axis=-1))
@@ -68,9 +68,9 @@ def test_float32_has_the_references_bits(height: int, width: int, device: str) -
 
 def test_objects_in_chunks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     masks, boxes = random_masks(8, 7), torch.tensor(BOXES)
-    whole = reference.paste_masks(masks, boxes, None, *SIZE, 0.5, False)
-    monkeypatch.setattr(reference, "CHUNK_BYTES", 3 * 4 * SIZE[0] * SIZE[1])
-    assert torch.equal(reference.paste_masks(masks, boxes, None, *SIZE, 0.5, False), whole)
+    whole = cpu.paste_masks(masks, boxes, None, *SIZE, 0.5, False)
+    monkeypatch.setattr(cpu, "CHUNK_BYTES", 3 * 4 * SIZE[0] * SIZE[1])
+    assert torch.equal(cpu.paste_masks(masks, boxes, None, *SIZE, 0.5, False), whole)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -124,7 +124,7 @@ def test_tiles_that_see_only_half_a_cell_beyond_the_box(device: str) -> None:
     found = paste_masks(masks.to(device), boxes.to(device), 70, 150, 0.15).cpu()
     assert found[0, 64:, 128:].any()
     assert found[1, :64, :128].any()
-    assert torch.equal(found, reference.paste_masks(masks, boxes, None, 70, 150, 0.15, False))
+    assert torch.equal(found, cpu.paste_masks(masks, boxes, None, 70, 150, 0.15, False))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -136,7 +136,7 @@ def test_nan_is_no_pixel(device: str) -> None:
     found = paste_masks(masks.to(device), boxes.to(device), 4, 4).cpu()[0]
     assert not found[1, 1]
     assert found[3, 3]
-    assert torch.equal(found, reference.paste_masks(masks, boxes, None, 4, 4, 0.5, False)[0])
+    assert torch.equal(found, cpu.paste_masks(masks, boxes, None, 4, 4, 0.5, False)[0])
 
 
 @settings(max_examples=12 if interpreting() else 60, deadline=None, derandomize=True)
@@ -144,7 +144,7 @@ def test_nan_is_no_pixel(device: str) -> None:
 def test_any_box(corners: list[float]) -> None:
     masks, boxes = random_masks(2, 6), torch.tensor(corners).view(2, 4)
     found = paste_masks(masks, boxes, *SIZE)
-    assert torch.equal(found, reference.paste_masks(masks, boxes, None, *SIZE, 0.5, False))
+    assert torch.equal(found, cpu.paste_masks(masks, boxes, None, *SIZE, 0.5, False))
     # Half a cell of the mask beyond the box there is nothing left.
     rim = (boxes[:, 2:] - boxes[:, :2]) / 12 * 1.001 + 1
     x, y = torch.arange(SIZE[1]) + 0.5, torch.arange(SIZE[0])[:, None] + 0.5

@@ -1,6 +1,6 @@
 """The mask predictor of a slot's class and its loss against float64 convolutions and the mask loss.
 
-CPU tensors run the reference, or Triton's kernels if TRITON_INTERPRET=1; the tests are the same.
+CPU tensors run cpu.py, or Triton's kernels if TRITON_INTERPRET=1; the tests are the same.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastmrcnn.kernels import class_mask_logits, class_mask_loss, class_mask_loss_from_bitmaps, mask_targets
 from fastmrcnn.kernels.common.library import interpreting, runs_triton
 from fastmrcnn.kernels.mask_loss.op import mask_loss
-from fastmrcnn.kernels.mask_predictor import op, reference
-from fastmrcnn.kernels.mask_targets.reference import Bitmaps
+from fastmrcnn.kernels.mask_predictor import cpu, op
+from fastmrcnn.kernels.mask_targets.cpu import Bitmaps
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -95,7 +95,7 @@ def check(given: Inputs) -> None:
     dtype = given.features.dtype
     loss = class_mask_loss(*given)
     grads = torch.autograd.grad(loss * 3, given.leaves())
-    assert loss.dtype == reference.sum_dtype(given.features)
+    assert loss.dtype == cpu.sum_dtype(given.features)
     expected_loss, *expected = exact(given)
     assert largest(loss.detach().cpu().double() - expected_loss) <= SUM_TOLERANCE[dtype] * max(
         largest(expected_loss), 1
@@ -211,7 +211,7 @@ def test_logits(dtype: torch.dtype, layout: str, device: str) -> None:
     all_logits = F.conv2d(doubles[0], doubles[1][:, :, None, None], doubles[2])
     expected = all_logits[torch.arange(3), classes.cpu()]
     wanted = torch.autograd.grad(expected, doubles, grad.cpu().double())
-    assert logits.dtype == reference.sum_dtype(features)
+    assert logits.dtype == cpu.sum_dtype(features)
     tolerance = SUM_TOLERANCE[dtype]
     assert largest(logits.cpu().double() - expected) <= tolerance * largest(expected)
     tables = (GRAD_TOLERANCE, SUM_TOLERANCE, SUM_TOLERANCE)
@@ -416,14 +416,14 @@ class Record(TorchDispatchMode):
         return out
 
 
-def test_reference_makes_no_logits_of_all_classes_and_does_not_wait() -> None:
+def test_cpu_makes_no_logits_of_all_classes_and_does_not_wait() -> None:
     given = inputs(K=50, channels=3)
     slots, _, side, _ = given.features.shape
     plain = Inputs(*(t.detach() for t in given))
     with Record() as record:
-        loss, sums = reference.class_mask_loss(*plain)
-        layout = reference.layout_of(plain.features)
-        reference.class_mask_loss_backward(loss, sums, plain.weight, plain.classes, plain.slot_weight, layout)
+        loss, sums = cpu.class_mask_loss(*plain)
+        layout = cpu.layout_of(plain.features)
+        cpu.class_mask_loss_backward(loss, sums, plain.weight, plain.classes, plain.slot_weight, layout)
         class_mask_loss(*plain)
     assert slots * 3 * side * side <= record.largest < slots * 50 * side * side
     assert not record.names & {"_local_scalar_dense", "nonzero", "index", "index_put", "index_put_"}
@@ -492,13 +492,13 @@ def test_feature_loads_are_wide_beside_those_of_the_tables() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_training_shapes(layout: str) -> None:
-    """Against the reference at real sizes, with less memory than a tenth of the features and no host sync."""
+    """Against cpu.py at real sizes, with less memory than a tenth of the features and no host sync."""
     given = inputs(384, 80, 256, 28, torch.bfloat16, layout, "cuda")
     truth = ground_truth(384, "cuda")
     features, weight, bias, classes, _, slot_weight = given
     targets = mask_targets(**truth, resolution=28, bitmap=True)
     arguments = [t.detach() for t in (features, weight, bias, classes, targets, slot_weight)]
-    expected, _ = reference.class_mask_loss(arguments[0].double(), *arguments[1:])
+    expected, _ = cpu.class_mask_loss(arguments[0].double(), *arguments[1:])
     torch.use_deterministic_algorithms(False)  # filling fresh memory is no part of it
     for _ in range(2):
         torch.cuda.synchronize()

@@ -1,6 +1,6 @@
 """Mask targets against a computation pixel by pixel, and against torchvision's on the same bitmaps.
 
-CPU tensors run the reference, or Triton's kernel if TRITON_INTERPRET=1; the tests are the same.
+CPU tensors run cpu.py, or Triton's kernel if TRITON_INTERPRET=1; the tests are the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastmrcnn.kernels import mask_targets
 from fastmrcnn.kernels.common.library import interpreting
-from fastmrcnn.kernels.mask_targets import op, reference
+from fastmrcnn.kernels.mask_targets import cpu, op
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 Matrix = list[list[float]]
@@ -335,10 +335,10 @@ def test_bits_are_those_of_float64(ratio: int, device: str, monkeypatch: pytest.
     found = mask_targets(**arguments, **options)
     assert found.dtype == torch.bool
     assert 0.2 < found.float().mean() < 0.8
-    bitmaps = reference.Bitmaps(*(arguments[name].cpu() for name in reference.Bitmaps._fields))
+    bitmaps = cpu.Bitmaps(*(arguments[name].cpu() for name in cpu.Bitmaps._fields))
     boxes, image, matched = (arguments[name].cpu() for name in ("boxes", "image", "matched"))
-    how = reference.Sampling(arguments["image_shape"], 28, ratio, True, True)
-    exact = reference.mask_targets(boxes.double(), image, matched, None, bitmaps, how)
+    how = cpu.Sampling(arguments["image_shape"], 28, ratio, True, True)
+    exact = cpu.mask_targets(boxes.double(), image, matched, None, bitmaps, how)
     assert (found.cpu() != exact).sum() <= found.numel() / 10_000
 
 
@@ -392,9 +392,9 @@ def test_any_box(corners: list[float], matched: int, ratio: int, name: str, alig
     options = {"resolution": 3, "sampling_ratio": ratio, "aligned": aligned}
     found = mask_targets(boxes, *rows, **arguments, **options)
     assert ((found >= 0) & (found <= 1 + 1e-5)).all()
-    bitmaps = reference.Bitmaps(*(arguments[field] for field in reference.Bitmaps._fields))
-    how = reference.Sampling(arguments["image_shape"], 3, ratio, aligned, False)
-    same_dtype = reference.mask_targets(boxes, *rows, None, bitmaps, how)
+    bitmaps = cpu.Bitmaps(*(arguments[field] for field in cpu.Bitmaps._fields))
+    how = cpu.Sampling(arguments["image_shape"], 3, ratio, aligned, False)
+    same_dtype = cpu.mask_targets(boxes, *rows, None, bitmaps, how)
     torch.testing.assert_close(found, same_dtype, rtol=0, atol=1e-4)
 
 
@@ -405,7 +405,7 @@ def test_registration(device: str) -> None:
     boxes = boxes_of(CASES["turned"]).to(device)
     rows = (torch.tensor([0, 1, 0, 0, 0, 1]).to(device), torch.tensor([0, 0, 1, 2, 1, 0]).to(device))
     for bitmap in (True,) if interpreting() else (False, True):
-        names = reference.Bitmaps._fields
+        names = cpu.Bitmaps._fields
         tables_ = [arguments[name] for name in names]
         how = (list(arguments["image_shape"]), 4, 2, True, bitmap)
         torch.library.opcheck(op._mask_targets, (boxes, *rows, None, *tables_, *how))

@@ -1,6 +1,6 @@
 """Matching against the matrix of all overlaps, bit for bit.
 
-CPU tensors run the reference, or Triton's kernel if TRITON_INTERPRET=1; the tests are the same.
+CPU tensors run cpu.py, or Triton's kernel if TRITON_INTERPRET=1; the tests are the same.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmrcnn.kernels import BoxMatches, match_boxes
 from fastmrcnn.kernels.common.library import interpreting
-from fastmrcnn.kernels.matcher import naive, op, reference
+from fastmrcnn.kernels.matcher import cpu, naive, op
 
 # NumPy, which the interpreter computes with, remarks on boxes that are not finite.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
@@ -26,9 +26,9 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def by_matrix(
-    boxes: Tensor, gt_boxes: Tensor, gt_valid: Tensor, gt_crowd: Tensor, crowd_overlap: float
+    boxes: Tensor, gt_boxes: Tensor, gt_valid: Tensor, gt_crowd: Tensor, share: float
 ) -> BoxMatches:
-    return BoxMatches(*naive.match_boxes(boxes, gt_boxes, gt_valid, gt_crowd, True, crowd_overlap))
+    return BoxMatches(*naive.match_boxes(boxes, gt_boxes, gt_valid, gt_crowd=gt_crowd, crowd_overlap=share))
 
 
 def assert_same(found: BoxMatches, expected: BoxMatches) -> None:
@@ -59,11 +59,11 @@ def matched(boxes: Tensor, gt_boxes: Tensor, gt_valid: Tensor, gt_crowd: Tensor,
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("pairs", [1000] if interpreting() else [1, 1000, reference.PAIRS])
+@pytest.mark.parametrize("pairs", [1000] if interpreting() else [1, 1000, cpu.PAIRS])
 @pytest.mark.parametrize("shared", [False, True])
 def test_every_bit(shared: bool, pairs: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However few objects the reference looks at together; also anchors that the images share."""
-    monkeypatch.setattr(reference, "PAIRS", pairs)
+    """However few objects cpu.py looks at together; also anchors that the images share."""
+    monkeypatch.setattr(cpu, "PAIRS", pairs)
     boxes, *rest = scene(300, 7, device=device)
     boxes = boxes[:1] if shared else boxes
     found = matched(boxes, *rest, 0.7)
@@ -198,14 +198,14 @@ class Largest(TorchDispatchMode):
 
 
 def largest_tensor(objects: int) -> tuple[int, BoxMatches]:
-    """Of the reference, for 4 images with 200,000 boxes each."""
+    """Of cpu.py, for 4 images with 200,000 boxes each."""
     boxes, gt_boxes, gt_valid, gt_crowd = scene(200_000, objects, 4)
     with Largest() as seen:
-        found = reference.match_boxes(boxes, gt_boxes, gt_valid, gt_crowd, True, 0.7)
+        found = cpu.match_boxes(boxes, gt_boxes, gt_valid, gt_crowd, True, 0.7)
     return seen.bytes, BoxMatches(*found)
 
 
-not_interpreted = pytest.mark.skipif(interpreting(), reason="of the reference, which is not interpreted")
+not_interpreted = pytest.mark.skipif(interpreting(), reason="of cpu.py, which is not interpreted")
 OF_BOXES = 4 * 200_000 * 16
 """Bytes of the boxes themselves; the matrix of overlaps with 1000 objects has 250 times as many."""
 

@@ -1,6 +1,6 @@
 """NMS against the textbook loop and torchvision's results.
 
-CPU tensors run the reference, or Triton's kernels if TRITON_INTERPRET=1; the tests are the same.
+CPU tensors run cpu.py, or Triton's kernels if TRITON_INTERPRET=1; the tests are the same.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastmrcnn.kernels.nms import op
+from fastmrcnn.kernels.nms.cpu import round_down_to_float32
 from fastmrcnn.kernels.nms.op import batched_nms, nms, padded_nms
-from fastmrcnn.kernels.nms.reference import round_down_to_float32
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -117,7 +117,7 @@ def test_padded(max_out: int, device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_many_groups_and_slots(device: str) -> None:
-    """More slots than the kernels and the reference take at once."""
+    """More slots than kernel.py and cpu.py take at once."""
     boxes, scores, groups = clustered(2500, 90)
     check_padded(boxes, scores, groups, None, 0.6, 2500, device)
     check_padded(boxes, scores, groups, None, 0.6, 3, device)

@@ -1,6 +1,6 @@
 """Mask targets from polygons, bit for bit those of detectron2, which asks pycocotools for them.
 
-CPU tensors run the reference, or Triton's kernel if TRITON_INTERPRET=1; the tests are the same.
+CPU tensors run cpu.py, or Triton's kernel if TRITON_INTERPRET=1; the tests are the same.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """RoIAlign against the textbook, sample by sample, and torchvision's results.
 
-CPU tensors run the reference, or Triton's kernels if TRITON_INTERPRET=1; the tests are the same.
+CPU tensors run cpu.py, or Triton's kernels if TRITON_INTERPRET=1; the tests are the same.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.library import opcheck
 
 from fastmrcnn.kernels import MultiScaleRoIAlign, assign_levels, multilevel_roi_align, roi_align
-from fastmrcnn.kernels.roi_align import op, reference
-from fastmrcnn.kernels.roi_align.reference import Pooling
+from fastmrcnn.kernels.roi_align import cpu, op
+from fastmrcnn.kernels.roi_align.cpu import Pooling
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -151,8 +151,8 @@ def test_dtypes_and_layouts(dtype: torch.dtype, form: torch.memory_format, devic
     pooled.backward(grad)
     how = Pooling((7, 7), SCALES, 0, True, 30.0, 3, 2)
     where = (boxes.flatten(0, 1), None, valid.flatten())
-    exact = reference.multilevel_roi_align([m.detach().double() for m in maps], *where, how)
-    exact_grads = reference.multilevel_roi_align_backward(grad.flatten(0, 1).double(), *where, 2, SIZES, how)
+    exact = cpu.multilevel_roi_align([m.detach().double() for m in maps], *where, how)
+    exact_grads = cpu.multilevel_roi_align_backward(grad.flatten(0, 1).double(), *where, 2, SIZES, how)
     assert_near(pooled.flatten(0, 1), exact, dtype, terms=50, extent=EXTENT)
     for m, exact_grad in zip(maps, exact_grads, strict=True):
         assert m.grad.dtype == dtype

@@ -1,6 +1,6 @@
 """RoIPool, RoIWarp and max-mode RoIAlign against the textbook, point by point, and torchvision's RoIPool.
 
-CPU tensors run the reference, or Triton's kernels if TRITON_INTERPRET=1; the tests are the same.
+CPU tensors run cpu.py, or Triton's kernels if TRITON_INTERPRET=1; the tests are the same.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fastmrcnn.kernels import (
     roi_pool,
 )
 from fastmrcnn.kernels.common.pooling import Pooling
-from fastmrcnn.kernels.roi_pool import reference, registration
+from fastmrcnn.kernels.roi_pool import cpu, registration
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -244,12 +244,10 @@ def test_dtypes_and_layouts(
     pooled.backward(grad)
     how = Pooling((1, 9), SCALES, case[1], case[2], 30.0, 3, 2)
     where = (boxes.flatten(0, 1), None)
-    exact, _ = reference.multilevel_roi_max(
-        [m.detach().double() for m in maps], *where, valid.flatten(), kind, how
-    )
+    exact, _ = cpu.multilevel_roi_max([m.detach().double() for m in maps], *where, valid.flatten(), kind, how)
     # Of samples that are about equal, float32 may choose another.
     _, winner = registration._roi_max(maps, *where, valid.flatten(), kind, [1, 9], *how[1:])
-    exact_grads = reference.multilevel_roi_max_backward(
+    exact_grads = cpu.multilevel_roi_max_backward(
         grad.flatten(0, 1).double(), winner, *where, 2, SIZES, kind, how
     )
     assert_near(pooled.flatten(0, 1), exact, dtype)

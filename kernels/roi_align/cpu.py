@@ -1,4 +1,4 @@
-"""RoIAlign in plain PyTorch.
+"""RoIAlign as CPU tensors run it, in plain PyTorch; `naive.py` says what it computes.
 
 An output bin is the average of bilinear samples, so it is a weighted sum of the pixels it touches; and
 since the samples form a grid, the weight of a pixel is the weight of its row times that of its column.

@@ -1,4 +1,4 @@
-"""The largest value of each bin, in plain PyTorch.
+"""The largest value of each bin as CPU tensors run it, in plain PyTorch; `naive.py` says what it computes.
 
 Every bin has points along both axes: the pixels of its window (pool), or a grid of bilinear samples (warp,
 align). All points of all bins are listed, one after another in row-major order; a bin takes the largest

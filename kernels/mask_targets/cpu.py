@@ -1,4 +1,4 @@
-"""Mask targets cut from packed bitmaps, in PyTorch; what CPU tensors run."""
+"""Mask targets as CPU tensors run them, in PyTorch; `naive.py` says what they are."""
 
 from __future__ import annotations
 
