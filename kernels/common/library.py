@@ -93,31 +93,3 @@ def in_full_precision(reference: Callable[..., Any], tensor: Tensor, *arguments:
     """Call without autocast, which would round a reference's matrix products; kernels do not feel it."""
     with torch.autocast(tensor.device.type, enabled=False):
         return reference(tensor, *arguments)
-
-
-def may_look(tensor: Tensor) -> bool:
-    """Whether a check may look at values: in eager mode on the CPU, where it costs no wait."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def require_all(fine: Tensor, message: Callable[[], str]) -> None:
-    """Raise ValueError unless all are true, for tensors that `may_look` allows."""
-    try:
-        torch._assert_async(fine.all())  # on the CPU it raises at once, and traces without a host read
-    except RuntimeError:
-        raise ValueError(message()) from None
-
-
-def check_range(name: str, index: Tensor, size: int, counts: Tensor | None = None) -> None:
-    """Raise ValueError for an index that is not in 0..size-1, where looking costs no wait.
-
-    Args:
-        index: (slots,).
-        counts: (slots,), 0 or false where the index is not used; None: all are.
-    """
-    if not may_look(index):
-        return
-    fine = (index >= 0) & (index < size)
-    if counts is not None:
-        fine = fine | (counts == 0)
-    require_all(fine, lambda: f"{name} must be in 0..{size - 1}, got {index[~fine][:5].tolist()}")

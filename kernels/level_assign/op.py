@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..common.checks import require
 from ..common.library import NAMESPACE, chosen, runs_triton, switchable
 from . import reference
 
@@ -35,10 +36,7 @@ def assign_levels(
         ValueError: the last axis of boxes is not 4, boxes are not floating point, k_max is below k_min,
             or canonical_size is not positive.
     """
-    if boxes.ndim < 1 or boxes.shape[-1] != 4:
-        raise ValueError(f"boxes must be (..., 4), got {tuple(boxes.shape)}")
-    if not boxes.is_floating_point():
-        raise ValueError(f"boxes must be floating point, got {boxes.dtype}")
+    require("boxes", boxes, ("...", 4), "floating point")
     if k_max < k_min:
         raise ValueError(f"k_max must be at least k_min, got {k_max} and {k_min}")
     if not canonical_size > 0:

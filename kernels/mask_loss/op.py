@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.library import NAMESPACE, check_range, chosen, runs_triton, switchable
+from ..common.checks import check_range, require
+from ..common.library import NAMESPACE, chosen, runs_triton, switchable
 from . import reference
 
 
@@ -36,35 +37,16 @@ def mask_loss(logits: Tensor, classes: Tensor, targets: Tensor, weight: Tensor) 
             a slot with weight is out of range. On CUDA and when compiled such a slot adds nothing to the
             sum and gets no gradient.
     """
-    _check(logits, classes, targets, weight)
-    loss = chosen("mask_loss", _mask_loss, reference.mask_loss)
-    return loss(logits, classes, targets.detach(), weight.detach())[0]
-
-
-def _check(logits: Tensor, classes: Tensor, targets: Tensor, weight: Tensor) -> None:
-    if logits.ndim != 4 or 0 in logits.shape[1:]:
-        raise ValueError(f"logits must be (F, K, M, M) with K and M at least 1, got {tuple(logits.shape)}")
+    require("logits", logits, ("F", "K", "H", "W"), "floating point")
     slots, K, height, width = logits.shape
-    expected = {
-        "classes": (classes, (slots,)),
-        "targets": (targets, (slots, height, width)),
-        "weight": (weight, (slots,)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} must be {shape} for logits {tuple(logits.shape)}, got {tuple(tensor.shape)}"
-            )
-        if tensor.device != logits.device:
-            raise ValueError(f"{name} must be on {logits.device} as logits are, got {tensor.device}")
-        if tensor.is_complex():
-            raise ValueError(f"{name} must be real, got {tensor.dtype}")
-    if not logits.is_floating_point():
-        raise ValueError(f"logits must be floating point, got {logits.dtype}")
-    if classes.is_floating_point() or classes.dtype == torch.bool:
-        raise ValueError(f"classes must be of an integer dtype, got {classes.dtype}")
+    like = ("logits", logits)
+    require("classes", classes, (slots,), "integer", like)
+    require("targets", targets, (slots, height, width), "real", like)
+    require("weight", weight, (slots,), "real", like)
     if K > 1:
         check_range("classes of slots with weight", classes, K, weight)
+    loss = chosen("mask_loss", _mask_loss, reference.mask_loss)
+    return loss(logits, classes, targets.detach(), weight.detach())[0]
 
 
 @torch.library.custom_op(f"{NAMESPACE}::mask_loss", mutates_args=())

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.checks import require
 from ..common.library import NAMESPACE, runs_triton
 from ..mask_targets import cpu as mask_targets_cpu
 from ..mask_targets import op as mask_targets_op
@@ -117,14 +118,8 @@ def class_mask_loss_from_bitmaps(
     weight, bias = check_predictor(features, weight, bias, classes)
     check_loss(features, None, slot_weight)
     check_classes(classes, len(weight), slot_weight)
-    slots, _, height, width = features.shape
-    if height != width:
-        raise ValueError(f"features must be (F, C, M, M), got {tuple(features.shape)}")
-    if len(boxes) != slots or boxes.device != features.device:
-        raise ValueError(
-            f"boxes must be ({slots}, 4) on {features.device} for features {tuple(features.shape)}, "
-            f"got {tuple(boxes.shape)} on {boxes.device}"
-        )
+    require("features", features, ("F", "C", "M", "M"))
+    require("boxes", boxes, (len(features), 4), like=("features", features))
     bitmaps = Bitmaps(buffer, offset, window, to_annotation, size, image_sizes)
     mask_targets_op.check(boxes, image, matched, slot_weight, bitmaps)
     how = (list(mask_targets_op.shape_of(image_shape)), max(int(sampling_ratio), 0), aligned, bitmap)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..common.library import NAMESPACE, check_range, runs_triton
-from ..mask_paste.checks import check, check_table
+from ..common.checks import check_range, require, require_at_least
+from ..common.library import NAMESPACE, runs_triton
+from ..mask_paste.checks import check
 from . import reference
 
 
@@ -47,14 +48,11 @@ def mask_rle(
             eager mode on the CPU also if a size is out of range, which elsewhere is clamped.
     """
     check(masks, boxes, height, width, threshold, valid)
+    require("sizes", sizes, (masks.shape[0], 2), "integer", ("masks", masks))
     if sizes is not None:
-        check_table("sizes", sizes, (masks.shape[0], 2), masks)
-        if sizes.is_floating_point() or sizes.is_complex() or sizes.dtype == torch.bool:
-            raise ValueError(f"sizes must be of an integer dtype, got {sizes.dtype}")
         for name, limit, column in (("heights", height, 0), ("widths", width, 1)):
             check_range(f"{name} in sizes", sizes[:, column], limit + 1)
-    if max_runs < 1:
-        raise ValueError(f"max_runs must be at least 1, got {max_runs}")
+    require_at_least("max_runs", max_runs, 1)
     if height * width >= 2**31:
         raise ValueError(f"an image must have fewer than 2^31 pixels, got {height} x {width}")
     return _mask_rle(masks.detach(), boxes.detach(), sizes, valid, height, width, threshold, max_runs)

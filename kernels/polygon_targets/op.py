@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..common.library import NAMESPACE, chosen, may_look, require_all, runs_triton, switchable
+from ..common.checks import check_range, require, require_at_least
+from ..common.library import NAMESPACE, chosen, runs_triton, switchable
 from . import cpu
 
 
@@ -78,53 +79,23 @@ def _check(
     step: Tensor,
     resolution: int,
 ) -> None:
-    if boxes.ndim != 2 or boxes.shape[1] != 4 or not boxes.is_floating_point():
-        raise ValueError(f"boxes must be floating point (T, 4), got {boxes.dtype} {tuple(boxes.shape)}")
-    if first_part.ndim != 2:
-        raise ValueError(f"first_part must be (N, G), got {tuple(first_part.shape)}")
+    require("boxes", boxes, ("T", 4), "floating point")
+    total, like = boxes.shape[0], ("boxes", boxes)
+    require("image", image, (total,), "integer", like)
+    require("matched", matched, (total,), "integer", like)
+    require("vertices", vertices, ("V", 2), torch.float64, like)
+    require("part_start", part_start, ("P + 1",), torch.int32, like)
+    require_at_least("P in part_start", part_start.shape[0] - 1, 1)
+    require("first_part", first_part, ("N", "G"), torch.int32, like)
+    require("parts", parts, tuple(first_part.shape), torch.int32, ("first_part", first_part))
     images, slots = first_part.shape
-    indices = (torch.int64, torch.int32)
-    expected = {
-        "image": (image, (len(boxes),), indices),
-        "matched": (matched, (len(boxes),), indices),
-        "vertices": (vertices, (None, 2), (torch.float64,)),
-        "part_start": (part_start, (None,), (torch.int32,)),
-        "first_part": (first_part, (images, slots), (torch.int32,)),
-        "parts": (parts, (images, slots), (torch.int32,)),
-        "to_input": (to_input, (images, 2, 3), (torch.float64,)),
-        "step": (step, (None,), indices),
-    }
-    for name, (tensor, shape, dtypes) in expected.items():
-        fits = tensor.ndim == len(shape) and all(
-            want is None or size == want for size, want in zip(tensor.shape, shape, strict=True)
-        )
-        if not fits:
-            wanted = ", ".join("*" if want is None else str(want) for want in shape)
-            raise ValueError(f"{name} must be ({wanted}), got {tuple(tensor.shape)}")
-        if tensor.dtype not in dtypes:
-            wanted = " or ".join(str(dtype) for dtype in dtypes)
-            raise ValueError(f"{name} must be {wanted}, got {tensor.dtype}")
-        if tensor.device != boxes.device:
-            raise ValueError(f"{name} must be on {boxes.device} as boxes are, got {tensor.device}")
-    if vertices.shape[0] < 1 or part_start.shape[0] < 2:
-        raise ValueError(
-            f"vertices must be (V, 2) and part_start (P + 1,) with V and P at least 1, "
-            f"got {tuple(vertices.shape)} and {tuple(part_start.shape)}"
-        )
-    if 0 in first_part.shape and len(boxes):
-        raise ValueError(f"first_part must have slots for {len(boxes)} boxes, got {(images, slots)}")
-    if resolution < 1:
-        raise ValueError(f"resolution must be positive, got {resolution}")
-    if may_look(boxes):
-        known = cpu.in_range(image, matched, first_part)
-        ranges = f"0..{images - 1} and 0..{slots - 1}"
-        require_all(
-            known,
-            lambda: (
-                f"image and matched must be in {ranges}, got "
-                f"{list(zip(image[~known][:5].tolist(), matched[~known][:5].tolist(), strict=True))}"
-            ),
-        )
+    require("to_input", to_input, (images, 2, 3), torch.float64, ("first_part", first_part))
+    require("step", step, ("E",), "integer", like)
+    if total and not images * slots:
+        raise ValueError(f"first_part must have slots for {total} boxes, got {(images, slots)}")
+    require_at_least("resolution", resolution, 1)
+    check_range("image", image, images)
+    check_range("matched", matched, slots)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::polygon_mask_targets", mutates_args=())

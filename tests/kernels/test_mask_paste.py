@@ -190,14 +190,14 @@ def test_bad_input() -> None:
         "width": 9,
     }
     for change, message in (
-        ({"masks": torch.zeros(2, 5, 4)}, r"masks must be \(D, M, M\), got \(2, 5, 4\)"),
-        ({"masks": torch.zeros(2, 0, 0)}, r"masks must be \(D, M, M\), got \(2, 0, 0\)"),
+        ({"masks": torch.zeros(2, 5, 4)}, r"masks must be \(D, M, M\) with M at least 1, got \(2, 5, 4\)"),
+        ({"masks": torch.zeros(2, 0, 0)}, r"masks must be \(D, M, M\) with M at least 1, got \(2, 0, 0\)"),
         ({"masks": torch.zeros(2, 5, 5).bool()}, "masks must be floating point, got torch.bool"),
-        ({"boxes": torch.zeros(3, 4)}, r"boxes must be \(2, 4\), got \(3, 4\)"),
+        ({"boxes": torch.zeros(3, 4)}, r"boxes must be \(2, 4\) for masks \(2, 5, 5\), got \(3, 4\)"),
         ({"boxes": torch.zeros(2, 4).long()}, "boxes must be floating point, got torch.int64"),
         ({"boxes": torch.zeros(2, 4, device="meta")}, "boxes must be on cpu as masks are, got meta"),
         ({"valid": torch.ones(2)}, "valid must be bool, got torch.float32"),
-        ({"valid": torch.ones(3).bool()}, r"valid must be \(2,\), got \(3,\)"),
+        ({"valid": torch.ones(3).bool()}, r"valid must be \(2,\) .* got \(3,\)"),
         ({"height": 0}, "height must be at least 1, got 0"),
         ({"width": -1}, "width must be at least 1, got -1"),
         ({"threshold": 0.0}, "threshold must be above 0 and at most 1, got 0.0"),

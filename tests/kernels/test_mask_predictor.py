@@ -451,12 +451,12 @@ def test_bad_input() -> None:
     wrong = given.classes.clone()
     wrong[3] = 4
     for change, message in (
-        ({"features": given.features[0]}, r"features must be \(F, C, M, M\) .* got \(5, 6, 6\)"),
+        ({"features": given.features[0]}, r"features must be \(F, C, H, W\) .* got \(5, 6, 6\)"),
         ({"features": given.features.long()}, "features must be floating point, got torch.int64"),
         ({"weight": given.weight[:, 1:]}, r"weight must be \(K, 5\) or \(K, 5, 1, 1\) .* got \(4, 4\)"),
         ({"weight": given.weight[:0]}, r"weight must be \(K, 5\) .* got \(0, 5\)"),
-        ({"bias": given.bias[1:]}, r"bias must be \(4,\), got \(3,\)"),
-        ({"bias": given.bias.double()}, "bias must be torch.float32 as weight is, got torch.float64"),
+        ({"bias": given.bias[1:]}, r"bias must be \(4,\) .* got \(3,\)"),
+        ({"bias": given.bias.double()}, "bias must be float32, got torch.float64"),
         ({"weight": given.weight.to("meta")}, "weight must be on cpu as features are, got meta"),
         ({"classes": given.classes.float()}, "classes must be of an integer dtype, got torch.float32"),
         ({"classes": wrong}, r"classes of slots with weight must be in 0..3, got \[4\]"),
@@ -471,10 +471,10 @@ def test_bad_input() -> None:
     features, weight, bias, classes, _, slot_weight = given
     truth = ground_truth(6, "cpu")
     oblong = features[:, :, 1:]
-    with pytest.raises(ValueError, match=r"features must be \(F, C, M, M\), got \(6, 5, 5, 6\)"):
+    with pytest.raises(ValueError, match=r"features must be \(F, C, M, M\) .* got \(6, 5, 5, 6\)"):
         class_mask_loss_from_bitmaps(oblong, weight, bias, classes, slot_weight, **truth)
     truth["boxes"] = truth["boxes"][1:]
-    with pytest.raises(ValueError, match=r"boxes must be \(6, 4\) on cpu .* got \(5, 4\) on cpu"):
+    with pytest.raises(ValueError, match=r"boxes must be \(6, 4\) .* got \(5, 4\)"):
         class_mask_loss_from_bitmaps(features, weight, bias, classes, slot_weight, **truth)
 
 

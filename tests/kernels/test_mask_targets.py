@@ -431,13 +431,19 @@ def test_bad_input() -> None:
     for change, message in (
         ({"boxes": torch.zeros(6, 5)}, r"boxes must be \(F, 4\), got \(6, 5\)"),
         ({"boxes": torch.zeros(6, 4, dtype=torch.int64)}, "boxes must be floating point, got torch.int64"),
-        ({"image": torch.zeros(5, dtype=torch.int64)}, r"image must be \(6,\), got \(5,\)"),
+        (
+            {"image": torch.zeros(5, dtype=torch.int64)},
+            r"image must be \(6,\) for boxes .* got \(5,\)",
+        ),
         ({"matched": torch.zeros(6)}, "matched must be of an integer dtype, got torch.float32"),
         ({"matched": torch.full((6,), 3)}, r"matched of valid slots must be in 0..2, got \[3, 3"),
         ({"image": torch.full((6,), -1)}, r"image of valid slots must be in 0..1, got \[-1, -1"),
         ({"buffer": torch.zeros(9)}, "buffer must be uint8, got torch.float32"),
-        ({"window": torch.zeros(2, 3, 2)}, r"window must be \(2, 3, 4\), got \(2, 3, 2\)"),
-        ({"size": torch.zeros(2, 2, device="meta")}, "size must be on cpu as boxes are, got meta"),
+        (
+            {"window": torch.zeros(2, 3, 2)},
+            r"window must be \(2, 3, 4\) for offset .* got \(2, 3, 2\)",
+        ),
+        ({"size": torch.zeros(2, 2, device="meta")}, "size must be on cpu as offset is, got meta"),
         ({"image_shape": (0, 5)}, r"image_shape must be a height and a width, got \(0, 5\)"),
         ({"resolution": 0}, "resolution must be at least 1, got 0"),
     ):

@@ -380,8 +380,11 @@ BAD: list[tuple[Callable[[], Any], str]] = [
         lambda: multilevel_roi_align([torch.zeros(1, 1, 4, 4)], torch.zeros(1, 1, 4), 7, **LEVELS),
         "one number per level, got 2 for 1",
     ),
-    (lambda: multilevel_roi_align(pyramid(), torch.zeros(3, 4), 7, **LEVELS), r"must be \(N, S, 4\)"),
-    (lambda: multilevel_roi_align(pyramid(), torch.zeros(3, 1, 4), 7, **LEVELS), "boxes are of 3 images"),
+    (lambda: multilevel_roi_align(pyramid(), torch.zeros(3, 4), 7, **LEVELS), r"must be \(2, S, 4\)"),
+    (
+        lambda: multilevel_roi_align(pyramid(), torch.zeros(3, 1, 4), 7, **LEVELS),
+        r"must be \(2, S, 4\) .* got \(3, 1, 4\)",
+    ),
     (
         lambda: multilevel_roi_align(
             pyramid(), torch.zeros(2, 3, 4), 7, valid=torch.ones(2, 2, dtype=torch.bool), **LEVELS

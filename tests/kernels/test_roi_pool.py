@@ -481,8 +481,11 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: roi_pool(MAP, torch.zeros(1, 5), (7, 0)), "output_size must be a positive"),
     (lambda: roi_pool(torch.zeros(1, 1, 1, 40_000), torch.zeros(1, 5), 7), "at most 32767 pixels wide"),
     (lambda: multilevel_roi_pool([MAP], BOX, 7, **LEVELS), "one number per level, got 2 for 1"),
-    (lambda: multilevel_roi_pool([MAP], BOX[0], 7, **ONE), r"must be \(N, S, 4\)"),
-    (lambda: multilevel_roi_pool([MAP], torch.zeros(3, 1, 4), 7, **ONE), "boxes are of 3 images"),
+    (lambda: multilevel_roi_pool([MAP], BOX[0], 7, **ONE), r"must be \(1, S, 4\)"),
+    (
+        lambda: multilevel_roi_pool([MAP], torch.zeros(3, 1, 4), 7, **ONE),
+        r"must be \(1, S, 4\) .* got \(3, 1, 4\)",
+    ),
     (
         lambda: multilevel_roi_align_max([MAP], BOX, 7, valid=torch.ones(1, 2, dtype=torch.bool), **ONE),
         r"valid must be \(1, 1\)",
