@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..common.checks import require
-from ..common.library import NAMESPACE, chosen, in_full_precision, runs_triton, switchable
+from ..common.library import chosen, register, switchable
 from . import reference
 from .reference import MAX_LOG_SCALE
 
@@ -73,37 +74,10 @@ def decode_boxes(
     )
 
 
-@torch.library.custom_op(f"{NAMESPACE}::decode_boxes", mutates_args=())
-def _decode_boxes(
-    deltas: Tensor,
-    references: Tensor,
-    sizes: Tensor,
-    scores: Tensor | None,
-    weights: Sequence[float],
-    max_log_scale: float,
-    min_side: float | None,
-    score_threshold: float | None,
-) -> tuple[Tensor, Tensor]:
-    if runs_triton(deltas):
-        from . import kernel
-
-        return kernel.decode_boxes(
-            deltas, references, sizes, scores, weights, max_log_scale, min_side, score_threshold
-        )
-    arguments = (references, sizes, scores, weights, max_log_scale, min_side, score_threshold)
-    return in_full_precision(reference.decode_boxes, deltas, *arguments)
+_decode_boxes = register(reference.decode_boxes)
 
 
 @_decode_boxes.register_fake
-def _(
-    deltas: Tensor,
-    references: Tensor,
-    sizes: Tensor,
-    scores: Tensor | None,
-    weights: Sequence[float],
-    max_log_scale: float,
-    min_side: float | None,
-    score_threshold: float | None,
-) -> tuple[Tensor, Tensor]:
+def _(deltas: Tensor, references: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     dtype = reference.box_dtype(deltas, references)
     return deltas.new_empty(deltas.shape, dtype=dtype), deltas.new_empty(deltas.shape[:2], dtype=torch.bool)

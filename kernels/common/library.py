@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import os
 import shutil
@@ -49,6 +50,22 @@ def require_triton() -> None:
             f"{PACKAGE}: triton builds its launchers with a C compiler and found none; "
             "install gcc or clang, or set CC"
         )
+
+
+def register(plain: Callable[..., Any]) -> torch.library.CustomOpDef:
+    """The operator of a function in plain PyTorch: its name, its arguments, a tensor first, and its results.
+
+    The function of that name in the `kernel.py` of its folder runs in its place where Triton runs.
+    """
+    name, package = plain.__name__, plain.__module__.rpartition(".")[0]
+
+    def run(*arguments: Any) -> Any:
+        if runs_triton(arguments[0]):
+            return getattr(importlib.import_module(".kernel", package), name)(*arguments)
+        return in_full_precision(plain, *arguments)
+
+    schema = torch.library.infer_schema(plain, mutates_args=())
+    return torch.library.custom_op(f"{NAMESPACE}::{name}", run, mutates_args=(), schema=schema)
 
 
 @contextlib.contextmanager

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..common.checks import require
-from ..common.library import NAMESPACE, chosen, runs_triton, switchable
+from ..common.library import chosen, register, switchable
 from . import reference
 
 
@@ -45,17 +47,9 @@ def assign_levels(
     return assign(boxes.detach(), k_min, k_max, float(canonical_size), canonical_level)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::assign_levels", mutates_args=())
-def _assign_levels(
-    boxes: Tensor, k_min: int, k_max: int, canonical_size: float, canonical_level: int
-) -> Tensor:
-    if runs_triton(boxes):
-        from . import kernel
-
-        return kernel.assign_levels(boxes, k_min, k_max, canonical_size, canonical_level)
-    return reference.assign_levels(boxes, k_min, k_max, canonical_size, canonical_level)
+_assign_levels = register(reference.assign_levels)
 
 
 @_assign_levels.register_fake
-def _(boxes: Tensor, k_min: int, k_max: int, canonical_size: float, canonical_level: int) -> Tensor:
+def _(boxes: Tensor, *rest: Any) -> Tensor:
     return torch.empty(boxes.shape[:-1], dtype=torch.int32, device=boxes.device)

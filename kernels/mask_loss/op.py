@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..common.checks import check_range, require
-from ..common.library import NAMESPACE, chosen, runs_triton, switchable
+from ..common.library import chosen, register, switchable
 from . import reference
 
 
@@ -49,36 +49,20 @@ def mask_loss(logits: Tensor, classes: Tensor, targets: Tensor, weight: Tensor) 
     return loss(logits, classes, targets.detach(), weight.detach())[0]
 
 
-@torch.library.custom_op(f"{NAMESPACE}::mask_loss", mutates_args=())
-def _mask_loss(logits: Tensor, classes: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    if runs_triton(logits):
-        from . import kernel
-
-        return kernel.mask_loss(logits, classes, targets, weight)
-    return reference.mask_loss(logits, classes, targets, weight)
+_mask_loss = register(reference.mask_loss)
 
 
 @_mask_loss.register_fake
-def _(logits: Tensor, classes: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _(logits: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
     dtype = reference.sum_dtype(logits)
     return logits.new_empty((), dtype=dtype), logits.new_empty((), dtype=dtype)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::mask_loss_backward", mutates_args=())
-def _mask_loss_backward(
-    grad: Tensor, divisor: Tensor, logits: Tensor, classes: Tensor, targets: Tensor, weight: Tensor
-) -> Tensor:
-    if runs_triton(logits):
-        from . import kernel
-
-        return kernel.mask_loss_backward(grad, divisor, logits, classes, targets, weight)
-    return reference.mask_loss_backward(grad, divisor, logits, classes, targets, weight)
+_mask_loss_backward = register(reference.mask_loss_backward)
 
 
 @_mask_loss_backward.register_fake
-def _(
-    grad: Tensor, divisor: Tensor, logits: Tensor, classes: Tensor, targets: Tensor, weight: Tensor
-) -> Tensor:
+def _(grad: Tensor, divisor: Tensor, logits: Tensor, *rest: Tensor) -> Tensor:
     return torch.empty_like(logits)
 
 

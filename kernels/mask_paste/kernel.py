@@ -7,6 +7,8 @@ A tile that sees nothing of its mask is filled with zeros and reads nothing but 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -22,17 +24,9 @@ ROWS = 16  # of a tile, sampled at once
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-def paste_masks(
-    masks: Tensor,
-    boxes: Tensor,
-    valid: Tensor | None,
-    height: int,
-    width: int,
-    threshold: float,
-    packed: bool,
-) -> Tensor:
-    """See `op.paste_masks`."""
-    out, launch = _launch(masks, boxes, valid, height, width, threshold, packed)
+def paste_masks(*arguments: Any) -> Tensor:
+    """See `op.paste_masks`, whose arguments they are."""
+    out, launch = _launch(*arguments)
     if out.numel():
         launch.run()
     return out

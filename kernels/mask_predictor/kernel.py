@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..common.bitmaps import Bitmaps, Sampling
 from ..common.launch import CompileSpec, Launch, plain
 from ..mask_loss import kernel as mask_loss_kernel
-from ..mask_targets.cpu import Bitmaps, Sampling
 from ..mask_targets.kernel import example
 from . import backward, forward
 from .cpu import FeatureLayout, SlotSums, layout_of

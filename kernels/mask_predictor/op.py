@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..common.bitmaps import BITMAPS_SCHEMA, Bitmaps, Sampling, from_arguments
 from ..common.checks import require
-from ..common.library import NAMESPACE, runs_triton
+from ..common.library import NAMESPACE, in_full_precision, register, runs_triton
 from ..mask_targets import cpu as mask_targets_cpu
 from ..mask_targets import op as mask_targets_op
-from ..mask_targets.cpu import Bitmaps, Sampling
 from . import cpu
 from .checks import check_classes, check_loss, check_predictor
 from .cpu import FeatureLayout, SlotSums, layout_of
@@ -122,27 +121,16 @@ def class_mask_loss_from_bitmaps(
     require("boxes", boxes, (len(features), 4), like=("features", features))
     bitmaps = Bitmaps(buffer, offset, window, to_annotation, size, image_sizes)
     mask_targets_op.check(boxes, image, matched, slot_weight, bitmaps)
-    how = (list(mask_targets_op.shape_of(image_shape)), max(int(sampling_ratio), 0), aligned, bitmap)
+    shape, side = mask_targets_op.shape_of(image_shape), features.shape[-1]
+    how = Sampling(shape, side, max(int(sampling_ratio), 0), aligned, bitmap)
     predictor = (features, weight, bias, classes, slot_weight.detach())
     return _from_bitmaps(*predictor, boxes.detach(), image, matched, *bitmaps, *how)[0]
-
-
-def _full_precision(features: Tensor) -> torch.autocast:
-    """Autocast would round the matrix products of cpu.py; kernels do not feel it."""
-    return torch.autocast(features.device.type, enabled=False)
 
 
 Kept = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # the loss, and the fields of SlotSums
 
 
-@torch.library.custom_op(f"{NAMESPACE}::class_mask_logits", mutates_args=())
-def _class_mask_logits(features: Tensor, weight: Tensor, bias: Tensor, classes: Tensor) -> Tensor:
-    if runs_triton(features):
-        from . import kernel
-
-        return kernel.class_mask_logits(features, weight, bias, classes)
-    with _full_precision(features):
-        return cpu.class_mask_logits(features, weight, bias, classes)
+_class_mask_logits = register(cpu.class_mask_logits)
 
 
 @_class_mask_logits.register_fake
@@ -151,16 +139,7 @@ def _(features: Tensor, weight: Tensor, bias: Tensor, classes: Tensor) -> Tensor
     return features.new_empty((slots, height, width), dtype=cpu.sum_dtype(features))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::class_mask_logits_backward", mutates_args=())
-def _class_mask_logits_backward(
-    grad: Tensor, features: Tensor, weight: Tensor, classes: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    if runs_triton(features):
-        from . import kernel
-
-        return kernel.class_mask_logits_backward(grad, features, weight, classes)
-    with _full_precision(features):
-        return cpu.class_mask_logits_backward(grad, features, weight, classes)
+_class_mask_logits_backward = register(cpu.class_mask_logits_backward)
 
 
 @_class_mask_logits_backward.register_fake
@@ -190,12 +169,16 @@ def _class_mask_loss(
 
         loss, sums = kernel.class_mask_loss(*arguments)
     else:
-        with _full_precision(features):
-            loss, sums = cpu.class_mask_loss(*arguments)
+        loss, sums = in_full_precision(cpu.class_mask_loss, *arguments)
     return loss, *sums
 
 
-@torch.library.custom_op(f"{NAMESPACE}::class_mask_loss_from_bitmaps", mutates_args=())
+@torch.library.custom_op(
+    f"{NAMESPACE}::class_mask_loss_from_bitmaps",
+    mutates_args=(),
+    schema="(Tensor features, Tensor weight, Tensor bias, Tensor classes, Tensor slot_weight, Tensor boxes, "
+    f"Tensor image, Tensor matched, {BITMAPS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 def _from_bitmaps(
     features: Tensor,
     weight: Tensor,
@@ -205,43 +188,24 @@ def _from_bitmaps(
     boxes: Tensor,
     image: Tensor,
     matched: Tensor,
-    buffer: Tensor,
-    offset: Tensor,
-    window: Tensor,
-    to_annotation: Tensor,
-    size: Tensor,
-    image_sizes: Tensor,
-    image_shape: Sequence[int],
-    sampling_ratio: int,
-    aligned: bool,
-    bitmap: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    bitmaps = Bitmaps(buffer, offset, window, to_annotation, size, image_sizes)
-    shape = mask_targets_op.shape_of(image_shape)
-    how = Sampling(shape, features.shape[-1], sampling_ratio, aligned, bitmap)
+    *arguments: Any,
+) -> Kept:
+    bitmaps, how = from_arguments(arguments)
     if runs_triton(features):
         from . import kernel
 
         ground_truth = (boxes, image, matched, bitmaps, how)
         loss, sums = kernel.class_mask_loss(features, weight, bias, classes, None, slot_weight, ground_truth)
         return loss, *sums
-    with _full_precision(features):
-        targets = mask_targets_cpu.mask_targets(boxes, image, matched, slot_weight, bitmaps, how)
-        loss, sums = cpu.class_mask_loss(features, weight, bias, classes, targets, slot_weight)
+    rois = (boxes, image, matched, slot_weight)
+    targets = in_full_precision(mask_targets_cpu.mask_targets, *rois, bitmaps, how)
+    loss, sums = in_full_precision(cpu.class_mask_loss, features, weight, bias, classes, targets, slot_weight)
     return loss, *sums
 
 
 @_class_mask_loss.register_fake
-def _(features: Tensor, weight: Tensor, *rest: Any) -> Kept:
-    return _empty_sums(features)
-
-
 @_from_bitmaps.register_fake
-def _(features: Tensor, weight: Tensor, *rest: Any) -> Kept:
-    return _empty_sums(features)
-
-
-def _empty_sums(features: Tensor) -> Kept:
+def _(features: Tensor, *rest: Any) -> Kept:
     slots, channels, height, width = features.shape
     dtype = cpu.sum_dtype(features)
     shapes: list[tuple[int, ...]] = [(), (), (slots, height, width), (slots, channels), (slots,)]
@@ -274,19 +238,9 @@ def _class_mask_loss_backward(
 
 
 @_class_mask_loss_backward.register_fake
-def _(
-    grad: Tensor,
-    divisor: Tensor,
-    slope: Tensor,
-    weight_sums: Tensor,
-    bias_sums: Tensor,
-    weight: Tensor,
-    classes: Tensor,
-    slot_weight: Tensor,
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_gradients(slope, weight, FeatureLayout(dtype, channels_last))
+def _(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _, slope, _, _, weight, _, _, *layout = rest
+    return _empty_gradients(slope, weight, FeatureLayout(*layout))
 
 
 def _empty_gradients(slope: Tensor, weight: Tensor, layout: FeatureLayout) -> tuple[Tensor, Tensor, Tensor]:
@@ -315,13 +269,9 @@ def _save(
 
 
 def _loss_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return *_class_mask_loss_backward(grad, *ctx.saved_tensors, *ctx.layout), None, None, None
-
-
-def _loss_from_bitmaps_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     grads = _class_mask_loss_backward(grad, *ctx.saved_tensors, *ctx.layout)
-    return *grads, *(None for _ in range(15))
+    return *grads, *(None for _ in ctx.needs_input_grad[len(grads) :])
 
 
 _class_mask_loss.register_autograd(_loss_backward, setup_context=_save_loss)
-_from_bitmaps.register_autograd(_loss_from_bitmaps_backward, setup_context=_save_loss_from_bitmaps)
+_from_bitmaps.register_autograd(_loss_backward, setup_context=_save_loss_from_bitmaps)

@@ -27,18 +27,9 @@ COLUMNS, ROWS = 8, 64  # of a program, and of those rows that it takes at once
 BLOCK = 1024  # runs of a program of the last pass
 
 
-def mask_rle(
-    masks: Tensor,
-    boxes: Tensor,
-    sizes: Tensor | None,
-    valid: Tensor | None,
-    height: int,
-    width: int,
-    threshold: float,
-    max_runs: int,
-) -> tuple[Tensor, Tensor]:
-    """See `op.mask_rle`."""
-    runs, count, launches = _launches(masks, boxes, sizes, valid, height, width, threshold, max_runs)
+def mask_rle(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """See `op.mask_rle`, whose arguments they are."""
+    runs, count, launches = _launches(*arguments)
     if count.numel():
         for launch in launches:
             launch.run()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..common.checks import check_range, require, require_at_least
-from ..common.library import NAMESPACE, runs_triton
+from ..common.library import register
 from ..mask_paste.checks import check
 from . import reference
 
@@ -58,37 +60,10 @@ def mask_rle(
     return _mask_rle(masks.detach(), boxes.detach(), sizes, valid, height, width, threshold, max_runs)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::mask_rle", mutates_args=())
-def _mask_rle(
-    masks: Tensor,
-    boxes: Tensor,
-    sizes: Tensor | None,
-    valid: Tensor | None,
-    height: int,
-    width: int,
-    threshold: float,
-    max_runs: int,
-) -> tuple[Tensor, Tensor]:
-    if runs_triton(masks):
-        from . import kernel
-
-        return kernel.mask_rle(masks, boxes, sizes, valid, height, width, threshold, max_runs)
-    return reference.mask_rle(masks, boxes, sizes, valid, height, width, threshold, max_runs)
+_mask_rle = register(reference.mask_rle)
 
 
 @_mask_rle.register_fake
-def _(
-    masks: Tensor,
-    boxes: Tensor,
-    sizes: Tensor | None,
-    valid: Tensor | None,
-    height: int,
-    width: int,
-    threshold: float,
-    max_runs: int,
-) -> tuple[Tensor, Tensor]:
-    slots = masks.shape[0]
-    return (
-        masks.new_empty((slots, max_runs), dtype=torch.int32),
-        masks.new_empty((slots,), dtype=torch.int32),
-    )
+def _(masks: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    runs = masks.new_empty((masks.shape[0], rest[-1]), dtype=torch.int32)
+    return runs, masks.new_empty((masks.shape[0],), dtype=torch.int32)

@@ -7,32 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..common.bitmaps import Bitmaps, Sampling, position_dtype
+
 CHUNK = 64  # RoIs whose bitmaps are looked up at once in the input's resolution
-
-
-class Bitmaps(NamedTuple):
-    """The ground truth of N images with G slots each; see `op.mask_targets`."""
-
-    buffer: Tensor  # (B,) uint8
-    offset: Tensor  # (N, G) integer
-    window: Tensor  # (N, G, 4) integer x, y, width, height
-    to_annotation: Tensor  # (N, 2, 3)
-    size: Tensor  # (N, 2) height, width of the annotated image
-    image_sizes: Tensor  # (N, 2) height, width of the image within the padded input
-
-
-class Sampling(NamedTuple):
-    """Where the ground truth is read, and what is made of it; see `op.mask_targets`."""
-
-    image_shape: tuple[int, int]  # height, width of the padded input
-    resolution: int
-    sampling_ratio: int  # 0: adaptive
-    aligned: bool
-    bitmap: bool
-
-
-def position_dtype(boxes: Tensor) -> torch.dtype:
-    return torch.float64 if boxes.dtype == torch.float64 else torch.float32
 
 
 def is_real(boxes: Tensor, image: Tensor, matched: Tensor, valid: Tensor | None, offset: Tensor) -> Tensor:

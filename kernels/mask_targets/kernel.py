@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.bitmaps import Bitmaps, Sampling, position_dtype
 from ..common.launch import CompileSpec, Launch, plain
-from .cpu import Bitmaps, Sampling, position_dtype
 from .sampling import target_pixels
 
 PIXELS = 128  # of a program

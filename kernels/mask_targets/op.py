@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.bitmaps import BITMAPS_SCHEMA, Bitmaps, Sampling, from_arguments, position_dtype
 from ..common.checks import check_range, require, require_at_least
 from ..common.library import NAMESPACE, chosen, in_full_precision, runs_triton, switchable
 from . import cpu
-from .cpu import Bitmaps, Sampling
 
 
 @switchable
@@ -97,54 +97,26 @@ def check(boxes: Tensor, image: Tensor, matched: Tensor, valid: Tensor | None, b
 
 
 def _plain(boxes: Tensor, image: Tensor, matched: Tensor, valid: Tensor | None, *arguments: Any) -> Tensor:
-    bitmaps, how = Bitmaps(*arguments[:6]), Sampling(*arguments[6:])
-    return cpu.mask_targets(boxes, image, matched, valid, bitmaps, how)
+    return cpu.mask_targets(boxes, image, matched, valid, *from_arguments(arguments))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::mask_targets", mutates_args=())
+@torch.library.custom_op(
+    f"{NAMESPACE}::mask_targets",
+    mutates_args=(),
+    schema=f"(Tensor boxes, Tensor image, Tensor matched, Tensor? valid, {BITMAPS_SCHEMA}) -> Tensor",
+)
 def _mask_targets(
-    boxes: Tensor,
-    image: Tensor,
-    matched: Tensor,
-    valid: Tensor | None,
-    buffer: Tensor,
-    offset: Tensor,
-    window: Tensor,
-    to_annotation: Tensor,
-    size: Tensor,
-    image_sizes: Tensor,
-    image_shape: Sequence[int],
-    resolution: int,
-    sampling_ratio: int,
-    aligned: bool,
-    bitmap: bool,
+    boxes: Tensor, image: Tensor, matched: Tensor, valid: Tensor | None, *arguments: Any
 ) -> Tensor:
-    bitmaps = Bitmaps(buffer, offset, window, to_annotation, size, image_sizes)
-    how = Sampling(shape_of(image_shape), resolution, sampling_ratio, aligned, bitmap)
     if runs_triton(boxes):
         from . import kernel
 
-        return kernel.mask_targets(boxes, image, matched, valid, bitmaps, how)
-    return in_full_precision(cpu.mask_targets, boxes, image, matched, valid, bitmaps, how)
+        return kernel.mask_targets(boxes, image, matched, valid, *from_arguments(arguments))
+    return in_full_precision(_plain, boxes, image, matched, valid, *arguments)
 
 
 @_mask_targets.register_fake
-def _(
-    boxes: Tensor,
-    image: Tensor,
-    matched: Tensor,
-    valid: Tensor | None,
-    buffer: Tensor,
-    offset: Tensor,
-    window: Tensor,
-    to_annotation: Tensor,
-    size: Tensor,
-    image_sizes: Tensor,
-    image_shape: Sequence[int],
-    resolution: int,
-    sampling_ratio: int,
-    aligned: bool,
-    bitmap: bool,
-) -> Tensor:
-    dtype = torch.bool if bitmap else cpu.position_dtype(boxes)
-    return boxes.new_empty((boxes.shape[0], resolution, resolution), dtype=dtype)
+def _(boxes: Tensor, image: Tensor, matched: Tensor, valid: Tensor | None, *arguments: Any) -> Tensor:
+    _, how = from_arguments(arguments)
+    dtype = torch.bool if how.bitmap else position_dtype(boxes)
+    return boxes.new_empty((boxes.shape[0], how.resolution, how.resolution), dtype=dtype)

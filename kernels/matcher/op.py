@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..common.checks import require
-from ..common.library import NAMESPACE, chosen, runs_triton, switchable
+from ..common.library import chosen, register, switchable
 from . import cpu, naive
 
 
@@ -86,30 +86,12 @@ def _plain(
     return naive.match_boxes(boxes.float(), gt_boxes.float(), gt_valid, **crowd)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::match_boxes", mutates_args=())
-def _match_boxes(
-    boxes: Tensor,
-    gt_boxes: Tensor,
-    gt_valid: Tensor,
-    gt_crowd: Tensor | None,
-    low_quality: bool,
-    crowd_overlap: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if runs_triton(boxes):
-        from . import kernel
-
-        return kernel.match_boxes(boxes, gt_boxes, gt_valid, gt_crowd, low_quality, crowd_overlap)
-    return cpu.match_boxes(boxes, gt_boxes, gt_valid, gt_crowd, low_quality, crowd_overlap)
+_match_boxes = register(cpu.match_boxes)
 
 
 @_match_boxes.register_fake
 def _(
-    boxes: Tensor,
-    gt_boxes: Tensor,
-    gt_valid: Tensor,
-    gt_crowd: Tensor | None,
-    low_quality: bool,
-    crowd_overlap: float,
+    boxes: Tensor, gt_boxes: Tensor, gt_valid: Tensor, gt_crowd: Tensor | None, low_quality: bool, _: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     slots = (gt_boxes.shape[0], boxes.shape[1])
     return (

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..common.checks import require, require_at_least
-from ..common.library import NAMESPACE, runs_triton
+from ..common.library import register
 from . import cpu
 
 
@@ -96,45 +98,19 @@ def _check(
     require_at_least("iou_threshold", iou_threshold, 0)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::padded_nms", mutates_args=())
-def _padded_nms(
-    boxes: Tensor,
-    scores: Tensor,
-    groups: Tensor | None,
-    valid: Tensor | None,
-    iou_threshold: float,
-    max_out: int,
-) -> tuple[Tensor, Tensor]:
-    if runs_triton(boxes):
-        from . import kernel
-
-        return kernel.padded_nms(boxes, scores, groups, valid, iou_threshold, max_out)
-    return cpu.padded_nms(boxes, scores, groups, valid, iou_threshold, max_out)
+_padded_nms = register(cpu.padded_nms)
 
 
 @_padded_nms.register_fake
-def _(
-    boxes: Tensor,
-    scores: Tensor,
-    groups: Tensor | None,
-    valid: Tensor | None,
-    iou_threshold: float,
-    max_out: int,
-) -> tuple[Tensor, Tensor]:
-    shape = (boxes.shape[0], max_out)
+def _(boxes: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    shape = (boxes.shape[0], rest[-1])
     return boxes.new_empty(shape, dtype=torch.int64), boxes.new_empty(shape, dtype=torch.bool)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::nms", mutates_args=())
-def _nms(boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_threshold: float) -> Tensor:
-    if runs_triton(boxes):
-        from . import kernel
-
-        return kernel.nms(boxes, scores, groups, iou_threshold)
-    return cpu.nms(boxes, scores, groups, iou_threshold)
+_nms = register(cpu.nms)
 
 
 @_nms.register_fake
-def _(boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_threshold: float) -> Tensor:
+def _(boxes: Tensor, *rest: Any) -> Tensor:
     kept = torch.library.get_ctx().new_dynamic_size()
     return boxes.new_empty((kept,), dtype=torch.int64)

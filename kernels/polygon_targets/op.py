@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..common.checks import check_range, require, require_at_least
-from ..common.library import NAMESPACE, chosen, runs_triton, switchable
+from ..common.library import chosen, register, switchable
 from . import cpu
 
 
@@ -51,34 +53,6 @@ def polygon_mask_targets(
             on the CPU also if image or matched is out of range. On CUDA and when compiled such a box
             gives zeros.
     """
-    _check(boxes, image, matched, vertices, part_start, first_part, parts, to_input, step, resolution)
-    rasterise = chosen("polygon_mask_targets", _polygon_mask_targets, cpu.polygon_mask_targets)
-    return rasterise(
-        boxes.detach().float(),
-        image,
-        matched,
-        vertices.detach(),
-        part_start,
-        first_part,
-        parts,
-        to_input.detach(),
-        step,
-        resolution,
-    )
-
-
-def _check(
-    boxes: Tensor,
-    image: Tensor,
-    matched: Tensor,
-    vertices: Tensor,
-    part_start: Tensor,
-    first_part: Tensor,
-    parts: Tensor,
-    to_input: Tensor,
-    step: Tensor,
-    resolution: int,
-) -> None:
     require("boxes", boxes, ("T", 4), "floating point")
     total, like = boxes.shape[0], ("boxes", boxes)
     require("image", image, (total,), "integer", like)
@@ -96,40 +70,14 @@ def _check(
     require_at_least("resolution", resolution, 1)
     check_range("image", image, images)
     check_range("matched", matched, slots)
+    rasterise = chosen("polygon_mask_targets", _polygon_mask_targets, cpu.polygon_mask_targets)
+    tables = (vertices.detach(), part_start, first_part, parts, to_input.detach(), step)
+    return rasterise(boxes.detach().float(), image, matched, *tables, resolution)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::polygon_mask_targets", mutates_args=())
-def _polygon_mask_targets(
-    boxes: Tensor,
-    image: Tensor,
-    matched: Tensor,
-    vertices: Tensor,
-    part_start: Tensor,
-    first_part: Tensor,
-    parts: Tensor,
-    to_input: Tensor,
-    step: Tensor,
-    resolution: int,
-) -> Tensor:
-    arguments = (boxes, image, matched, vertices, part_start, first_part, parts, to_input)
-    if runs_triton(boxes):
-        from . import kernel
-
-        return kernel.polygon_mask_targets(*arguments, resolution)
-    return cpu.polygon_mask_targets(*arguments, step, resolution)
+_polygon_mask_targets = register(cpu.polygon_mask_targets)
 
 
 @_polygon_mask_targets.register_fake
-def _(
-    boxes: Tensor,
-    image: Tensor,
-    matched: Tensor,
-    vertices: Tensor,
-    part_start: Tensor,
-    first_part: Tensor,
-    parts: Tensor,
-    to_input: Tensor,
-    step: Tensor,
-    resolution: int,
-) -> Tensor:
-    return boxes.new_empty((boxes.shape[0], resolution, resolution), dtype=torch.bool)
+def _(boxes: Tensor, *rest: Any) -> Tensor:
+    return boxes.new_empty((boxes.shape[0], rest[-1], rest[-1]), dtype=torch.bool)

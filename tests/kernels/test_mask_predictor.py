@@ -350,7 +350,7 @@ def test_opcheck(device: str) -> None:
             op._class_mask_logits_backward, (grad, features.detach(), given.weight.detach(), classes)
         )
     fused = (*predictor, classes, given.slot_weight, *(truth[name] for name in order))
-    torch.library.opcheck(op._from_bitmaps, (*fused, [28, 24], 1, True, True))
+    torch.library.opcheck(op._from_bitmaps, (*fused, [28, 24], features.shape[-1], 1, True, True))
     sums = [t.detach() for t in op._class_mask_loss(*loss)[1:]]
     backward = (grad.sum(), *sums, given.weight.detach(), classes, given.slot_weight)
     for dtype, channels_last in ((torch.float32, False), (torch.bfloat16, True)):
