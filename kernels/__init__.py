@@ -17,7 +17,7 @@ from .nms.op import batched_nms, nms, padded_nms
 from .patch import patch, unpatch
 from .polygon_targets.op import polygon_mask_targets
 from .roi_align.op import MultiScaleRoIAlign, multilevel_roi_align, roi_align
-from .roi_pool.op import multilevel_roi_align_max, multilevel_roi_pool, multilevel_roi_warp, roi_pool
+from .roi_max.op import multilevel_roi_align_max, multilevel_roi_pool, multilevel_roi_warp, roi_pool
 
 __all__ = [
     "BoxMatches",

@@ -78,7 +78,7 @@ def launches(
     grid = (sum(tiles), triton.cdiv(channels, config.block_c))
     return grads, [
         Launch(_hits_kernel, (words, num_images * len(sizes)), find),
-        Launch(_backward_kernel, grid, gather, config.num_warps, config.options),
+        Launch(_roi_align_backward_kernel, grid, gather, config.num_warps, config.options),
     ]
 
 
@@ -146,7 +146,7 @@ def _hits_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _roi_align_backward_kernel(
     grad_ptr,  # (R, C, OH, OW)
     hits_ptr,  # (tiles, words) int32
     places_ptr,  # (R, 6)

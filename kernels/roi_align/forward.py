@@ -58,7 +58,7 @@ def launch(
         **product_arguments(config, how),
     }
     grid = (rois * parts_of(how), triton.cdiv(channels, config.block_c))
-    return out, Launch(_forward_kernel, grid, arguments, config.num_warps, config.options)
+    return out, Launch(_roi_align_kernel, grid, arguments, config.num_warps, config.options)
 
 
 def two_programs(config: Config, target: Target) -> Config:
@@ -81,7 +81,7 @@ def _shared(block_c: int) -> int:
 
 
 @triton.jit
-def _forward_kernel(
+def _roi_align_kernel(
     maps,  # of each level, (N, C, Hl, Wl)
     boxes_ptr,  # (R, 4) xyxy
     batch_ptr,  # (R,) image of each box, any dtype

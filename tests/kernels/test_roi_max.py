@@ -35,7 +35,7 @@ from fastmrcnn.kernels import (
     roi_pool,
 )
 from fastmrcnn.kernels.common.pooling import Pooling
-from fastmrcnn.kernels.roi_pool import cpu, registration
+from fastmrcnn.kernels.roi_max import cpu, registration
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"

@@ -59,7 +59,7 @@ def launch(
     grid = (rois * oh * parts, triton.cdiv(channels, block_c))
     hip = (target or target_of(first.device)).backend == "hip"
     num_warps = 2 if hip else 4  # of 64 threads: as many channels for each
-    return out, winner, Launch(_forward_kernel, grid, arguments, num_warps)
+    return out, winner, Launch(_roi_max_kernel, grid, arguments, num_warps)
 
 
 def geometry(kind: str, how: Pooling, sizes: list[tuple[int, int]], dtype: torch.dtype) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def geometry(kind: str, how: Pooling, sizes: list[tuple[int, int]], dtype: torch
 
 
 @triton.jit
-def _forward_kernel(
+def _roi_max_kernel(
     maps,  # of each level, (N, C, Hl, Wl)
     boxes_ptr,  # (R, 4) xyxy
     batch_ptr,  # (R,) image of each box, any dtype

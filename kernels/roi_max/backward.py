@@ -64,11 +64,13 @@ def launch(
         "BLOCK_C": block_c,
     }
     grid = (sum(tiles), triton.cdiv(channels, block_c))
-    return grads, Launch(_backward_kernel, grid, arguments, num_warps=8 if weighted and channels_last else 4)
+    return grads, Launch(
+        _roi_max_backward_kernel, grid, arguments, num_warps=8 if weighted and channels_last else 4
+    )
 
 
 @triton.jit
-def _backward_kernel(
+def _roi_max_backward_kernel(
     grad_ptr,  # (R, C, OH, OW)
     winner_ptr,  # (R, C, OH, OW) int32
     boxes_ptr,  # (R, 4) xyxy
