@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -41,7 +40,3 @@ def from_arguments(arguments: Sequence[Any]) -> tuple[Bitmaps, Sampling]:
     """Back from an operator's arguments."""
     *tables, image_shape, resolution, sampling_ratio, aligned, bitmap = arguments
     return Bitmaps(*tables), Sampling(tuple(image_shape), resolution, sampling_ratio, aligned, bitmap)
-
-
-def position_dtype(boxes: Tensor) -> torch.dtype:
-    return torch.float64 if boxes.dtype == torch.float64 else torch.float32

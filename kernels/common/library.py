@@ -52,6 +52,11 @@ def require_triton() -> None:
         )
 
 
+def sum_dtype(values: Tensor) -> torch.dtype:
+    """Of positions and sums."""
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
+
+
 def register(plain: Callable[..., Any]) -> torch.library.CustomOpDef:
     """The operator of a function in plain PyTorch: its name, its arguments, a tensor first, and its results.
 

@@ -94,8 +94,3 @@ def empty_maps(
         )
         for size in sizes
     ]
-
-
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of positions and sums, by the dtype of the features."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.launch import CompileSpec, Launch, plain
-from .reference import sum_dtype
+from ..common.library import sum_dtype
 
 PIXELS = 1024  # at once
 SLOTS = 1024  # at once, in the last sum

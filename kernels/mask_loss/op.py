@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..common.checks import check_range, require
-from ..common.library import chosen, register, switchable
+from ..common.library import chosen, register, sum_dtype, switchable
 from . import reference
 
 
@@ -54,7 +54,7 @@ _mask_loss = register(reference.mask_loss)
 
 @_mask_loss.register_fake
 def _(logits: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = reference.sum_dtype(logits)
+    dtype = sum_dtype(logits)
     return logits.new_empty((), dtype=dtype), logits.new_empty((), dtype=dtype)
 
 

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.launch import Launch, plain
-from ..mask_loss.reference import sum_dtype
+from ..common.library import sum_dtype
 from .cpu import FeatureLayout, SlotSums
 from .tiles import (
     feature_arguments,

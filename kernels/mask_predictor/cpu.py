@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..mask_loss.reference import sum_dtype
+from ..common.library import sum_dtype
 
 
 class SlotSums(NamedTuple):

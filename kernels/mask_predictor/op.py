@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..common.bitmaps import BITMAPS_SCHEMA, Bitmaps, Sampling, from_arguments
 from ..common.checks import require
-from ..common.library import NAMESPACE, in_full_precision, register, runs_triton
+from ..common.library import NAMESPACE, in_full_precision, register, runs_triton, sum_dtype
 from ..mask_targets import cpu as mask_targets_cpu
 from ..mask_targets import op as mask_targets_op
 from . import cpu
@@ -136,7 +136,7 @@ _class_mask_logits = register(cpu.class_mask_logits)
 @_class_mask_logits.register_fake
 def _(features: Tensor, weight: Tensor, bias: Tensor, classes: Tensor) -> Tensor:
     slots, _, height, width = features.shape
-    return features.new_empty((slots, height, width), dtype=cpu.sum_dtype(features))
+    return features.new_empty((slots, height, width), dtype=sum_dtype(features))
 
 
 _class_mask_logits_backward = register(cpu.class_mask_logits_backward)
@@ -207,7 +207,7 @@ def _from_bitmaps(
 @_from_bitmaps.register_fake
 def _(features: Tensor, *rest: Any) -> Kept:
     slots, channels, height, width = features.shape
-    dtype = cpu.sum_dtype(features)
+    dtype = sum_dtype(features)
     shapes: list[tuple[int, ...]] = [(), (), (slots, height, width), (slots, channels), (slots,)]
     loss, divisor, slope, weight_sums, bias_sums = (
         features.new_empty(shape, dtype=dtype) for shape in shapes

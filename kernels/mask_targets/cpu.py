@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.bitmaps import Bitmaps, Sampling, position_dtype
+from ..common.bitmaps import Bitmaps, Sampling
+from ..common.library import sum_dtype
 
 CHUNK = 64  # RoIs whose bitmaps are looked up at once in the input's resolution
 
@@ -24,7 +25,7 @@ def mask_targets(
     boxes: Tensor, image: Tensor, matched: Tensor, valid: Tensor | None, bitmaps: Bitmaps, how: Sampling
 ) -> Tensor:
     """See `op.mask_targets`. Positions, weights and result are float64 for float64 boxes, else float32."""
-    dtype, resolution = position_dtype(boxes), how.resolution
+    dtype, resolution = sum_dtype(boxes), how.resolution
     real = is_real(boxes, image, matched, valid, bitmaps.offset)
     soft = torch.zeros((len(boxes), resolution, resolution), dtype=dtype, device=boxes.device)
     if len(boxes) and bitmaps.offset.numel() and bitmaps.buffer.numel():

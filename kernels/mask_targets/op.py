@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.bitmaps import BITMAPS_SCHEMA, Bitmaps, Sampling, from_arguments, position_dtype
+from ..common.bitmaps import BITMAPS_SCHEMA, Bitmaps, Sampling, from_arguments
 from ..common.checks import check_range, require, require_at_least
-from ..common.library import NAMESPACE, chosen, in_full_precision, runs_triton, switchable
+from ..common.library import NAMESPACE, chosen, in_full_precision, runs_triton, sum_dtype, switchable
 from . import cpu
 
 
@@ -118,5 +118,5 @@ def _mask_targets(
 @_mask_targets.register_fake
 def _(boxes: Tensor, image: Tensor, matched: Tensor, valid: Tensor | None, *arguments: Any) -> Tensor:
     _, how = from_arguments(arguments)
-    dtype = torch.bool if how.bitmap else position_dtype(boxes)
+    dtype = torch.bool if how.bitmap else sum_dtype(boxes)
     return boxes.new_empty((boxes.shape[0], how.resolution, how.resolution), dtype=dtype)

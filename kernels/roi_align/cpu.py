@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.pooling import Pooling, sum_dtype
+from ..common.library import sum_dtype
+from ..common.pooling import Pooling
 from .entries import Entries, entry_groups, transpose
 from .rois import locate
 
@@ -33,7 +34,7 @@ def multilevel_roi_align(
         (R, C, oh, ow), zeros for boxes that are not valid, not finite, or of an image that is not there.
     """
     images, channels = features[0].shape[:2]
-    dtype = sum_dtype(features[0].dtype)
+    dtype = sum_dtype(features[0])
     sizes = [(f.shape[2], f.shape[3]) for f in features]
     oh, ow = how.output_size
     out = torch.zeros((boxes.shape[0], oh * ow, channels), dtype=dtype, device=boxes.device)
@@ -66,7 +67,7 @@ def multilevel_roi_align_backward(
         Of each level, (N, C, Hl, Wl) in the dtype of `grad`.
     """
     channels = grad.shape[1]
-    dtype = sum_dtype(grad.dtype)
+    dtype = sum_dtype(grad)
     pixels = num_images * sum(height * width for height, width in sizes)
     table = torch.zeros((pixels, channels), dtype=dtype, device=grad.device)
     if grad.numel() > 0 and pixels > 0:

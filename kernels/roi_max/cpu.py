@@ -16,7 +16,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..common.pooling import Pooling, sum_dtype
+from ..common.library import sum_dtype
+from ..common.pooling import Pooling
 from .points import Bins, Point, Rois, Windows, locate, most_points, point_at
 
 MAX_VALUES = 1 << 24
@@ -46,7 +47,7 @@ def multilevel_roi_max(
         winner: (R, C, oh, ow) int32, as above.
     """
     images, channels = features[0].shape[:2]
-    dtype = sum_dtype(features[0].dtype)
+    dtype = sum_dtype(features[0])
     sizes = [(f.shape[2], f.shape[3]) for f in features]
     oh, ow = how.output_size
     out = torch.zeros((boxes.shape[0], oh * ow, channels), dtype=dtype, device=boxes.device)
@@ -85,7 +86,7 @@ def multilevel_roi_max_backward(
         Of each level, (N, C, Hl, Wl) in the dtype of `grad`.
     """
     count, channels, oh, ow = grad.shape
-    dtype = sum_dtype(grad.dtype)
+    dtype = sum_dtype(grad)
     pixels = num_images * sum(height * width for height, width in sizes)
     table = torch.zeros((pixels, channels), dtype=dtype, device=grad.device)
     if grad.numel() > 0 and pixels > 0:
