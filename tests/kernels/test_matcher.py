@@ -1,4 +1,4 @@
-"""Matching against the matrix of all overlaps, bit for bit.
+"""Matching against its definition, the matrix of all overlaps, bit for bit.
 
 CPU tensors run cpu.py, or Triton's kernel if TRITON_INTERPRET=1; the tests are the same.
 """
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmrcnn.kernels import BoxMatches, match_boxes
 from fastmrcnn.kernels._library import interpreting
-from fastmrcnn.kernels.matcher import cpu, op
+from fastmrcnn.kernels.matcher import cpu, naive, op
 
 # NumPy, which the interpreter computes with, remarks on boxes that are not finite.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
@@ -26,22 +26,9 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def by_matrix(
-    boxes: Tensor, gt_boxes: Tensor, gt_valid: Tensor, gt_crowd: Tensor, crowd_overlap: float
+    boxes: Tensor, gt_boxes: Tensor, gt_valid: Tensor, gt_crowd: Tensor, share: float
 ) -> BoxMatches:
-    """All of a match, from all overlaps at once."""
-    a, b = boxes[:, :, None], gt_boxes[:, None]
-    low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
-    width, height = (high - low).clamp(min=0).unbind(-1)
-    inter = width * height
-    area, gt_area = ((t[..., 2] - t[..., 0]) * (t[..., 3] - t[..., 1]) for t in (a, b))
-    overlap = torch.where(inter > 0, inter / (area + gt_area - inter), 0.0)
-    overlap = torch.where(gt_valid[:, None], overlap, -1.0)
-    best, index = overlap.max(-1)
-    highest = overlap.amax(1)
-    is_best = ((overlap == highest[:, None]) & (highest[:, None] > 0)).any(-1)
-    share = torch.where(inter > 0, inter / area, 0.0)
-    in_crowd = ((share >= crowd_overlap) & gt_crowd[:, None]).any(-1)
-    return BoxMatches(best, index, highest, is_best, in_crowd)
+    return BoxMatches(*naive.match_boxes(boxes, gt_boxes, gt_valid, gt_crowd=gt_crowd, crowd_overlap=share))
 
 
 def assert_same(found: BoxMatches, expected: BoxMatches) -> None:
@@ -119,7 +106,9 @@ def test_images_without_objects_and_nothing_at_all(device: str) -> None:
     assert found.gt_best[0].eq(-1).all()
     assert not found.is_best[0].any()
     assert found.is_best[1].any()
+    assert_same(found, by_matrix(boxes, gt_boxes, gt_valid, gt_crowd, 0.7))
     none = match_boxes(boxes, gt_boxes[:, :0], gt_valid[:, :0], low_quality=True)
+    assert_same(none, BoxMatches(*naive.match_boxes(boxes, gt_boxes[:, :0], gt_valid[:, :0])))
     assert none.best.eq(-1).all()
     assert none.matched.eq(0).all()
     assert none.gt_best.shape == (2, 0)
@@ -127,6 +116,7 @@ def test_images_without_objects_and_nothing_at_all(device: str) -> None:
     no_boxes = matched(boxes[:, :0], gt_boxes, gt_valid, gt_crowd, 0.7)
     assert no_boxes.gt_best.equal(torch.where(gt_valid, 0.0, -1.0))
     assert all(no_boxes[i].shape == (2, 0) for i in (0, 1, 3, 4))
+    assert_same(no_boxes, by_matrix(boxes[:, :0], gt_boxes, gt_valid, gt_crowd, 0.7))
     no_images = match_boxes(boxes[:1], gt_boxes[:0], gt_valid[:0], low_quality=True)
     assert no_images.best.shape == (0, 5)
     assert no_images.gt_best.shape == (0, 3)

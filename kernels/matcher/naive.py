@@ -1,0 +1,36 @@
+"""Matching of boxes to objects by the matrix of all overlaps: the definition."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def match_boxes(
+    boxes: Tensor,
+    gt_boxes: Tensor,
+    gt_valid: Tensor,
+    *,
+    gt_crowd: Tensor | None = None,
+    crowd_overlap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """All fields of `op.BoxMatches` (Faster R-CNN, arXiv 1506.01497, section 3.1.2).
+
+    Arguments are those of `op.match_boxes`. Overlaps have the dtype of the boxes, which is float32 there.
+    NaN counts as the highest, as in torch.max, and as no one's best.
+    """
+    a, b = boxes[:, :, None], gt_boxes[:, None]  # (N, B, G, 4)
+    extent = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
+    inter = extent.clamp(min=0).prod(-1)
+    area, gt_area = ((t[..., 2:] - t[..., :2]).prod(-1) for t in (a, b))
+    overlap = torch.where(inter > 0, inter / (area + gt_area - inter), 0.0)  # (N, B, G)
+    overlap = overlap.where(gt_valid[:, None], -1.0)
+    # For where there are none: one more slot, without an object, and one more box, which touches nothing.
+    no_object, no_box = overlap.new_full((*overlap.shape[:2], 1), -1.0), torch.where(gt_valid, 0.0, -1.0)
+    best, matched = torch.cat([overlap, no_object], dim=2).max(2)
+    gt_best = torch.cat([overlap, no_box[:, None]], dim=1).amax(1)
+    is_best = ((overlap == gt_best[:, None]) & (gt_best[:, None] > 0)).any(2)
+    in_crowd = None
+    if gt_crowd is not None and crowd_overlap is not None:
+        in_crowd = ((inter / area >= crowd_overlap) & gt_crowd[:, None]).any(2)
+    return best, matched, gt_best, is_best, in_crowd
