@@ -1,6 +1,6 @@
-"""Triton kernels for detectors, each beside a plain PyTorch reference.
+"""Triton kernels for detectors, each beside plain PyTorch that says what it computes.
 
-CUDA tensors run Triton, CPU tensors run the reference, and with TRITON_INTERPRET=1 CPU tensors run
+CUDA tensors run Triton, CPU tensors run PyTorch, and with TRITON_INTERPRET=1 CPU tensors run
 Triton too. Needs torch and, where Triton runs, triton; importing needs torch alone.
 """
 

@@ -62,7 +62,7 @@ def patch(library: str, *, devices: str | Iterable[str] = "cuda") -> Patch:
 
     Args:
         library: "torchvision". detectron2 calls its operators, so that it comes along.
-        devices: "cuda", "cpu" or both. CPU tensors run the references, or Triton's interpreter if
+        devices: "cuda", "cpu" or both. CPU tensors run PyTorch, or Triton's interpreter if
             TRITON_INTERPRET=1: for tests, not for speed.
 
     Returns:

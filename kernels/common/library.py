@@ -32,7 +32,7 @@ def interpreting() -> bool:
 
 
 def runs_triton(tensor: Tensor) -> bool:
-    """CUDA tensors run Triton; CPU tensors run the reference, unless the interpreter is on."""
+    """CUDA tensors run Triton; CPU tensors run plain PyTorch, unless the interpreter is on."""
     if tensor.device.type == "cuda":
         require_triton()
         return True
@@ -111,7 +111,7 @@ def chosen(name: str, operator: Callable[..., Any], plain: Callable[..., Any]) -
     return functools.partial(in_full_precision, plain) if name in _by_reference else operator
 
 
-def in_full_precision(reference: Callable[..., Any], tensor: Tensor, *arguments: Any) -> Any:
-    """Call without autocast, which would round a reference's matrix products; kernels do not feel it."""
+def in_full_precision(plain: Callable[..., Any], tensor: Tensor, *arguments: Any) -> Any:
+    """Call without autocast, which would round matrix products; kernels do not feel it."""
     with torch.autocast(tensor.device.type, enabled=False):
-        return reference(tensor, *arguments)
+        return plain(tensor, *arguments)

@@ -11,6 +11,7 @@ BUILT_ON: dict[str, set[str]] = {
     "common": set(),
     "mask_predictor": {"mask_loss", "mask_targets"},
     "mask_rle": {"mask_paste"},
+    "mask_targets": {"roi_align"},
     "roi_align": {"level_assign"},
     "roi_max": {"level_assign", "roi_align"},
 }

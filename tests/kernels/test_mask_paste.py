@@ -1,4 +1,4 @@
-"""Pasted masks against a computation pixel by pixel, and against detectron2's bitmaps.
+"""Pasted masks against their definition, pixel by pixel, and against detectron2's bitmaps.
 
 CPU tensors run cpu.py, or Triton's kernel if TRITON_INTERPRET=1; the tests are the same.
 """
@@ -13,30 +13,29 @@ import pytest
 import torch
 from hypothesis import given, settings
 from nosync import NoSync
-from pasted import BOXES, NOTHING, SIZE, corners, random_boxes, random_masks, values
+from pasted import BOXES, NOTHING, SIZE, corners, random_boxes, random_masks
 
 from fastmrcnn.kernels import paste_masks
 from fastmrcnn.kernels.common.library import interpreting
-from fastmrcnn.kernels.mask_paste import cpu, op
+from fastmrcnn.kernels.mask_paste import cpu, naive, op
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("side", [1, 5] if interpreting() else [1, 2, 5, 28])
-def test_each_pixel(side: int, device: str) -> None:
+def test_definition(side: int, device: str) -> None:
     masks, boxes = random_masks(len(BOXES), side), torch.tensor(BOXES)
-    exact = np.stack(
-        [values(m.double().numpy(), b, *SIZE) for m, b in zip(masks, boxes.tolist(), strict=True)]
-    )
+    shares = [naive.probabilities(m, b, *SIZE) for m, b in zip(masks, boxes.tolist(), strict=True)]
+    exact = torch.stack(shares)
     for threshold in (0.5,) if interpreting() else (0.05, 0.5, 0.9):
-        want = torch.from_numpy(exact >= threshold)
+        want = exact >= threshold
         double = paste_masks(masks.double().to(device), boxes.double().to(device), *SIZE, threshold)
-        sure = torch.from_numpy(np.abs(exact - threshold) > 1e-12)
+        sure = (exact - threshold).abs() > 1e-12
         assert torch.equal(double.cpu()[sure], want[sure])
         found = paste_masks(masks.to(device), boxes.to(device), *SIZE, threshold)
         assert found.dtype == torch.bool
-        sure = torch.from_numpy(np.abs(exact - threshold) > 1e-5)
+        sure = (exact - threshold).abs() > 1e-5
         assert torch.equal(found.cpu()[sure], want[sure])
         assert (found.cpu() != want).sum() <= want.numel() / 10_000
         assert found.any()
@@ -92,6 +91,8 @@ def test_what_is_not_there_gives_zeros(packed: bool, device: str) -> None:
     valid[-2] = False
     masks[-2] = torch.nan
     found = paste_masks(masks, boxes, *SIZE, packed=packed, valid=valid).cpu()
+    if not packed:
+        assert torch.equal(found, naive.paste_masks(masks.cpu(), boxes.cpu(), *SIZE, valid=valid.cpu()))
     assert found[0].any()
     assert torch.equal(found[0], found[-3])
     assert not found[1:-3].any()
@@ -145,6 +146,9 @@ def test_any_box(corners: list[float]) -> None:
     masks, boxes = random_masks(2, 6), torch.tensor(corners).view(2, 4)
     found = paste_masks(masks, boxes, *SIZE)
     assert torch.equal(found, cpu.paste_masks(masks, boxes, None, *SIZE, 0.5, False))
+    # float64 has the definition's bits where no probability lies on the threshold.
+    double = paste_masks(masks.double(), boxes.double(), *SIZE, 0.4321)
+    assert torch.equal(double, naive.paste_masks(masks, boxes.double(), *SIZE, 0.4321))
     # Half a cell of the mask beyond the box there is nothing left.
     rim = (boxes[:, 2:] - boxes[:, :2]) / 12 * 1.001 + 1
     x, y = torch.arange(SIZE[1]) + 0.5, torch.arange(SIZE[0])[:, None] + 0.5

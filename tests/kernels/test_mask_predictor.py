@@ -1,4 +1,4 @@
-"""The mask predictor of a slot's class and its loss against float64 convolutions and the mask loss.
+"""The mask predictor of a slot's class and its loss against their definition and the mask loss.
 
 CPU tensors run cpu.py, or Triton's kernels if TRITON_INTERPRET=1; the tests are the same.
 """
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastmrcnn.kernels import class_mask_logits, class_mask_loss, class_mask_loss_from_bitmaps, mask_targets
 from fastmrcnn.kernels.common.library import interpreting, runs_triton
 from fastmrcnn.kernels.mask_loss.op import mask_loss
-from fastmrcnn.kernels.mask_predictor import cpu, op
+from fastmrcnn.kernels.mask_predictor import cpu, naive, op
 from fastmrcnn.kernels.mask_targets.cpu import Bitmaps
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -72,16 +72,10 @@ def inputs(
 
 
 def exact(given: Inputs) -> list[Tensor]:
-    """Loss and gradients in float64 on the CPU: convolve the slots that count, and take a channel of each."""
-    features, weight, bias, classes, targets, slot_weight = (t.detach().cpu() for t in given)
+    """Loss and gradients by the definition, on the CPU."""
+    features, weight, bias, *rest = (t.detach().cpu() for t in given)
     leaves = [t.double().requires_grad_() for t in (features, weight.flatten(1), bias)]
-    total = leaves[0].new_zeros(())
-    for slot in slot_weight.nonzero()[:, 0].tolist():
-        row = int(classes[slot]) if len(weight) > 1 else 0
-        x = F.conv2d(leaves[0][slot : slot + 1], leaves[1][:, :, None, None], leaves[2])[0, row]
-        loss = F.binary_cross_entropy_with_logits(x, targets[slot].double())
-        total = total + slot_weight[slot].double() * loss
-    loss = total / slot_weight.double().sum().clamp(min=1)
+    loss = naive.class_mask_loss(*leaves, *rest)
     if not loss.requires_grad:
         return [loss, *(torch.zeros_like(leaf) for leaf in leaves)]
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
@@ -199,7 +193,7 @@ def test_numbers_of_the_two_steps(device: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_logits(dtype: torch.dtype, layout: str, device: str) -> None:
-    """Those of a convolution, and its gradients."""
+    """Those of the definition, and their gradients."""
     given = inputs(3, 3, 6, 15, dtype=dtype, layout=layout, device=device)
     features, classes = given.features.detach().nan_to_num().requires_grad_(), given.classes.clamp(max=2)
     logits = class_mask_logits(features, given.weight, given.bias, classes)
@@ -208,8 +202,7 @@ def test_logits(dtype: torch.dtype, layout: str, device: str) -> None:
     leaves = [features, given.weight, given.bias]
     grads = torch.autograd.grad(logits, leaves, grad)
     doubles = [t.detach().cpu().double().requires_grad_() for t in leaves]
-    all_logits = F.conv2d(doubles[0], doubles[1][:, :, None, None], doubles[2])
-    expected = all_logits[torch.arange(3), classes.cpu()]
+    expected = naive.class_mask_logits(*doubles, classes.cpu())
     wanted = torch.autograd.grad(expected, doubles, grad.cpu().double())
     assert logits.dtype == cpu.sum_dtype(features)
     tolerance = SUM_TOLERANCE[dtype]
@@ -260,6 +253,9 @@ def test_from_bitmaps(ratio: int, bitmap: bool, layout: str, device: str) -> Non
     grads = [torch.autograd.grad(loss, given.leaves()) for loss in (one, two)]
     assert all(a.equal(b) for a, b in zip(*grads, strict=True))
     check(given._replace(targets=targets))
+    predictor = [t.detach().cpu() for t in (features, weight, bias, classes, slot_weight)]
+    expected = naive.class_mask_loss_from_bitmaps(*predictor, **ground_truth(3, "cpu"), **sampling)
+    torch.testing.assert_close(one.detach().cpu().double(), expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -281,13 +277,10 @@ def test_class_out_of_range_when_compiled(device: str) -> None:
     given = given._replace(classes=wrong, features=features.requires_grad_())
     loss = torch.compile(class_mask_loss, fullgraph=True, backend="aot_eager")(*given)
     grads = torch.autograd.grad(loss, given.leaves())
-    kept = given.slot_weight.clone()
-    kept[0] = kept[2] = 0
-    share = kept.sum().item() / given.slot_weight.sum().item()
-    expected_loss, *expected = exact(given._replace(slot_weight=kept))
-    torch.testing.assert_close(loss.detach().cpu().double(), expected_loss * share, rtol=1e-6, atol=0)
+    expected_loss, *expected = exact(given)
+    torch.testing.assert_close(loss.detach().cpu().double(), expected_loss, rtol=1e-6, atol=0)
     for got, want in zip(grads, expected, strict=True):
-        torch.testing.assert_close(got.cpu().double(), want * share, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(got.cpu().double(), want, rtol=1e-5, atol=1e-7)
     logits = torch.compile(class_mask_logits, fullgraph=True, backend="aot_eager")(*given[:4])
     assert logits[[0, 2]].eq(0).all()
     seen = torch.autograd.grad(logits.nan_to_num().sum(), given.leaves())

@@ -1,4 +1,4 @@
-"""Matching against the matrix of all overlaps, bit for bit.
+"""Matching against its definition, the matrix of all overlaps, bit for bit.
 
 CPU tensors run cpu.py, or Triton's kernel if TRITON_INTERPRET=1; the tests are the same.
 """
@@ -106,7 +106,9 @@ def test_images_without_objects_and_nothing_at_all(device: str) -> None:
     assert found.gt_best[0].eq(-1).all()
     assert not found.is_best[0].any()
     assert found.is_best[1].any()
+    assert_same(found, by_matrix(boxes, gt_boxes, gt_valid, gt_crowd, 0.7))
     none = match_boxes(boxes, gt_boxes[:, :0], gt_valid[:, :0], low_quality=True)
+    assert_same(none, BoxMatches(*naive.match_boxes(boxes, gt_boxes[:, :0], gt_valid[:, :0])))
     assert none.best.eq(-1).all()
     assert none.matched.eq(0).all()
     assert none.gt_best.shape == (2, 0)
@@ -114,6 +116,7 @@ def test_images_without_objects_and_nothing_at_all(device: str) -> None:
     no_boxes = matched(boxes[:, :0], gt_boxes, gt_valid, gt_crowd, 0.7)
     assert no_boxes.gt_best.equal(torch.where(gt_valid, 0.0, -1.0))
     assert all(no_boxes[i].shape == (2, 0) for i in (0, 1, 3, 4))
+    assert_same(no_boxes, by_matrix(boxes[:, :0], gt_boxes, gt_valid, gt_crowd, 0.7))
     no_images = match_boxes(boxes[:1], gt_boxes[:0], gt_valid[:0], low_quality=True)
     assert no_images.best.shape == (0, 5)
     assert no_images.gt_best.shape == (0, 3)
