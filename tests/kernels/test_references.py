@@ -57,7 +57,7 @@ def test_a_benchmark_defines_nothing_of_its_own(operator: str) -> None:
 def test_definitions_stand_alone() -> None:
     """No operator runs a naive.py, and none of them reads what it is to judge.
 
-    Matching alone may, within `by_reference`: what its cpu.py looks at a few objects at a time is no baseline.
+    Matching alone may, within `by_reference`: its cpu.py, a few objects at a time, is no baseline.
     """
     for path in sorted((ROOT / "kernels").rglob("*.py")):
         last = {name.split(".")[-1] for name in imports(path) if name.startswith(".")}
