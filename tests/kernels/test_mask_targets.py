@@ -324,6 +324,8 @@ def test_what_is_not_there_gives_zeros(ratio: int, device: str) -> None:
     compiled = torch.compile(mask_targets, fullgraph=True, backend="aot_eager")  # eager CPU would raise
     rois = (t.to(device) for t in (boxes, image, matched))
     found = compiled(*rois, **arguments, **options, valid=valid.to(device)).cpu()
+    exact = naive.mask_targets(boxes, image, matched, **tables(IDENTITY).arguments, **options, valid=valid)
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-6)
     assert found[0].any()
     assert found[9].equal(found[0])
     assert found[1:9].eq(0).all()

@@ -297,5 +297,6 @@ def test_refuses(name: str, value: Any, says: str) -> None:
 def test_compiled_boxes_out_of_range_give_zeros() -> None:
     arguments = {**two_images(), "image": torch.tensor([1, 0, 7, -1]), "matched": torch.tensor([1, 5, 0, 0])}
     found = torch.compile(polygon_mask_targets, backend="eager", fullgraph=True)(**arguments)
+    assert found.equal(naive.polygon_mask_targets(**arguments))
     assert found[0].any()
     assert not found[1:].any()

@@ -276,6 +276,7 @@ def test_image_out_of_range(device: str) -> None:
             roi_align(maps[0], rois, 2, 1 / 4)
     compiled = torch.compile(roi_align, fullgraph=True, backend="aot_eager")
     pooled = compiled(maps[0], rois, 2, 1 / 4)
+    assert_near(pooled, naive.roi_align(on_cpu(maps)[0], rois.cpu(), (2, 2), 1 / 4), torch.float32)
     assert pooled[0].any()
     assert not pooled[1:].any()
     pooled.sum().backward()
