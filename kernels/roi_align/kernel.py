@@ -30,21 +30,10 @@ def multilevel_roi_align(
     return out
 
 
-def multilevel_roi_align_backward(
-    grad: Tensor,
-    boxes: Tensor,
-    batch_index: Tensor | None,
-    valid: Tensor | None,
-    num_images: int,
-    sizes: list[tuple[int, int]],
-    channels_last: bool,
-    how: Pooling,
-) -> list[Tensor]:
-    """See `cpu.multilevel_roi_align_backward`. Two launches, and a bit of memory per RoI and tile."""
-    grads, launches = backward.launches(
-        grad, boxes, batch_index, valid, num_images, sizes, channels_last, how
-    )
-    if num_images * grad.shape[1] == 0:
+def multilevel_roi_align_backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
+    """Arguments as of `backward.launches`. Two launches, and a bit of memory per RoI and tile."""
+    grads, launches = backward.launches(grad, *arguments)
+    if grads[0].numel() == 0:
         return grads
     if grad.shape[0] == 0:
         return [part.zero_() for part in grads]

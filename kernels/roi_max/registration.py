@@ -88,24 +88,13 @@ def _roi_max_backward(
     *arguments: Any,
 ) -> list[Tensor]:
     maps, kind, how = Maps(*arguments[:4]), arguments[4], Pooling.of(arguments[5:])
+    where = (maps.num_images, maps.sizes)
     if runs_triton(boxes):
         from . import kernel
 
-        return kernel.multilevel_roi_max_backward(
-            grad,
-            winner,
-            boxes,
-            batch_index,
-            valid,
-            maps.num_images,
-            maps.sizes,
-            maps.channels_last,
-            kind,
-            how,
-        )
-    grads = cpu.multilevel_roi_max_backward(
-        grad, winner, boxes, batch_index, maps.num_images, maps.sizes, kind, how
-    )
+        rois = (boxes, batch_index, valid)
+        return kernel.multilevel_roi_max_backward(grad, winner, *rois, *where, maps.channels_last, kind, how)
+    grads = cpu.multilevel_roi_max_backward(grad, winner, boxes, batch_index, *where, kind, how)
     return [part.clone(memory_format=memory_format(maps.channels_last)) for part in grads]
 
 
