@@ -15,7 +15,7 @@ from torch import Tensor
 from workload import Workload, generator, rois
 
 from fastmrcnn.kernels import mask_rle, paste_masks
-from fastmrcnn.kernels.mask_paste import reference as paste_reference
+from fastmrcnn.kernels.mask_paste import cpu as paste_cpu
 from fastmrcnn.kernels.mask_rle import reference as rle_reference
 
 DETECTIONS = 100
@@ -60,12 +60,12 @@ def paste_contest(load: Workload, device: torch.device, packed: bool) -> Contest
     masks, boxes = detections(load)
 
     def reference(masks: Tensor, boxes: Tensor) -> Tensor:
-        return paste_reference.paste_masks(masks, boxes, None, *size, THRESHOLD, packed)
+        return paste_cpu.paste_masks(masks, boxes, None, *size, THRESHOLD, packed)
 
     peers = reference_peer(reference, device)
     if not packed and (torchvision := torchvision_paste(load)) is not None:
         peers = {"torchvision": torchvision, **peers}
-    columns = paste_reference.packed_width(load.width) if packed else load.width
+    columns = paste_cpu.packed_width(load.width) if packed else load.width
     return Contest(
         f"mask paste to {'bits' if packed else 'bools'}, {len(masks)} detections",
         inputs_of(load),

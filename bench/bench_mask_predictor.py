@@ -19,11 +19,11 @@ from torch import Tensor
 from workload import JITTER, Workload, generator
 
 from fastmrcnn.kernels import class_mask_loss, class_mask_loss_from_bitmaps, mask_loss, mask_targets
-from fastmrcnn.kernels.mask_predictor import reference
-from fastmrcnn.kernels.mask_targets import reference as targets_reference
+from fastmrcnn.kernels.mask_predictor import cpu
+from fastmrcnn.kernels.mask_targets import cpu as targets_cpu
 
 SHRUNK = 1.25  # pixels of the input for one of the annotation, along a side
-BITMAPS = ("boxes", "image", "matched", *targets_reference.Bitmaps._fields)
+BITMAPS = ("boxes", "image", "matched", *targets_cpu.Bitmaps._fields)
 
 
 class Predictor(NamedTuple):
@@ -79,7 +79,7 @@ def ground_truth(load: Workload) -> dict[str, Tensor]:
 def reference_loss(
     features: Tensor, weight: Tensor, bias: Tensor, classes: Tensor, targets: Tensor, slot_weight: Tensor
 ) -> Tensor:
-    return reference.class_mask_loss(features, weight, bias, classes, targets, slot_weight)[0]
+    return cpu.class_mask_loss(features, weight, bias, classes, targets, slot_weight)[0]
 
 
 def all_classes(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from workload import STRIDES, Workload, rois
 
 from fastmrcnn.kernels import match_boxes
-from fastmrcnn.kernels.matcher import reference
+from fastmrcnn.kernels.matcher import cpu
 
 FOREGROUND_IOU, BACKGROUND_IOU = 0.7, 0.3
 MANY = 2  # objects for each RoI of the workload
@@ -39,7 +39,7 @@ def ours(boxes: Tensor, gt_boxes: Tensor, gt_valid: Tensor) -> list[Tensor]:
 
 
 def exact(boxes: Tensor, gt_boxes: Tensor, gt_valid: Tensor) -> list[Tensor]:
-    return list(reference.match_boxes(boxes, gt_boxes, gt_valid, None, True, 0.0)[:4])
+    return list(cpu.match_boxes(boxes, gt_boxes, gt_valid, None, True, 0.0)[:4])
 
 
 def by_matrix(boxes: Tensor, gt_boxes: Tensor, gt_valid: Tensor) -> tuple[Tensor, ...]:

@@ -13,14 +13,14 @@ from torch import Tensor
 from workload import Workload, proposals
 
 from fastmrcnn.kernels import padded_nms
-from fastmrcnn.kernels.nms import reference
+from fastmrcnn.kernels.nms import cpu
 
 IOU_THRESHOLD = 0.7
 
 
 def exact(boxes: Tensor, scores: Tensor, groups: Tensor, max_out: int) -> tuple[Tensor, Tensor]:
     """Its greedy loop runs on the CPU."""
-    return reference.padded_nms(boxes.cpu(), scores.cpu(), groups.cpu(), None, IOU_THRESHOLD, max_out)
+    return cpu.padded_nms(boxes.cpu(), scores.cpu(), groups.cpu(), None, IOU_THRESHOLD, max_out)
 
 
 def ours(boxes: Tensor, scores: Tensor, groups: Tensor, max_out: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from workload import STRIDES, Workload, feature_maps, generator, rois
 
 from fastmrcnn.kernels import multilevel_roi_align
-from fastmrcnn.kernels.roi_align import reference
+from fastmrcnn.kernels.roi_align import cpu
 
 SCALES = [1 / stride for stride in STRIDES]
 
@@ -22,22 +22,22 @@ def roi_align_reference(
     features: list[Tensor], boxes: Tensor, output_size: int, sampling_ratio: int, aligned: bool
 ) -> Tensor:
     how = pooling(output_size, sampling_ratio, aligned)
-    out = reference.multilevel_roi_align(features, boxes.flatten(0, 1), None, None, how)
+    out = cpu.multilevel_roi_align(features, boxes.flatten(0, 1), None, None, how)
     return out.unflatten(0, boxes.shape[:2])
 
 
-def pooling(output_size: int, sampling_ratio: int, aligned: bool) -> reference.Pooling:
-    return reference.Pooling((output_size, output_size), SCALES, sampling_ratio, aligned, 224.0, 4, 2)
+def pooling(output_size: int, sampling_ratio: int, aligned: bool) -> cpu.Pooling:
+    return cpu.Pooling((output_size, output_size), SCALES, sampling_ratio, aligned, 224.0, 4, 2)
 
 
-def traffic(features: list[Tensor], boxes: Tensor, how: reference.Pooling) -> Traffic:
+def traffic(features: list[Tensor], boxes: Tensor, how: cpu.Pooling) -> Traffic:
     """Forward reads the pixels that some sample touches; backward writes whole maps."""
     images, channels = features[0].shape[:2]
     item = features[0].element_size()
     flat = boxes.flatten(0, 1).double().cpu()
     ones = torch.ones(flat.shape[0], 1, *how.output_size, dtype=torch.float64)
     sizes = [(f.shape[2], f.shape[3]) for f in features]
-    touched = reference.multilevel_roi_align_backward(ones, flat, None, None, images, sizes, how)
+    touched = cpu.multilevel_roi_align_backward(ones, flat, None, None, images, sizes, how)
     pixels = sum(int((part != 0).sum()) for part in touched)
     out = flat.shape[0] * channels * how.output_size[0] * how.output_size[1] * item
     return Traffic(

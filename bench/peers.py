@@ -1,4 +1,4 @@
-"""What the operators are compared with: torchvision's as its users call them, and the reference."""
+"""What the operators are compared with: torchvision's as its users call them, and what CPU tensors run."""
 
 from __future__ import annotations
 

@@ -23,11 +23,11 @@ from record import file_name
 from torch import Tensor
 from workload import STRIDES, TRAINING, Workload, feature_maps, generator, masks, proposals, rois
 
-from fastmrcnn.kernels._spec import Launch
+from fastmrcnn.kernels.common.launch import Launch
+from fastmrcnn.kernels.common.pooling import Pooling
 from fastmrcnn.kernels.mask_loss import kernel as mask_loss
 from fastmrcnn.kernels.nms import kernel as nms
 from fastmrcnn.kernels.roi_align import backward, forward
-from fastmrcnn.kernels.roi_align.rois import Pooling
 from fastmrcnn.speed.environment import environment
 from fastmrcnn.speed.timing import call_times, summary
 

@@ -1,11 +1,11 @@
-"""Triton kernels for detectors, each beside a plain PyTorch reference.
+"""Triton kernels for detectors, each beside plain PyTorch that says what it computes.
 
-CUDA tensors run Triton, CPU tensors run the reference, and with TRITON_INTERPRET=1 CPU tensors run
+CUDA tensors run Triton, CPU tensors run PyTorch, and with TRITON_INTERPRET=1 CPU tensors run
 Triton too. Needs torch and, where Triton runs, triton; importing needs torch alone.
 """
 
-from ._library import by_reference
 from .box_decode.op import decode_boxes
+from .common.library import by_reference
 from .level_assign.op import assign_levels
 from .mask_loss.op import mask_loss
 from .mask_paste.op import paste_masks
@@ -17,7 +17,7 @@ from .nms.op import batched_nms, nms, padded_nms
 from .patch import patch, unpatch
 from .polygon_targets.op import polygon_mask_targets
 from .roi_align.op import MultiScaleRoIAlign, multilevel_roi_align, roi_align
-from .roi_pool.op import multilevel_roi_align_max, multilevel_roi_pool, multilevel_roi_warp, roi_pool
+from .roi_max.op import multilevel_roi_align_max, multilevel_roi_pool, multilevel_roi_warp, roi_pool
 
 __all__ = [
     "BoxMatches",

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ._library import NAMESPACE, interpreting
+from .common.library import NAMESPACE, interpreting
 from .patch import patch
 
 REPEATS = 20
@@ -202,7 +202,7 @@ def main() -> int:
     elif interpreting():
         print("Triton's kernels, interpreted, against torchvision's operators on the CPU.")
     else:
-        print("The PyTorch references against torchvision's operators on the CPU.")
+        print("The operators in PyTorch against torchvision's operators on the CPU.")
     print("Errors are relative to the largest entry.\n")
     rows = check(device, TRAINING if timed else SMALL, timed)
     print(table(rows, timed))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import require_triton
+from .common.library import require_triton
 from .nms.op import nms
 from .roi_align.op import _roi_align_backward as _backward
 from .roi_align.op import roi_align
@@ -62,7 +62,7 @@ def patch(library: str, *, devices: str | Iterable[str] = "cuda") -> Patch:
 
     Args:
         library: "torchvision". detectron2 calls its operators, so that it comes along.
-        devices: "cuda", "cpu" or both. CPU tensors run the references, or Triton's interpreter if
+        devices: "cuda", "cpu" or both. CPU tensors run PyTorch, or Triton's interpreter if
             TRITON_INTERPRET=1: for tests, not for speed.
 
     Returns:

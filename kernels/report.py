@@ -34,8 +34,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from ._library import interpreting
-from ._spec import CompileSpec, Target
+from .common.launch import CompileSpec, Target
+from .common.library import interpreting
 
 
 class Limits(NamedTuple):

@@ -31,7 +31,7 @@ FORBIDDEN_METHODS = {"tolist", "numpy", "__array__", "cpu"}  # on the CPU these 
 class NoSync(TorchDispatchMode):
     """Fails on what makes the host wait or a shape depend on data, inside custom operators too.
 
-    Only the CPU reference of NMS may: its greedy order is sequential. Outside of custom operators it fails on
+    Only NMS on the CPU may: its greedy order is sequential. Outside of custom operators it fails on
     tensors made of numbers too (torch.tensor): on a GPU that is a copy which waits, and which no CUDA graph
     can record.
     """

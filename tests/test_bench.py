@@ -40,7 +40,7 @@ FIRST_ROI = [931.3832, 577.1635, 1290.2048, 593.5695]
 
 @pytest.fixture(autouse=True)
 def _not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These are tests of the harness; on the CPU the kernels' references do."""
+    """These are tests of the harness; PyTorch will do."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 

@@ -64,7 +64,7 @@ TREE: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels have tests of their own; here their references do."""
+    """The kernels have tests of their own; here PyTorch will do."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 

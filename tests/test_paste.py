@@ -78,7 +78,7 @@ def test_windows_equal_grid_sample_over_the_whole_image(threshold: float) -> Non
 
 @pytest.fixture
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels' references take the place of a GPU."""
+    """What CPU tensors run takes the place of a GPU."""
     monkeypatch.setattr(paste, "on_accelerator", lambda masks: True)
 
 

@@ -14,7 +14,7 @@ import torch._functorch.config
 import torch._inductor.config
 from torch._inductor import ir, scheduler
 
-from fastmrcnn.kernels._library import NAMESPACE
+from fastmrcnn.kernels.common.library import NAMESPACE
 
 
 class GraphCounts(NamedTuple):

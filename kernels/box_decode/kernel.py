@@ -5,32 +5,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._spec import CompileSpec, Launch
+from ..common.launch import CompileSpec, Launch
 from .reference import MAX_LOG_SCALE, box_dtype
 
 BLOCK = 256  # boxes of a program
 INFINITY = tl.constexpr(float("inf"))
 
 
-def decode_boxes(
-    deltas: Tensor,
-    references: Tensor,
-    sizes: Tensor,
-    scores: Tensor | None,
-    weights: Sequence[float],
-    max_log_scale: float,
-    min_side: float | None,
-    score_threshold: float | None,
-) -> tuple[Tensor, Tensor]:
-    """See `op.decode_boxes`."""
-    numbers = (tuple(weights), max_log_scale, min_side, score_threshold)
-    boxes, valid, launch = _launch(deltas, references, sizes, scores, *numbers)
+def decode_boxes(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """See `op.decode_boxes`, whose arguments they are."""
+    boxes, valid, launch = _launch(*arguments)
     if valid.numel():
         launch.run()
     return boxes, valid
@@ -41,7 +32,7 @@ def _launch(
     references: Tensor,
     sizes: Tensor,
     scores: Tensor | None,
-    weights: tuple[float, ...],
+    weights: Sequence[float],
     max_log_scale: float,
     min_side: float | None,
     score_threshold: float | None,
@@ -60,7 +51,7 @@ def _launch(
         "valid_ptr": valid.view(torch.uint8),
         "stride_image": references.stride(0) // 4,
         "total": total,
-        "WEIGHTS": weights,
+        "WEIGHTS": tuple(weights),
         "MAX_LOG_SCALE": max_log_scale,
         "MIN_SIDE": min_side,
         "SCORE_THRESHOLD": score_threshold,

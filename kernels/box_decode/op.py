@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._library import NAMESPACE, chosen, in_full_precision, runs_triton, switchable
+from ..common.checks import require
+from ..common.library import chosen, register, switchable
 from . import reference
 from .reference import MAX_LOG_SCALE
 
@@ -48,7 +50,12 @@ def decode_boxes(
         ValueError: a shape, dtype, device or number is not as above, or score_threshold comes without
             scores.
     """
-    _check(deltas, references, sizes, scores)
+    require("deltas", deltas, ("N", "B", 4), "floating point")
+    images, total, _ = deltas.shape
+    like = ("deltas", deltas)
+    require("references", references, [(images, total, 4), (1, total, 4)], "floating point", like)
+    require("sizes", sizes, (images, 2), like=like)
+    require("scores", scores, (images, total), "floating point", like)
     weights = [float(weight) for weight in weights]
     if len(weights) != 4 or not all(weights):
         raise ValueError(f"weights must be four numbers other than 0, got {tuple(weights)}")
@@ -67,57 +74,10 @@ def decode_boxes(
     )
 
 
-def _check(deltas: Tensor, references: Tensor, sizes: Tensor, scores: Tensor | None) -> None:
-    if deltas.ndim != 3 or deltas.shape[2] != 4:
-        raise ValueError(f"deltas must be (N, B, 4), got {tuple(deltas.shape)}")
-    images, total = deltas.shape[:2]
-    if tuple(references.shape) not in ((images, total, 4), (1, total, 4)):
-        raise ValueError(
-            f"references must be {(images, total, 4)} or {(1, total, 4)}, got {tuple(references.shape)}"
-        )
-    if tuple(sizes.shape) != (images, 2):
-        raise ValueError(f"sizes must be {(images, 2)}, got {tuple(sizes.shape)}")
-    if scores is not None and tuple(scores.shape) != (images, total):
-        raise ValueError(f"scores must be {(images, total)}, got {tuple(scores.shape)}")
-    for name, tensor in (("deltas", deltas), ("references", references), ("scores", scores)):
-        if tensor is not None and not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
-    for name, tensor in (("references", references), ("sizes", sizes), ("scores", scores)):
-        if tensor is not None and tensor.device != deltas.device:
-            raise ValueError(f"{name} must be on {deltas.device} as deltas are, got {tensor.device}")
-
-
-@torch.library.custom_op(f"{NAMESPACE}::decode_boxes", mutates_args=())
-def _decode_boxes(
-    deltas: Tensor,
-    references: Tensor,
-    sizes: Tensor,
-    scores: Tensor | None,
-    weights: Sequence[float],
-    max_log_scale: float,
-    min_side: float | None,
-    score_threshold: float | None,
-) -> tuple[Tensor, Tensor]:
-    if runs_triton(deltas):
-        from . import kernel
-
-        return kernel.decode_boxes(
-            deltas, references, sizes, scores, weights, max_log_scale, min_side, score_threshold
-        )
-    arguments = (references, sizes, scores, weights, max_log_scale, min_side, score_threshold)
-    return in_full_precision(reference.decode_boxes, deltas, *arguments)
+_decode_boxes = register(reference.decode_boxes)
 
 
 @_decode_boxes.register_fake
-def _(
-    deltas: Tensor,
-    references: Tensor,
-    sizes: Tensor,
-    scores: Tensor | None,
-    weights: Sequence[float],
-    max_log_scale: float,
-    min_side: float | None,
-    score_threshold: float | None,
-) -> tuple[Tensor, Tensor]:
+def _(deltas: Tensor, references: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     dtype = reference.box_dtype(deltas, references)
     return deltas.new_empty(deltas.shape, dtype=dtype), deltas.new_empty(deltas.shape[:2], dtype=torch.bool)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._spec import CompileSpec, Launch
+from ..common.launch import CompileSpec, Launch
 from .reference import first_threshold
 
 BLOCK = 256

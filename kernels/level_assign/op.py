@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .._library import NAMESPACE, chosen, runs_triton, switchable
+from ..common.checks import require
+from ..common.library import chosen, register, switchable
 from . import reference
 
 
@@ -35,10 +38,7 @@ def assign_levels(
         ValueError: the last axis of boxes is not 4, boxes are not floating point, k_max is below k_min,
             or canonical_size is not positive.
     """
-    if boxes.ndim < 1 or boxes.shape[-1] != 4:
-        raise ValueError(f"boxes must be (..., 4), got {tuple(boxes.shape)}")
-    if not boxes.is_floating_point():
-        raise ValueError(f"boxes must be floating point, got {boxes.dtype}")
+    require("boxes", boxes, ("...", 4), "floating point")
     if k_max < k_min:
         raise ValueError(f"k_max must be at least k_min, got {k_max} and {k_min}")
     if not canonical_size > 0:
@@ -47,17 +47,9 @@ def assign_levels(
     return assign(boxes.detach(), k_min, k_max, float(canonical_size), canonical_level)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::assign_levels", mutates_args=())
-def _assign_levels(
-    boxes: Tensor, k_min: int, k_max: int, canonical_size: float, canonical_level: int
-) -> Tensor:
-    if runs_triton(boxes):
-        from . import kernel
-
-        return kernel.assign_levels(boxes, k_min, k_max, canonical_size, canonical_level)
-    return reference.assign_levels(boxes, k_min, k_max, canonical_size, canonical_level)
+_assign_levels = register(reference.assign_levels)
 
 
 @_assign_levels.register_fake
-def _(boxes: Tensor, k_min: int, k_max: int, canonical_size: float, canonical_level: int) -> Tensor:
+def _(boxes: Tensor, *rest: Any) -> Tensor:
     return torch.empty(boxes.shape[:-1], dtype=torch.int32, device=boxes.device)

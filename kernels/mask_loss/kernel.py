@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._spec import CompileSpec, Launch, plain
-from .reference import sum_dtype
+from ..common.launch import CompileSpec, Launch, plain
+from ..common.library import sum_dtype
 
 PIXELS = 1024  # at once
 SLOTS = 1024  # at once, in the last sum

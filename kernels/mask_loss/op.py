@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._library import NAMESPACE, check_range, chosen, runs_triton, switchable
+from ..common.checks import check_range, require
+from ..common.library import chosen, register, sum_dtype, switchable
 from . import reference
 
 
@@ -36,67 +37,32 @@ def mask_loss(logits: Tensor, classes: Tensor, targets: Tensor, weight: Tensor) 
             a slot with weight is out of range. On CUDA and when compiled such a slot adds nothing to the
             sum and gets no gradient.
     """
-    _check(logits, classes, targets, weight)
+    require("logits", logits, ("F", "K", "H", "W"), "floating point")
+    slots, K, height, width = logits.shape
+    like = ("logits", logits)
+    require("classes", classes, (slots,), "integer", like)
+    require("targets", targets, (slots, height, width), "real", like)
+    require("weight", weight, (slots,), "real", like)
+    if K > 1:
+        check_range("classes of slots with weight", classes, K, weight)
     loss = chosen("mask_loss", _mask_loss, reference.mask_loss)
     return loss(logits, classes, targets.detach(), weight.detach())[0]
 
 
-def _check(logits: Tensor, classes: Tensor, targets: Tensor, weight: Tensor) -> None:
-    if logits.ndim != 4 or 0 in logits.shape[1:]:
-        raise ValueError(f"logits must be (F, K, M, M) with K and M at least 1, got {tuple(logits.shape)}")
-    slots, K, height, width = logits.shape
-    expected = {
-        "classes": (classes, (slots,)),
-        "targets": (targets, (slots, height, width)),
-        "weight": (weight, (slots,)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} must be {shape} for logits {tuple(logits.shape)}, got {tuple(tensor.shape)}"
-            )
-        if tensor.device != logits.device:
-            raise ValueError(f"{name} must be on {logits.device} as logits are, got {tensor.device}")
-        if tensor.is_complex():
-            raise ValueError(f"{name} must be real, got {tensor.dtype}")
-    if not logits.is_floating_point():
-        raise ValueError(f"logits must be floating point, got {logits.dtype}")
-    if classes.is_floating_point() or classes.dtype == torch.bool:
-        raise ValueError(f"classes must be of an integer dtype, got {classes.dtype}")
-    if K > 1:
-        check_range("classes of slots with weight", classes, K, weight)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::mask_loss", mutates_args=())
-def _mask_loss(logits: Tensor, classes: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    if runs_triton(logits):
-        from . import kernel
-
-        return kernel.mask_loss(logits, classes, targets, weight)
-    return reference.mask_loss(logits, classes, targets, weight)
+_mask_loss = register(reference.mask_loss)
 
 
 @_mask_loss.register_fake
-def _(logits: Tensor, classes: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = reference.sum_dtype(logits)
+def _(logits: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = sum_dtype(logits)
     return logits.new_empty((), dtype=dtype), logits.new_empty((), dtype=dtype)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::mask_loss_backward", mutates_args=())
-def _mask_loss_backward(
-    grad: Tensor, divisor: Tensor, logits: Tensor, classes: Tensor, targets: Tensor, weight: Tensor
-) -> Tensor:
-    if runs_triton(logits):
-        from . import kernel
-
-        return kernel.mask_loss_backward(grad, divisor, logits, classes, targets, weight)
-    return reference.mask_loss_backward(grad, divisor, logits, classes, targets, weight)
+_mask_loss_backward = register(reference.mask_loss_backward)
 
 
 @_mask_loss_backward.register_fake
-def _(
-    grad: Tensor, divisor: Tensor, logits: Tensor, classes: Tensor, targets: Tensor, weight: Tensor
-) -> Tensor:
+def _(grad: Tensor, divisor: Tensor, logits: Tensor, *rest: Tensor) -> Tensor:
     return torch.empty_like(logits)
 
 

@@ -7,14 +7,16 @@ A tile that sees nothing of its mask is filled with zeros and reads nothing but 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._library import interpreting
-from .._spec import CompileSpec, Launch, plain
-from .reference import packed_width, sample_dtype
+from ..common.launch import CompileSpec, Launch, plain
+from ..common.library import interpreting
+from .cpu import packed_width, sample_dtype
 from .sampling import load_box, position, sample, touches
 
 TILE_H, TILE_W = 64, 128  # of a program, in pixels
@@ -22,17 +24,9 @@ ROWS = 16  # of a tile, sampled at once
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-def paste_masks(
-    masks: Tensor,
-    boxes: Tensor,
-    valid: Tensor | None,
-    height: int,
-    width: int,
-    threshold: float,
-    packed: bool,
-) -> Tensor:
-    """See `op.paste_masks`."""
-    out, launch = _launch(masks, boxes, valid, height, width, threshold, packed)
+def paste_masks(*arguments: Any) -> Tensor:
+    """See `op.paste_masks`, whose arguments they are."""
+    out, launch = _launch(*arguments)
     if out.numel():
         launch.run()
     return out
@@ -68,7 +62,7 @@ def _launch(
         "ROWS": TILE_H if interpreting() else ROWS,
     }
     grid = (slots, triton.cdiv(height, TILE_H), triton.cdiv(width, TILE_W))
-    # Without fusion the rounding of every step is the reference's.
+    # Without fusion the rounding of every step is that of cpu.py.
     return out, Launch(_paste_kernel, grid, arguments, options={"enable_fp_fusion": False})
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._library import NAMESPACE, chosen, runs_triton, switchable
-from . import reference
+from ..common.library import chosen, register, switchable
+from . import cpu
 from .checks import check
 
 
@@ -45,36 +45,16 @@ def paste_masks(
         ValueError: a shape, dtype, device or number is not as above.
     """
     check(masks, boxes, height, width, threshold, valid)
-    paste = chosen("paste_masks", _paste_masks, reference.paste_masks)
+    paste = chosen("paste_masks", _paste_masks, cpu.paste_masks)
     return paste(masks.detach(), boxes.detach(), valid, height, width, threshold, packed)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::paste_masks", mutates_args=())
-def _paste_masks(
-    masks: Tensor,
-    boxes: Tensor,
-    valid: Tensor | None,
-    height: int,
-    width: int,
-    threshold: float,
-    packed: bool,
-) -> Tensor:
-    if runs_triton(masks):
-        from . import kernel
-
-        return kernel.paste_masks(masks, boxes, valid, height, width, threshold, packed)
-    return reference.paste_masks(masks, boxes, valid, height, width, threshold, packed)
+_paste_masks = register(cpu.paste_masks)
 
 
 @_paste_masks.register_fake
 def _(
-    masks: Tensor,
-    boxes: Tensor,
-    valid: Tensor | None,
-    height: int,
-    width: int,
-    threshold: float,
-    packed: bool,
+    masks: Tensor, boxes: Tensor, valid: Tensor | None, height: int, width: int, _: float, packed: bool
 ) -> Tensor:
-    columns = reference.packed_width(width) if packed else width
+    columns = cpu.packed_width(width) if packed else width
     return masks.new_empty((masks.shape[0], height, columns), dtype=torch.uint8 if packed else torch.bool)

@@ -1,6 +1,6 @@
-"""Device functions that sample a mask at pixels, step by step as `reference.py` does.
+"""Device functions that sample a mask at pixels, step by step as `cpu.py` does.
 
-Compiled without fusion of products and sums, float32 has the reference's bits.
+Compiled without fusion of products and sums, float32 has the bits of cpu.py.
 """
 
 # mypy: disallow-untyped-defs=False

@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._spec import Launch, plain
-from ..mask_loss.reference import sum_dtype
-from .reference import FeatureLayout, SlotSums
+from ..common.launch import Launch, plain
+from ..common.library import sum_dtype
+from .cpu import FeatureLayout, SlotSums
 from .tiles import (
     feature_arguments,
     load_features,

@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._spec import Launch, plain
-from ..mask_loss.reference import sum_dtype
+from ..common.bitmaps import Bitmaps, Sampling
+from ..common.launch import Launch, plain
+from ..common.library import sum_dtype
 from ..mask_targets.kernel import bitmap_arguments
-from ..mask_targets.reference import Bitmaps, Sampling
 from ..mask_targets.sampling import target_pixels
 from .tiles import feature_arguments, load_features, pixels_of, predictor_arguments, slot_of, store_sums
 

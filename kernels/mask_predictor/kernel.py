@@ -11,16 +11,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._spec import CompileSpec, Launch, plain
+from ..common.bitmaps import Bitmaps, Sampling
+from ..common.launch import CompileSpec, Launch, plain
 from ..mask_loss import kernel as mask_loss_kernel
 from ..mask_targets.kernel import example
-from ..mask_targets.reference import Bitmaps, Sampling
 from . import backward, forward
-from .reference import FeatureLayout, SlotSums, layout_of
+from .cpu import FeatureLayout, SlotSums, layout_of
 
 
 def class_mask_logits(features: Tensor, weight: Tensor, bias: Tensor, classes: Tensor) -> Tensor:
-    """See `reference.class_mask_logits`."""
+    """See `cpu.class_mask_logits`."""
     logits, launch = forward.logits_launch(features, weight, bias, classes)
     if logits.numel():
         launch.run()
@@ -30,7 +30,7 @@ def class_mask_logits(features: Tensor, weight: Tensor, bias: Tensor, classes: T
 def class_mask_logits_backward(
     grad: Tensor, features: Tensor, weight: Tensor, classes: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.class_mask_logits_backward`."""
+    """See `cpu.class_mask_logits_backward`."""
     parts, launch = backward.sums_launch(grad, features, weight, classes)
     if grad.numel():
         launch.run()
@@ -47,7 +47,7 @@ def class_mask_loss(
     slot_weight: Tensor,
     ground_truth: tuple[Tensor, Tensor, Tensor, Bitmaps, Sampling] | None = None,
 ) -> tuple[Tensor, SlotSums]:
-    """See `reference.class_mask_loss`.
+    """See `cpu.class_mask_loss`.
 
     Where targets are None, `ground_truth` is what to cut them from: boxes, image, matched, tables and how.
     """
@@ -83,7 +83,7 @@ def class_mask_loss_backward(
     slot_weight: Tensor | None,
     layout: FeatureLayout,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.class_mask_loss_backward`. Without grad there is nothing to scale by."""
+    """See `cpu.class_mask_loss_backward`. Without grad there is nothing to scale by."""
     grads, (of_features, of_weight) = backward.launches(grad, sums, weight, classes, slot_weight, layout)
     if grads[0].numel():
         of_features.run()

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._library import NAMESPACE, runs_triton
+from ..common.bitmaps import BITMAPS_SCHEMA, Bitmaps, Sampling, from_arguments
+from ..common.checks import require
+from ..common.library import NAMESPACE, in_full_precision, register, runs_triton, sum_dtype
+from ..mask_targets import cpu as mask_targets_cpu
 from ..mask_targets import op as mask_targets_op
-from ..mask_targets import reference as mask_targets_reference
-from ..mask_targets.reference import Bitmaps, Sampling
-from . import reference
+from . import cpu
 from .checks import check_classes, check_loss, check_predictor
-from .reference import FeatureLayout, SlotSums, layout_of
+from .cpu import FeatureLayout, SlotSums, layout_of
 
 
 def class_mask_logits(features: Tensor, weight: Tensor, bias: Tensor | None, classes: Tensor) -> Tensor:
@@ -117,55 +117,29 @@ def class_mask_loss_from_bitmaps(
     weight, bias = check_predictor(features, weight, bias, classes)
     check_loss(features, None, slot_weight)
     check_classes(classes, len(weight), slot_weight)
-    slots, _, height, width = features.shape
-    if height != width:
-        raise ValueError(f"features must be (F, C, M, M), got {tuple(features.shape)}")
-    if len(boxes) != slots or boxes.device != features.device:
-        raise ValueError(
-            f"boxes must be ({slots}, 4) on {features.device} for features {tuple(features.shape)}, "
-            f"got {tuple(boxes.shape)} on {boxes.device}"
-        )
+    require("features", features, ("F", "C", "M", "M"))
+    require("boxes", boxes, (len(features), 4), like=("features", features))
     bitmaps = Bitmaps(buffer, offset, window, to_annotation, size, image_sizes)
     mask_targets_op.check(boxes, image, matched, slot_weight, bitmaps)
-    how = (list(mask_targets_op.shape_of(image_shape)), max(int(sampling_ratio), 0), aligned, bitmap)
+    shape, side = mask_targets_op.shape_of(image_shape), features.shape[-1]
+    how = Sampling(shape, side, max(int(sampling_ratio), 0), aligned, bitmap)
     predictor = (features, weight, bias, classes, slot_weight.detach())
     return _from_bitmaps(*predictor, boxes.detach(), image, matched, *bitmaps, *how)[0]
-
-
-def _full_precision(features: Tensor) -> torch.autocast:
-    """Autocast would round the references' matrix products; kernels do not feel it."""
-    return torch.autocast(features.device.type, enabled=False)
 
 
 Kept = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # the loss, and the fields of SlotSums
 
 
-@torch.library.custom_op(f"{NAMESPACE}::class_mask_logits", mutates_args=())
-def _class_mask_logits(features: Tensor, weight: Tensor, bias: Tensor, classes: Tensor) -> Tensor:
-    if runs_triton(features):
-        from . import kernel
-
-        return kernel.class_mask_logits(features, weight, bias, classes)
-    with _full_precision(features):
-        return reference.class_mask_logits(features, weight, bias, classes)
+_class_mask_logits = register(cpu.class_mask_logits)
 
 
 @_class_mask_logits.register_fake
 def _(features: Tensor, weight: Tensor, bias: Tensor, classes: Tensor) -> Tensor:
     slots, _, height, width = features.shape
-    return features.new_empty((slots, height, width), dtype=reference.sum_dtype(features))
+    return features.new_empty((slots, height, width), dtype=sum_dtype(features))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::class_mask_logits_backward", mutates_args=())
-def _class_mask_logits_backward(
-    grad: Tensor, features: Tensor, weight: Tensor, classes: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    if runs_triton(features):
-        from . import kernel
-
-        return kernel.class_mask_logits_backward(grad, features, weight, classes)
-    with _full_precision(features):
-        return reference.class_mask_logits_backward(grad, features, weight, classes)
+_class_mask_logits_backward = register(cpu.class_mask_logits_backward)
 
 
 @_class_mask_logits_backward.register_fake
@@ -195,12 +169,16 @@ def _class_mask_loss(
 
         loss, sums = kernel.class_mask_loss(*arguments)
     else:
-        with _full_precision(features):
-            loss, sums = reference.class_mask_loss(*arguments)
+        loss, sums = in_full_precision(cpu.class_mask_loss, *arguments)
     return loss, *sums
 
 
-@torch.library.custom_op(f"{NAMESPACE}::class_mask_loss_from_bitmaps", mutates_args=())
+@torch.library.custom_op(
+    f"{NAMESPACE}::class_mask_loss_from_bitmaps",
+    mutates_args=(),
+    schema="(Tensor features, Tensor weight, Tensor bias, Tensor classes, Tensor slot_weight, Tensor boxes, "
+    f"Tensor image, Tensor matched, {BITMAPS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 def _from_bitmaps(
     features: Tensor,
     weight: Tensor,
@@ -210,45 +188,26 @@ def _from_bitmaps(
     boxes: Tensor,
     image: Tensor,
     matched: Tensor,
-    buffer: Tensor,
-    offset: Tensor,
-    window: Tensor,
-    to_annotation: Tensor,
-    size: Tensor,
-    image_sizes: Tensor,
-    image_shape: Sequence[int],
-    sampling_ratio: int,
-    aligned: bool,
-    bitmap: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    bitmaps = Bitmaps(buffer, offset, window, to_annotation, size, image_sizes)
-    shape = mask_targets_op.shape_of(image_shape)
-    how = Sampling(shape, features.shape[-1], sampling_ratio, aligned, bitmap)
+    *arguments: Any,
+) -> Kept:
+    bitmaps, how = from_arguments(arguments)
     if runs_triton(features):
         from . import kernel
 
         ground_truth = (boxes, image, matched, bitmaps, how)
         loss, sums = kernel.class_mask_loss(features, weight, bias, classes, None, slot_weight, ground_truth)
         return loss, *sums
-    with _full_precision(features):
-        targets = mask_targets_reference.mask_targets(boxes, image, matched, slot_weight, bitmaps, how)
-        loss, sums = reference.class_mask_loss(features, weight, bias, classes, targets, slot_weight)
+    rois = (boxes, image, matched, slot_weight)
+    targets = in_full_precision(mask_targets_cpu.mask_targets, *rois, bitmaps, how)
+    loss, sums = in_full_precision(cpu.class_mask_loss, features, weight, bias, classes, targets, slot_weight)
     return loss, *sums
 
 
 @_class_mask_loss.register_fake
-def _(features: Tensor, weight: Tensor, *rest: Any) -> Kept:
-    return _empty_sums(features)
-
-
 @_from_bitmaps.register_fake
-def _(features: Tensor, weight: Tensor, *rest: Any) -> Kept:
-    return _empty_sums(features)
-
-
-def _empty_sums(features: Tensor) -> Kept:
+def _(features: Tensor, *rest: Any) -> Kept:
     slots, channels, height, width = features.shape
-    dtype = reference.sum_dtype(features)
+    dtype = sum_dtype(features)
     shapes: list[tuple[int, ...]] = [(), (), (slots, height, width), (slots, channels), (slots,)]
     loss, divisor, slope, weight_sums, bias_sums = (
         features.new_empty(shape, dtype=dtype) for shape in shapes
@@ -275,23 +234,13 @@ def _class_mask_loss_backward(
         from . import kernel
 
         return kernel.class_mask_loss_backward(grad, sums, weight, classes, slot_weight, layout)
-    return reference.class_mask_loss_backward(grad, sums, weight, classes, slot_weight, layout)
+    return cpu.class_mask_loss_backward(grad, sums, weight, classes, slot_weight, layout)
 
 
 @_class_mask_loss_backward.register_fake
-def _(
-    grad: Tensor,
-    divisor: Tensor,
-    slope: Tensor,
-    weight_sums: Tensor,
-    bias_sums: Tensor,
-    weight: Tensor,
-    classes: Tensor,
-    slot_weight: Tensor,
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_gradients(slope, weight, FeatureLayout(dtype, channels_last))
+def _(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _, slope, _, _, weight, _, _, *layout = rest
+    return _empty_gradients(slope, weight, FeatureLayout(*layout))
 
 
 def _empty_gradients(slope: Tensor, weight: Tensor, layout: FeatureLayout) -> tuple[Tensor, Tensor, Tensor]:
@@ -320,13 +269,9 @@ def _save(
 
 
 def _loss_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return *_class_mask_loss_backward(grad, *ctx.saved_tensors, *ctx.layout), None, None, None
-
-
-def _loss_from_bitmaps_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     grads = _class_mask_loss_backward(grad, *ctx.saved_tensors, *ctx.layout)
-    return *grads, *(None for _ in range(15))
+    return *grads, *(None for _ in ctx.needs_input_grad[len(grads) :])
 
 
 _class_mask_loss.register_autograd(_loss_backward, setup_context=_save_loss)
-_from_bitmaps.register_autograd(_loss_from_bitmaps_backward, setup_context=_save_loss_from_bitmaps)
+_from_bitmaps.register_autograd(_loss_backward, setup_context=_save_loss_from_bitmaps)

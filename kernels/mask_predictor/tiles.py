@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._spec import reach
+from ..common.launch import reach
 
 TILE = 4096  # elements of the features at once
 PART = 208  # pixels of a program: a slot of 28 x 28 goes to four, for more bytes on their way at once

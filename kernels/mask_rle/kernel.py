@@ -17,28 +17,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._library import interpreting
-from .._spec import CompileSpec, Launch, plain
+from ..common.launch import CompileSpec, Launch, plain
+from ..common.library import interpreting
+from ..mask_paste.cpu import sample_dtype
 from ..mask_paste.kernel import TRITON_DTYPE
-from ..mask_paste.reference import sample_dtype
 from ..mask_paste.sampling import load_box, position, sample
 
 COLUMNS, ROWS = 8, 64  # of a program, and of those rows that it takes at once
 BLOCK = 1024  # runs of a program of the last pass
 
 
-def mask_rle(
-    masks: Tensor,
-    boxes: Tensor,
-    sizes: Tensor | None,
-    valid: Tensor | None,
-    height: int,
-    width: int,
-    threshold: float,
-    max_runs: int,
-) -> tuple[Tensor, Tensor]:
-    """See `op.mask_rle`."""
-    runs, count, launches = _launches(masks, boxes, sizes, valid, height, width, threshold, max_runs)
+def mask_rle(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """See `op.mask_rle`, whose arguments they are."""
+    runs, count, launches = _launches(*arguments)
     if count.numel():
         for launch in launches:
             launch.run()
@@ -79,7 +70,7 @@ def _launches(
     columns = (slots, triton.cdiv(width, scan["COLUMNS"]))
     write = {"ends_ptr": ends, "max_runs": max_runs, "BLOCK": BLOCK}
     finish = {"edges_of_column_ptr": edges_of_column, "runs_ptr": runs, "count_ptr": count}
-    # Without fusion the rounding of every step is the reference's.
+    # Without fusion the rounding of every step is that of mask_paste's cpu.py.
     options = {"enable_fp_fusion": False}
     launches = [
         Launch(_count_kernel, columns, {**where, **scan}, options=options),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .._library import NAMESPACE, check_range, runs_triton
-from ..mask_paste.checks import check, check_table
+from ..common.checks import check_range, require, require_at_least
+from ..common.library import register
+from ..mask_paste.checks import check
 from . import reference
 
 
@@ -47,50 +50,20 @@ def mask_rle(
             eager mode on the CPU also if a size is out of range, which elsewhere is clamped.
     """
     check(masks, boxes, height, width, threshold, valid)
+    require("sizes", sizes, (masks.shape[0], 2), "integer", ("masks", masks))
     if sizes is not None:
-        check_table("sizes", sizes, (masks.shape[0], 2), masks)
-        if sizes.is_floating_point() or sizes.is_complex() or sizes.dtype == torch.bool:
-            raise ValueError(f"sizes must be of an integer dtype, got {sizes.dtype}")
         for name, limit, column in (("heights", height, 0), ("widths", width, 1)):
             check_range(f"{name} in sizes", sizes[:, column], limit + 1)
-    if max_runs < 1:
-        raise ValueError(f"max_runs must be at least 1, got {max_runs}")
+    require_at_least("max_runs", max_runs, 1)
     if height * width >= 2**31:
         raise ValueError(f"an image must have fewer than 2^31 pixels, got {height} x {width}")
     return _mask_rle(masks.detach(), boxes.detach(), sizes, valid, height, width, threshold, max_runs)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::mask_rle", mutates_args=())
-def _mask_rle(
-    masks: Tensor,
-    boxes: Tensor,
-    sizes: Tensor | None,
-    valid: Tensor | None,
-    height: int,
-    width: int,
-    threshold: float,
-    max_runs: int,
-) -> tuple[Tensor, Tensor]:
-    if runs_triton(masks):
-        from . import kernel
-
-        return kernel.mask_rle(masks, boxes, sizes, valid, height, width, threshold, max_runs)
-    return reference.mask_rle(masks, boxes, sizes, valid, height, width, threshold, max_runs)
+_mask_rle = register(reference.mask_rle)
 
 
 @_mask_rle.register_fake
-def _(
-    masks: Tensor,
-    boxes: Tensor,
-    sizes: Tensor | None,
-    valid: Tensor | None,
-    height: int,
-    width: int,
-    threshold: float,
-    max_runs: int,
-) -> tuple[Tensor, Tensor]:
-    slots = masks.shape[0]
-    return (
-        masks.new_empty((slots, max_runs), dtype=torch.int32),
-        masks.new_empty((slots,), dtype=torch.int32),
-    )
+def _(masks: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    runs = masks.new_empty((masks.shape[0], rest[-1]), dtype=torch.int32)
+    return runs, masks.new_empty((masks.shape[0],), dtype=torch.int32)

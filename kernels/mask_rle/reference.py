@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..mask_paste import reference as paste
+from ..mask_paste import cpu as paste
 
 
 def mask_rle(

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._spec import CompileSpec, Launch, plain
-from .reference import Bitmaps, Sampling, position_dtype
+from ..common.bitmaps import Bitmaps, Sampling
+from ..common.launch import CompileSpec, Launch, plain
+from ..common.library import sum_dtype
 from .sampling import target_pixels
 
 PIXELS = 128  # of a program
@@ -26,7 +27,7 @@ TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 def mask_targets(
     boxes: Tensor, image: Tensor, matched: Tensor, valid: Tensor | None, bitmaps: Bitmaps, how: Sampling
 ) -> Tensor:
-    """See `reference.mask_targets`."""
+    """See `cpu.mask_targets`."""
     out, launch = _launch(boxes, image, matched, valid, bitmaps, how)
     if out.numel() > 0:
         launch.run()
@@ -46,7 +47,7 @@ def bitmap_arguments(
         "limits": (bitmaps.buffer.numel(), images, objects, *how.image_shape),
         "SAMPLES": how.sampling_ratio,
         "ALIGNED": how.aligned,
-        "POSITION": TRITON_DTYPE[position_dtype(boxes)],
+        "POSITION": TRITON_DTYPE[sum_dtype(boxes)],
     }
 
 
@@ -54,7 +55,7 @@ def _launch(
     boxes: Tensor, image: Tensor, matched: Tensor, valid: Tensor | None, bitmaps: Bitmaps, how: Sampling
 ) -> tuple[Tensor, Launch]:
     slots, side = boxes.shape[0], how.resolution
-    dtype = torch.bool if how.bitmap else position_dtype(boxes)
+    dtype = torch.bool if how.bitmap else sum_dtype(boxes)
     out = torch.empty((slots, side, side), dtype=dtype, device=boxes.device)
     arguments = {
         **bitmap_arguments(boxes, image, matched, valid, bitmaps, how),

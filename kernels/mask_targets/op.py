@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._library import NAMESPACE, check_range, chosen, in_full_precision, runs_triton, switchable
-from . import reference
-from .reference import Bitmaps, Sampling
+from ..common.bitmaps import BITMAPS_SCHEMA, Bitmaps, Sampling, from_arguments
+from ..common.checks import check_range, require, require_at_least
+from ..common.library import NAMESPACE, chosen, in_full_precision, runs_triton, sum_dtype, switchable
+from . import cpu
 
 
 @switchable
@@ -64,8 +65,7 @@ def mask_targets(
     """
     bitmaps = Bitmaps(buffer, offset, window, to_annotation, size, image_sizes)
     check(boxes, image, matched, valid, bitmaps)
-    if resolution < 1:
-        raise ValueError(f"resolution must be at least 1, got {resolution}")
+    require_at_least("resolution", resolution, 1)
     how = Sampling(shape_of(image_shape), int(resolution), max(int(sampling_ratio), 0), aligned, bitmap)
     cut = chosen("mask_targets", _mask_targets, _plain)
     return cut(boxes.detach(), image, matched, valid, *bitmaps, *how)
@@ -79,90 +79,44 @@ def shape_of(image_shape: Sequence[int]) -> tuple[int, int]:
 
 def check(boxes: Tensor, image: Tensor, matched: Tensor, valid: Tensor | None, bitmaps: Bitmaps) -> None:
     """Raise ValueError for what `mask_targets` says it raises for."""
-    if boxes.ndim != 2 or boxes.shape[1] != 4:
-        raise ValueError(f"boxes must be (F, 4), got {tuple(boxes.shape)}")
-    if bitmaps.offset.ndim != 2:
-        raise ValueError(f"offset must be (N, G), got {tuple(bitmaps.offset.shape)}")
-    slots = boxes.shape[0]
-    images, objects = bitmaps.offset.shape
-    expected = {
-        "image": (image, (slots,)),
-        "matched": (matched, (slots,)),
-        "buffer": (bitmaps.buffer, (bitmaps.buffer.numel(),)),
-        "offset": (bitmaps.offset, (images, objects)),
-        "window": (bitmaps.window, (images, objects, 4)),
-        "to_annotation": (bitmaps.to_annotation, (images, 2, 3)),
-        "size": (bitmaps.size, (images, 2)),
-        "image_sizes": (bitmaps.image_sizes, (images, 2)),
-    }
-    if valid is not None:
-        expected["valid"] = (valid, (slots,))
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
-        if tensor.device != boxes.device:
-            raise ValueError(f"{name} must be on {boxes.device} as boxes are, got {tensor.device}")
-    for name in ("image", "matched", "offset", "window"):
-        dtype = expected[name][0].dtype
-        if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
-            raise ValueError(f"{name} must be of an integer dtype, got {dtype}")
-    if not boxes.is_floating_point():
-        raise ValueError(f"boxes must be floating point, got {boxes.dtype}")
-    if bitmaps.buffer.dtype != torch.uint8:
-        raise ValueError(f"buffer must be uint8, got {bitmaps.buffer.dtype}")
+    require("boxes", boxes, ("F", 4), "floating point")
+    slots, like = boxes.shape[0], ("boxes", boxes)
+    require("image", image, (slots,), "integer", like)
+    require("matched", matched, (slots,), "integer", like)
+    require("valid", valid, (slots,), like=like)
+    buffer, offset, window, to_annotation, size, image_sizes = bitmaps
+    require("buffer", buffer, ("B",), torch.uint8, like)
+    require("offset", offset, ("N", "G"), "integer", like)
+    (images, objects), like = offset.shape, ("offset", offset)
+    require("window", window, (images, objects, 4), "integer", like)
+    require("to_annotation", to_annotation, (images, 2, 3), like=like)
+    require("size", size, (images, 2), like=like)
+    require("image_sizes", image_sizes, (images, 2), like=like)
     check_range("image of valid slots", image, images, valid)
     check_range("matched of valid slots", matched, objects, valid)
 
 
 def _plain(boxes: Tensor, image: Tensor, matched: Tensor, valid: Tensor | None, *arguments: Any) -> Tensor:
-    bitmaps, how = Bitmaps(*arguments[:6]), Sampling(*arguments[6:])
-    return reference.mask_targets(boxes, image, matched, valid, bitmaps, how)
+    return cpu.mask_targets(boxes, image, matched, valid, *from_arguments(arguments))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::mask_targets", mutates_args=())
+@torch.library.custom_op(
+    f"{NAMESPACE}::mask_targets",
+    mutates_args=(),
+    schema=f"(Tensor boxes, Tensor image, Tensor matched, Tensor? valid, {BITMAPS_SCHEMA}) -> Tensor",
+)
 def _mask_targets(
-    boxes: Tensor,
-    image: Tensor,
-    matched: Tensor,
-    valid: Tensor | None,
-    buffer: Tensor,
-    offset: Tensor,
-    window: Tensor,
-    to_annotation: Tensor,
-    size: Tensor,
-    image_sizes: Tensor,
-    image_shape: Sequence[int],
-    resolution: int,
-    sampling_ratio: int,
-    aligned: bool,
-    bitmap: bool,
+    boxes: Tensor, image: Tensor, matched: Tensor, valid: Tensor | None, *arguments: Any
 ) -> Tensor:
-    bitmaps = Bitmaps(buffer, offset, window, to_annotation, size, image_sizes)
-    how = Sampling(shape_of(image_shape), resolution, sampling_ratio, aligned, bitmap)
     if runs_triton(boxes):
         from . import kernel
 
-        return kernel.mask_targets(boxes, image, matched, valid, bitmaps, how)
-    return in_full_precision(reference.mask_targets, boxes, image, matched, valid, bitmaps, how)
+        return kernel.mask_targets(boxes, image, matched, valid, *from_arguments(arguments))
+    return in_full_precision(_plain, boxes, image, matched, valid, *arguments)
 
 
 @_mask_targets.register_fake
-def _(
-    boxes: Tensor,
-    image: Tensor,
-    matched: Tensor,
-    valid: Tensor | None,
-    buffer: Tensor,
-    offset: Tensor,
-    window: Tensor,
-    to_annotation: Tensor,
-    size: Tensor,
-    image_sizes: Tensor,
-    image_shape: Sequence[int],
-    resolution: int,
-    sampling_ratio: int,
-    aligned: bool,
-    bitmap: bool,
-) -> Tensor:
-    dtype = torch.bool if bitmap else reference.position_dtype(boxes)
-    return boxes.new_empty((boxes.shape[0], resolution, resolution), dtype=dtype)
+def _(boxes: Tensor, image: Tensor, matched: Tensor, valid: Tensor | None, *arguments: Any) -> Tensor:
+    _, how = from_arguments(arguments)
+    dtype = torch.bool if how.bitmap else sum_dtype(boxes)
+    return boxes.new_empty((boxes.shape[0], how.resolution, how.resolution), dtype=dtype)

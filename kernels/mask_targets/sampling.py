@@ -1,4 +1,4 @@
-"""Device functions that read the ground truth under mask pixels, where `reference.py` reads it.
+"""Device functions that read the ground truth under mask pixels, where `cpu.py` reads it.
 
 Sums of the four neighbours are of another order than there, and rounded otherwise.
 """
@@ -112,7 +112,7 @@ def _loops(count, length, real, SIDE: tl.constexpr):
 
 @triton.jit
 def _divide(x, y):
-    """IEEE division: ceil(side / bins) must not see 2.0000002 where the reference sees 2."""
+    """IEEE division: ceil(side / bins) must not see 2.0000002 where cpu.py sees 2."""
     return x / y if x.dtype == tl.float64 else tl.div_rn(x, y)
 
 

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._spec import CompileSpec, Launch
+from ..common.launch import CompileSpec, Launch
 
 BLOCK = 256  # boxes of a program
 SLOTS = 128  # ground-truth slots that a program prepares at once

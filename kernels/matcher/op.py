@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._library import NAMESPACE, chosen, runs_triton, switchable
-from . import naive, reference
+from ..common.checks import require
+from ..common.library import chosen, register, switchable
+from . import cpu, naive
 
 
 class BoxMatches(NamedTuple):
@@ -55,7 +56,12 @@ def match_boxes(
         ValueError: a shape, dtype, device or number is not as above, or only one of gt_crowd and
             crowd_overlap is given.
     """
-    _check(boxes, gt_boxes, gt_valid, gt_crowd)
+    require("gt_boxes", gt_boxes, ("N", "G", 4), "floating point")
+    images, objects, _ = gt_boxes.shape
+    like = ("gt_boxes", gt_boxes)
+    require("boxes", boxes, [(images, "B", 4), (1, "B", 4)], "floating point", like)
+    require("gt_valid", gt_valid, (images, objects), torch.bool, like)
+    require("gt_crowd", gt_crowd, (images, objects), torch.bool, like)
     if (gt_crowd is None) != (crowd_overlap is None):
         raise ValueError("gt_crowd and crowd_overlap belong together, got only one of them")
     if crowd_overlap is not None and not crowd_overlap > 0:
@@ -73,54 +79,19 @@ def match_boxes(
     )
 
 
-def _check(boxes: Tensor, gt_boxes: Tensor, gt_valid: Tensor, gt_crowd: Tensor | None) -> None:
-    if gt_boxes.ndim != 3 or gt_boxes.shape[2] != 4:
-        raise ValueError(f"gt_boxes must be (N, G, 4), got {tuple(gt_boxes.shape)}")
-    images, objects = gt_boxes.shape[:2]
-    if boxes.ndim != 3 or boxes.shape[2] != 4 or boxes.shape[0] not in (1, images):
-        raise ValueError(f"boxes must be ({images}, B, 4) or (1, B, 4), got {tuple(boxes.shape)}")
-    flags = {"gt_valid": gt_valid} if gt_crowd is None else {"gt_valid": gt_valid, "gt_crowd": gt_crowd}
-    for name, flag in flags.items():
-        if tuple(flag.shape) != (images, objects):
-            raise ValueError(f"{name} must be {(images, objects)}, got {tuple(flag.shape)}")
-        if flag.dtype != torch.bool:
-            raise ValueError(f"{name} must be bool, got {flag.dtype}")
-    for name, tensor in (("boxes", boxes), ("gt_boxes", gt_boxes)):
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
-    for name, tensor in (("gt_boxes", gt_boxes), *flags.items()):
-        if tensor.device != boxes.device:
-            raise ValueError(f"{name} must be on {boxes.device} as boxes are, got {tensor.device}")
+def _plain(
+    boxes: Tensor, gt_boxes: Tensor, gt_valid: Tensor, gt_crowd: Tensor | None, _: bool, crowd_overlap: float
+) -> tuple[Tensor | None, ...]:
+    crowd: dict[str, Any] = {"gt_crowd": gt_crowd, "crowd_overlap": crowd_overlap}
+    return naive.match_boxes(boxes.float(), gt_boxes.float(), gt_valid, **crowd)
 
 
-def _plain(boxes: Tensor, gt_boxes: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
-    return naive.match_boxes(boxes.float(), gt_boxes.float(), *rest)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::match_boxes", mutates_args=())
-def _match_boxes(
-    boxes: Tensor,
-    gt_boxes: Tensor,
-    gt_valid: Tensor,
-    gt_crowd: Tensor | None,
-    low_quality: bool,
-    crowd_overlap: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if runs_triton(boxes):
-        from . import kernel
-
-        return kernel.match_boxes(boxes, gt_boxes, gt_valid, gt_crowd, low_quality, crowd_overlap)
-    return reference.match_boxes(boxes, gt_boxes, gt_valid, gt_crowd, low_quality, crowd_overlap)
+_match_boxes = register(cpu.match_boxes)
 
 
 @_match_boxes.register_fake
 def _(
-    boxes: Tensor,
-    gt_boxes: Tensor,
-    gt_valid: Tensor,
-    gt_crowd: Tensor | None,
-    low_quality: bool,
-    crowd_overlap: float,
+    boxes: Tensor, gt_boxes: Tensor, gt_valid: Tensor, gt_crowd: Tensor | None, low_quality: bool, _: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     slots = (gt_boxes.shape[0], boxes.shape[1])
     return (

@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._library import interpreting
-from .._spec import CompileSpec, Launch
+from ..common.launch import CompileSpec, Launch
+from ..common.library import interpreting
+from .cpu import round_down_to_float32
 from .greedy import greedy_kernel
-from .reference import round_down_to_float32
 
 TILE = 64  # as many as an int64 has bits
 ROWS = 4  # of a tile, compared at once; 8 spill registers on sm_100

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .._library import NAMESPACE, runs_triton
-from . import reference
+from ..common.checks import require, require_at_least
+from ..common.library import register
+from . import cpu
 
 
 def padded_nms(
@@ -38,11 +41,9 @@ def padded_nms(
     Raises:
         ValueError: a shape, dtype or device is not as above, or a number is out of range.
     """
-    if boxes.ndim != 3 or boxes.shape[2] != 4:
-        raise ValueError(f"boxes must be (N, P, 4), got {tuple(boxes.shape)}")
+    require("boxes", boxes, ("N", "P", 4), "floating point")
     _check(boxes, scores, groups, valid, iou_threshold)
-    if max_out < 0:
-        raise ValueError(f"max_out must be at least 0, got {max_out}")
+    require_at_least("max_out", max_out, 0)
     return _padded_nms(boxes.detach(), scores.detach(), groups, valid, iou_threshold, max_out)
 
 
@@ -82,8 +83,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshol
     Raises:
         ValueError: as `nms`.
     """
-    if boxes.ndim != 2 or boxes.shape[1] != 4:
-        raise ValueError(f"boxes must be (P, 4), got {tuple(boxes.shape)}")
+    require("boxes", boxes, ("P", 4), "floating point")
     _check(boxes, scores, idxs, None, iou_threshold)
     return _nms(boxes.detach(), scores.detach(), idxs, iou_threshold)
 
@@ -91,68 +91,26 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshol
 def _check(
     boxes: Tensor, scores: Tensor, groups: Tensor | None, valid: Tensor | None, iou_threshold: float
 ) -> None:
-    slots = tuple(boxes.shape[:-1])
-    for name, tensor in (("scores", scores), ("groups", groups), ("valid", valid)):
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != slots:
-            raise ValueError(
-                f"{name} must be {slots} for boxes {tuple(boxes.shape)}, got {tuple(tensor.shape)}"
-            )
-        if tensor.device != boxes.device:
-            raise ValueError(f"{name} must be on {boxes.device} as boxes are, got {tensor.device}")
-    for name, tensor in (("boxes", boxes), ("scores", scores)):
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
-    if groups is not None and (
-        groups.is_floating_point() or groups.is_complex() or groups.dtype == torch.bool
-    ):
-        raise ValueError(f"groups must be of an integer dtype, got {groups.dtype}")
-    if valid is not None and valid.dtype != torch.bool:
-        raise ValueError(f"valid must be bool, got {valid.dtype}")
-    if not iou_threshold >= 0:
-        raise ValueError(f"iou_threshold must be at least 0, got {iou_threshold}")
+    slots, like = tuple(boxes.shape[:-1]), ("boxes", boxes)
+    require("scores", scores, slots, "floating point", like)
+    require("groups", groups, slots, "integer", like)
+    require("valid", valid, slots, torch.bool, like)
+    require_at_least("iou_threshold", iou_threshold, 0)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::padded_nms", mutates_args=())
-def _padded_nms(
-    boxes: Tensor,
-    scores: Tensor,
-    groups: Tensor | None,
-    valid: Tensor | None,
-    iou_threshold: float,
-    max_out: int,
-) -> tuple[Tensor, Tensor]:
-    if runs_triton(boxes):
-        from . import kernel
-
-        return kernel.padded_nms(boxes, scores, groups, valid, iou_threshold, max_out)
-    return reference.padded_nms(boxes, scores, groups, valid, iou_threshold, max_out)
+_padded_nms = register(cpu.padded_nms)
 
 
 @_padded_nms.register_fake
-def _(
-    boxes: Tensor,
-    scores: Tensor,
-    groups: Tensor | None,
-    valid: Tensor | None,
-    iou_threshold: float,
-    max_out: int,
-) -> tuple[Tensor, Tensor]:
-    shape = (boxes.shape[0], max_out)
+def _(boxes: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    shape = (boxes.shape[0], rest[-1])
     return boxes.new_empty(shape, dtype=torch.int64), boxes.new_empty(shape, dtype=torch.bool)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::nms", mutates_args=())
-def _nms(boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_threshold: float) -> Tensor:
-    if runs_triton(boxes):
-        from . import kernel
-
-        return kernel.nms(boxes, scores, groups, iou_threshold)
-    return reference.nms(boxes, scores, groups, iou_threshold)
+_nms = register(cpu.nms)
 
 
 @_nms.register_fake
-def _(boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_threshold: float) -> Tensor:
+def _(boxes: Tensor, *rest: Any) -> Tensor:
     kept = torch.library.get_ctx().new_dynamic_size()
     return boxes.new_empty((kept,), dtype=torch.int64)

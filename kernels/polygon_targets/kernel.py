@@ -1,4 +1,4 @@
-"""Polygons rasterised on the grid of each RoI, in Triton. The rule, and its names, are those of `reference`.
+"""Polygons rasterised on the grid of each RoI, in Triton. The rule, and its names, are those of `cpu`.
 
 A program makes 32 x 32 pixels of one mask. It walks over the parts of the object, some edges at a time;
 what an edge toggles in a column is a word of 32 bits, one for each row, so that odd and even is an
@@ -8,35 +8,25 @@ exclusive or over edges, and the union over parts an or.
 # mypy: allow-untyped-defs
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._library import interpreting
-from .._spec import CompileSpec, Launch
-from .reference import MIN_SIDE, SCALE
+from ..common.launch import CompileSpec, Launch
+from ..common.library import interpreting
+from .cpu import MIN_SIDE, SCALE
 
 ROWS = 32  # bits of a word
 COLUMNS = 32
 EDGES = 16
 
 
-def polygon_mask_targets(
-    boxes: Tensor,
-    image: Tensor,
-    matched: Tensor,
-    vertices: Tensor,
-    part_start: Tensor,
-    first_part: Tensor,
-    parts: Tensor,
-    to_input: Tensor,
-    resolution: int,
-) -> Tensor:
-    """See `op.polygon_mask_targets`."""
-    inside, launch = _launch(
-        boxes, image, matched, vertices, part_start, first_part, parts, to_input, resolution
-    )
+def polygon_mask_targets(*arguments: Any) -> Tensor:
+    """See `op.polygon_mask_targets`, whose arguments they are."""
+    inside, launch = _launch(*arguments)
     if inside.numel():
         launch.run()
     return inside
@@ -51,6 +41,7 @@ def _launch(
     first_part: Tensor,
     parts: Tensor,
     to_input: Tensor,
+    step: Tensor,  # a loop needs no bound
     resolution: int,
 ) -> tuple[Tensor, Launch]:
     inside = boxes.new_empty((boxes.shape[0], resolution, resolution), dtype=torch.bool)
@@ -100,6 +91,7 @@ def compile_specs() -> list[CompileSpec]:
             meta(images, slots, dtype=torch.int32),
             meta(images, slots, dtype=torch.int32),
             meta(images, 2, 3, dtype=torch.float64),
+            meta(0, dtype=torch.int64),
         )
         inside, launch = _launch(*inputs, resolution)
         moved = inside.nbytes + sum(tensor.nbytes for tensor in inputs)

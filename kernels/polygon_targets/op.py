@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .._library import NAMESPACE, chosen, may_look, require_all, runs_triton, switchable
-from . import reference
+from ..common.checks import check_range, require, require_at_least
+from ..common.library import chosen, register, switchable
+from . import cpu
 
 
 @switchable
@@ -26,7 +29,7 @@ def polygon_mask_targets(
     """The matched object's polygons, rasterised on an M x M grid over each box.
 
     The result is, bit for bit, that of detectron2's PolygonMasks.crop_and_resize: vertices in float64,
-    sides of a box of at least 0.1, then pycocotools' rule (`reference`). Boxes may reach over the image,
+    sides of a box of at least 0.1, then pycocotools' rule (`naive.py`). Boxes may reach over the image,
     polygons over the box. A polygon that crosses itself is filled by the even-odd rule; an object is the
     union of its parts.
 
@@ -50,115 +53,31 @@ def polygon_mask_targets(
             on the CPU also if image or matched is out of range. On CUDA and when compiled such a box
             gives zeros.
     """
-    _check(boxes, image, matched, vertices, part_start, first_part, parts, to_input, step, resolution)
-    rasterise = chosen("polygon_mask_targets", _polygon_mask_targets, reference.polygon_mask_targets)
-    return rasterise(
-        boxes.detach().float(),
-        image,
-        matched,
-        vertices.detach(),
-        part_start,
-        first_part,
-        parts,
-        to_input.detach(),
-        step,
-        resolution,
-    )
-
-
-def _check(
-    boxes: Tensor,
-    image: Tensor,
-    matched: Tensor,
-    vertices: Tensor,
-    part_start: Tensor,
-    first_part: Tensor,
-    parts: Tensor,
-    to_input: Tensor,
-    step: Tensor,
-    resolution: int,
-) -> None:
-    if boxes.ndim != 2 or boxes.shape[1] != 4 or not boxes.is_floating_point():
-        raise ValueError(f"boxes must be floating point (T, 4), got {boxes.dtype} {tuple(boxes.shape)}")
-    if first_part.ndim != 2:
-        raise ValueError(f"first_part must be (N, G), got {tuple(first_part.shape)}")
+    require("boxes", boxes, ("T", 4), "floating point")
+    total, like = boxes.shape[0], ("boxes", boxes)
+    require("image", image, (total,), "integer", like)
+    require("matched", matched, (total,), "integer", like)
+    require("vertices", vertices, ("V", 2), torch.float64, like)
+    require("part_start", part_start, ("P + 1",), torch.int32, like)
+    require_at_least("P in part_start", part_start.shape[0] - 1, 1)
+    require("first_part", first_part, ("N", "G"), torch.int32, like)
+    require("parts", parts, tuple(first_part.shape), torch.int32, ("first_part", first_part))
     images, slots = first_part.shape
-    indices = (torch.int64, torch.int32)
-    expected = {
-        "image": (image, (len(boxes),), indices),
-        "matched": (matched, (len(boxes),), indices),
-        "vertices": (vertices, (None, 2), (torch.float64,)),
-        "part_start": (part_start, (None,), (torch.int32,)),
-        "first_part": (first_part, (images, slots), (torch.int32,)),
-        "parts": (parts, (images, slots), (torch.int32,)),
-        "to_input": (to_input, (images, 2, 3), (torch.float64,)),
-        "step": (step, (None,), indices),
-    }
-    for name, (tensor, shape, dtypes) in expected.items():
-        fits = tensor.ndim == len(shape) and all(
-            want is None or size == want for size, want in zip(tensor.shape, shape, strict=True)
-        )
-        if not fits:
-            wanted = ", ".join("*" if want is None else str(want) for want in shape)
-            raise ValueError(f"{name} must be ({wanted}), got {tuple(tensor.shape)}")
-        if tensor.dtype not in dtypes:
-            wanted = " or ".join(str(dtype) for dtype in dtypes)
-            raise ValueError(f"{name} must be {wanted}, got {tensor.dtype}")
-        if tensor.device != boxes.device:
-            raise ValueError(f"{name} must be on {boxes.device} as boxes are, got {tensor.device}")
-    if vertices.shape[0] < 1 or part_start.shape[0] < 2:
-        raise ValueError(
-            f"vertices must be (V, 2) and part_start (P + 1,) with V and P at least 1, "
-            f"got {tuple(vertices.shape)} and {tuple(part_start.shape)}"
-        )
-    if 0 in first_part.shape and len(boxes):
-        raise ValueError(f"first_part must have slots for {len(boxes)} boxes, got {(images, slots)}")
-    if resolution < 1:
-        raise ValueError(f"resolution must be positive, got {resolution}")
-    if may_look(boxes):
-        known = reference.in_range(image, matched, first_part)
-        ranges = f"0..{images - 1} and 0..{slots - 1}"
-        require_all(
-            known,
-            lambda: (
-                f"image and matched must be in {ranges}, got "
-                f"{list(zip(image[~known][:5].tolist(), matched[~known][:5].tolist(), strict=True))}"
-            ),
-        )
+    require("to_input", to_input, (images, 2, 3), torch.float64, ("first_part", first_part))
+    require("step", step, ("E",), "integer", like)
+    if total and not images * slots:
+        raise ValueError(f"first_part must have slots for {total} boxes, got {(images, slots)}")
+    require_at_least("resolution", resolution, 1)
+    check_range("image", image, images)
+    check_range("matched", matched, slots)
+    rasterise = chosen("polygon_mask_targets", _polygon_mask_targets, cpu.polygon_mask_targets)
+    tables = (vertices.detach(), part_start, first_part, parts, to_input.detach(), step)
+    return rasterise(boxes.detach().float(), image, matched, *tables, resolution)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::polygon_mask_targets", mutates_args=())
-def _polygon_mask_targets(
-    boxes: Tensor,
-    image: Tensor,
-    matched: Tensor,
-    vertices: Tensor,
-    part_start: Tensor,
-    first_part: Tensor,
-    parts: Tensor,
-    to_input: Tensor,
-    step: Tensor,
-    resolution: int,
-) -> Tensor:
-    arguments = (boxes, image, matched, vertices, part_start, first_part, parts, to_input)
-    if runs_triton(boxes):
-        from . import kernel
-
-        return kernel.polygon_mask_targets(*arguments, resolution)
-    return reference.polygon_mask_targets(*arguments, step, resolution)
+_polygon_mask_targets = register(cpu.polygon_mask_targets)
 
 
 @_polygon_mask_targets.register_fake
-def _(
-    boxes: Tensor,
-    image: Tensor,
-    matched: Tensor,
-    vertices: Tensor,
-    part_start: Tensor,
-    first_part: Tensor,
-    parts: Tensor,
-    to_input: Tensor,
-    step: Tensor,
-    resolution: int,
-) -> Tensor:
-    return boxes.new_empty((boxes.shape[0], resolution, resolution), dtype=torch.bool)
+def _(boxes: Tensor, *rest: Any) -> Tensor:
+    return boxes.new_empty((boxes.shape[0], rest[-1], rest[-1]), dtype=torch.bool)

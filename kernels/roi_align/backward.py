@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._spec import Launch, Target, reach, target_of
+from ..common.launch import Launch, Target, reach, target_of
+from ..common.pooling import Pooling, empty_maps
 from .geometry import axis, bins_of, level_of, load_boxes, scale_of, select, tile_of, touched, weights
 from .launch import (
     TILE,
@@ -20,7 +21,6 @@ from .launch import (
     parts_of,
     product_arguments,
 )
-from .rois import Pooling, empty_maps
 
 ITEMS_PER_WORD = 32
 
@@ -78,7 +78,7 @@ def launches(
     grid = (sum(tiles), triton.cdiv(channels, config.block_c))
     return grads, [
         Launch(_hits_kernel, (words, num_images * len(sizes)), find),
-        Launch(_backward_kernel, grid, gather, config.num_warps, config.options),
+        Launch(_roi_align_backward_kernel, grid, gather, config.num_warps, config.options),
     ]
 
 
@@ -146,7 +146,7 @@ def _hits_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _roi_align_backward_kernel(
     grad_ptr,  # (R, C, OH, OW)
     hits_ptr,  # (tiles, words) int32
     places_ptr,  # (R, 6)

@@ -1,4 +1,4 @@
-"""The (pixel, weight) entries of every bin: what the reference of RoIAlign sums over.
+"""The (pixel, weight) entries of every bin: what RoIAlign sums over on a CPU.
 
 No shape depends on data and nothing is read back, so a device never waits. With adaptive sampling the
 number of entries is known on the device only: the lists have room for the most there can be, and what
@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..common.pooling import Pooling
 from ..level_assign import reference as level_assign
-from .rois import Axis, Pooling, Rois
+from .rois import Axis, Rois
 
 MAX_ENTRIES = 1 << 22
 """RoIs are taken in groups whose entries do not exceed this, to bound the memory."""

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._spec import Launch, Target, target_of
+from ..common.launch import Launch, Target, target_of
+from ..common.pooling import Pooling, empty_pooled
 from .geometry import axis, bins_of, level_of, load_boxes, scale_of, select, touched, weights
 from .launch import (
     TILE,
@@ -21,7 +22,6 @@ from .launch import (
     parts_of,
     product_arguments,
 )
-from .rois import Pooling, empty_pooled
 
 STAGES = 3  # of the loop over tiles: what is loaded while the product of a tile runs
 
@@ -58,7 +58,7 @@ def launch(
         **product_arguments(config, how),
     }
     grid = (rois * parts_of(how), triton.cdiv(channels, config.block_c))
-    return out, Launch(_forward_kernel, grid, arguments, config.num_warps, config.options)
+    return out, Launch(_roi_align_kernel, grid, arguments, config.num_warps, config.options)
 
 
 def two_programs(config: Config, target: Target) -> Config:
@@ -81,7 +81,7 @@ def _shared(block_c: int) -> int:
 
 
 @triton.jit
-def _forward_kernel(
+def _roi_align_kernel(
     maps,  # of each level, (N, C, Hl, Wl)
     boxes_ptr,  # (R, 4) xyxy
     batch_ptr,  # (R,) image of each box, any dtype

@@ -1,6 +1,6 @@
 """Device functions of the RoIAlign kernels: where an RoI lies, and what its bins weigh.
 
-They take one RoI as scalars or a block of them, and follow `reference.py` step by step.
+They take one RoI as scalars or a block of them, and follow `cpu.py` step by step.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -42,7 +42,7 @@ def samples_of(length, SAMPLES: tl.constexpr):
 
 @triton.jit
 def _divide(x, y):
-    """IEEE division: ceil(side / bins) must not see 2.0000002 where the reference sees 2."""
+    """IEEE division: ceil(side / bins) must not see 2.0000002 where cpu.py sees 2."""
     return x / y if x.dtype == tl.float64 else tl.div_rn(x, y)
 
 

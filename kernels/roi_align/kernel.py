@@ -15,36 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._spec import H100, CompileSpec, Target
+from ..common.launch import H100, CompileSpec, Target
+from ..common.pooling import Pooling, memory_format
 from . import backward, forward
-from .rois import Pooling, memory_format
 
 
 def multilevel_roi_align(
     features: list[Tensor], boxes: Tensor, batch_index: Tensor | None, valid: Tensor | None, how: Pooling
 ) -> Tensor:
-    """See `reference.multilevel_roi_align`. The result is channels_last if the first map is."""
+    """See `cpu.multilevel_roi_align`. The result is channels_last if the first map is."""
     out, launch = forward.launch(features, boxes, batch_index, valid, how)
     if out.numel() > 0:
         launch.run()
     return out
 
 
-def multilevel_roi_align_backward(
-    grad: Tensor,
-    boxes: Tensor,
-    batch_index: Tensor | None,
-    valid: Tensor | None,
-    num_images: int,
-    sizes: list[tuple[int, int]],
-    channels_last: bool,
-    how: Pooling,
-) -> list[Tensor]:
-    """See `reference.multilevel_roi_align_backward`. Two launches, and a bit of memory per RoI and tile."""
-    grads, launches = backward.launches(
-        grad, boxes, batch_index, valid, num_images, sizes, channels_last, how
-    )
-    if num_images * grad.shape[1] == 0:
+def multilevel_roi_align_backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
+    """Arguments as of `backward.launches`. Two launches, and a bit of memory per RoI and tile."""
+    grads, launches = backward.launches(grad, *arguments)
+    if grads[0].numel() == 0:
         return grads
     if grad.shape[0] == 0:
         return [part.zero_() for part in grads]

@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._library import interpreting
-from .._spec import Target
+from ..common.launch import Target
+from ..common.library import interpreting
+from ..common.pooling import Pooling, is_channels_last
 from ..level_assign.reference import first_threshold
-from .rois import Pooling, is_channels_last
 
 TILE = 8  # bins or pixels along a side; tl.dot multiplies TILE**2 of each
 ADAPTIVE_SLOTS = 4

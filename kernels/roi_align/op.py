@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._library import NAMESPACE, runs_triton
-from . import reference
-from .checks import by_image, check_features, check_pyramid, check_single, pack, pair, pooling
-from .rois import (
+from ..common.library import NAMESPACE, runs_triton
+from ..common.pooling import (
     MAPS_SCHEMA,
     POOLING_SCHEMA,
     Maps,
@@ -22,6 +20,8 @@ from .rois import (
     is_channels_last,
     memory_format,
 )
+from ..common.roi_checks import by_image, check_features, check_pyramid, check_single, pack, pair, pooling
+from . import cpu
 
 
 def roi_align(
@@ -189,7 +189,7 @@ def _roi_align(
         from . import kernel
 
         return kernel.multilevel_roi_align(list(features), boxes, batch_index, valid, how)
-    out = reference.multilevel_roi_align(list(features), boxes, batch_index, valid, how)
+    out = cpu.multilevel_roi_align(list(features), boxes, batch_index, valid, how)
     return out.contiguous(memory_format=memory_format(is_channels_last(features[0])))
 
 
@@ -220,7 +220,7 @@ def _roi_align_backward(
         from . import kernel
 
         return kernel.multilevel_roi_align_backward(grad, *where, maps.channels_last, how)
-    grads = reference.multilevel_roi_align_backward(grad, *where, how)
+    grads = cpu.multilevel_roi_align_backward(grad, *where, how)
     return [part.clone(memory_format=memory_format(maps.channels_last)) for part in grads]
 
 

@@ -1,10 +1,9 @@
-"""Masks and boxes for the tests of mask paste and mask RLE, and the bitmaps they give, pixel by pixel."""
+"""Masks and boxes for the tests of mask paste and mask RLE."""
 
 from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -51,20 +50,3 @@ def random_boxes(count: int, height: int, width: int, seed: int = 0) -> Tensor:
     r = torch.Generator().manual_seed(seed)
     places = (torch.rand((count, 2, 2), generator=r) * 1.6 - 0.3) * torch.tensor([width, height])
     return torch.cat((places.amin(1), places.amax(1)), dim=1)
-
-
-def values(mask: np.ndarray, box: list[float], height: int, width: int) -> np.ndarray:
-    """(height, width) probabilities in double precision, each pixel by itself."""
-    side = len(mask)
-    x0, y0, x1, y1 = box
-    out = np.zeros((height, width))
-    for row in range(height):
-        for column in range(width):
-            v = (row + 0.5 - y0) / (y1 - y0) * side - 0.5
-            u = (column + 0.5 - x0) / (x1 - x0) * side - 0.5
-            i, j = math.floor(v), math.floor(u)
-            for di, dj in ((0, 0), (0, 1), (1, 0), (1, 1)):
-                if 0 <= i + di < side and 0 <= j + dj < side:
-                    share = (v - i if di else 1 - (v - i)) * (u - j if dj else 1 - (u - j))
-                    out[row, column] += share * mask[i + di, j + dj]
-    return out

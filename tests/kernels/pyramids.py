@@ -24,6 +24,11 @@ def pyramid(
     return [m.to(device, dtype).contiguous(memory_format=form).requires_grad_() for m in maps]
 
 
+def on_cpu(maps: list[Tensor]) -> list[Tensor]:
+    """The same values in float64, leaves of their own: what the definitions take."""
+    return [m.detach().cpu().double().requires_grad_() for m in maps]
+
+
 def some_boxes(per_image: int = 4, device: str = "cpu", longest: float = 45) -> tuple[Tensor, Tensor]:
     """(2, S, 4) and valid (2, S): the first image's second slot is not valid and holds NaN."""
     r = torch.Generator().manual_seed(2)

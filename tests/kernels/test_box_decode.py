@@ -15,8 +15,8 @@ from tolerances import assert_near
 from torch import Tensor
 
 from fastmrcnn.kernels import decode_boxes
-from fastmrcnn.kernels._library import interpreting
 from fastmrcnn.kernels.box_decode import op, reference
+from fastmrcnn.kernels.common.library import interpreting
 
 # NumPy, which the interpreter computes with, remarks on deltas that are not finite.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
@@ -231,11 +231,11 @@ def test_bad_input() -> None:
         ({"deltas": deltas.long()}, "deltas must be floating point, got torch.int64"),
         (
             {"references": references[:, :2]},
-            r"references must be \(2, 3, 4\) or \(1, 3, 4\), got",
+            r"references must be \(2, 3, 4\) or \(1, 3, 4\) .* got",
         ),
         ({"references": references.to("meta")}, "references must be on cpu as deltas are, got meta"),
-        ({"sizes": SIZES[:1]}, r"sizes must be \(2, 2\), got \(1, 2\)"),
-        ({"scores": scores[0]}, r"scores must be \(2, 3\), got \(3,\)"),
+        ({"sizes": SIZES[:1]}, r"sizes must be \(2, 2\) for deltas \(2, 3, 4\), got \(1, 2\)"),
+        ({"scores": scores[0]}, r"scores must be \(2, 3\) .* got \(3,\)"),
         ({"scores": scores.long()}, "scores must be floating point, got torch.int64"),
         ({"weights": (1.0, 1.0)}, r"weights must be four numbers other than 0, got \(1.0, 1.0\)"),
         ({"weights": (1, 0, 1, 1)}, r"weights must be four numbers other than 0"),

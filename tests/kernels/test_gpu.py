@@ -16,10 +16,10 @@ from tolerances import assert_near
 from torch import Tensor
 
 from fastmrcnn.kernels import assign_levels, mask_loss, multilevel_roi_align, nms, padded_nms
+from fastmrcnn.kernels.common.pooling import Pooling
 from fastmrcnn.kernels.mask_loss import reference as mask_loss_reference
-from fastmrcnn.kernels.nms import reference as nms_reference
-from fastmrcnn.kernels.roi_align import reference as roi_align_reference
-from fastmrcnn.kernels.roi_align.rois import Pooling
+from fastmrcnn.kernels.nms import cpu as nms_cpu
+from fastmrcnn.kernels.roi_align import cpu as roi_align_cpu
 
 pytestmark = pytest.mark.gpu
 SIZES = [(100, 168), (50, 84), (25, 42), (13, 21)]  # of two images at 400x672
@@ -82,9 +82,9 @@ def test_roi_align(
     grads = torch.autograd.grad(pooled, maps, grad)
     how = Pooling((bins, bins), SCALES, ratio, True, 224.0, 4, 2)
     where = (boxes.flatten(0, 1), None, valid.flatten())
-    exact = roi_align_reference.multilevel_roi_align([m.detach().double() for m in maps], *where, how)
+    exact = roi_align_cpu.multilevel_roi_align([m.detach().double() for m in maps], *where, how)
     assert_near(pooled.flatten(0, 1), exact, dtype, terms=200)
-    exact_grads = roi_align_reference.multilevel_roi_align_backward(
+    exact_grads = roi_align_cpu.multilevel_roi_align_backward(
         grad.flatten(0, 1).double(), *where, 2, SIZES, how
     )
     for actual, expected in zip(grads, exact_grads, strict=True):
@@ -112,7 +112,7 @@ def test_levels_and_padded_nms_are_the_cpus() -> None:
     assert assign_levels(boxes).cpu().equal(assign_levels(boxes.cpu()))
     found = padded_nms(boxes, scores, groups, valid, 0.7, 1000)
     where = (t.cpu() for t in (boxes, scores, groups, valid))
-    expected = nms_reference.padded_nms(*where, 0.7, 1000)
+    expected = nms_cpu.padded_nms(*where, 0.7, 1000)
     assert found[0].cpu().equal(expected[0])
     assert found[1].cpu().equal(expected[1])
 

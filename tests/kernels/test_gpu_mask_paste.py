@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from fastmrcnn.kernels import mask_rle, paste_masks
-from fastmrcnn.kernels.mask_paste import reference
+from fastmrcnn.kernels.mask_paste import cpu
 
 pytestmark = pytest.mark.gpu
 HEIGHT, WIDTH = 800, 1344
@@ -39,10 +39,10 @@ def detections(count: int = 100, seed: int = 0) -> tuple[Tensor, Tensor]:
 def test_paste_has_the_references_bits(width: int) -> None:
     masks, boxes = detections()
     found = paste_masks(masks, boxes, HEIGHT, width).cpu()
-    expected = reference.paste_masks(masks.cpu(), boxes.cpu(), None, HEIGHT, width, 0.5, False)
+    expected = cpu.paste_masks(masks.cpu(), boxes.cpu(), None, HEIGHT, width, 0.5, False)
     assert torch.equal(found, expected)
     packed = paste_masks(masks, boxes, HEIGHT, width, packed=True).cpu()
-    assert torch.equal(packed, reference.pack(expected))
+    assert torch.equal(packed, cpu.pack(expected))
 
 
 def test_runs_are_pycocotools() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastmrcnn.config.model import AnchorConfig
 from fastmrcnn.kernels import decode_boxes, match_boxes
 from fastmrcnn.kernels.box_decode import reference as decode_reference
-from fastmrcnn.kernels.matcher import reference as matcher_reference
+from fastmrcnn.kernels.matcher import cpu as matcher_cpu
 from fastmrcnn.model.anchors import AnchorGenerator
 
 pytestmark = pytest.mark.gpu
@@ -90,7 +90,7 @@ def test_the_bits_of_the_cpu(shared: bool, slots: int) -> None:
     boxes = anchors() if shared else boxes_of(2000 + slots)
     found = call_matcher(boxes, slots)()
     objects = (t.cpu() for t in objects_of(slots))
-    expected = matcher_reference.match_boxes(boxes.cpu(), *objects, True, 0.7)
+    expected = matcher_cpu.match_boxes(boxes.cpu(), *objects, True, 0.7)
     for ours, exact in zip(found, expected, strict=True):
         assert ours.cpu().equal(exact)
     assert slots == 1 or found[3].any()

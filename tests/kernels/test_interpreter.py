@@ -1,4 +1,4 @@
-"""The operators' tests once more, with Triton's kernels in place of the references."""
+"""The operators' tests once more, with Triton's kernels in place of what CPU tensors run."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastmrcnn.kernels import unpatch
-from fastmrcnn.kernels._library import interpreting
+from fastmrcnn.kernels.common.library import interpreting
 
 ROOT = Path(__file__).parents[2]
 SECTION = "## Use the kernels in your detector"

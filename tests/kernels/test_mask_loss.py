@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastmrcnn.kernels._library import runs_triton
+from fastmrcnn.kernels.common.library import runs_triton
 from fastmrcnn.kernels.mask_loss import op, reference
 from fastmrcnn.kernels.mask_loss.op import mask_loss
 
@@ -271,8 +271,8 @@ def test_bad_input() -> None:
     wrong = classes.clone()
     wrong[3] = 5
     for args, message in (
-        ((logits[0], classes, targets, weight), r"logits must be \(F, K, M, M\) .* got \(5, 6, 6\)"),
-        ((logits[:, :0], classes, targets, weight), r"logits must be \(F, K, M, M\) .* got \(7, 0, 6, 6\)"),
+        ((logits[0], classes, targets, weight), r"logits must be \(F, K, H, W\) .* got \(5, 6, 6\)"),
+        ((logits[:, :0], classes, targets, weight), r"logits must be \(F, K, H, W\) .* got \(7, 0, 6, 6\)"),
         ((logits.long(), classes, targets, weight), "logits must be floating point, got torch.int64"),
         ((logits, classes[1:], targets, weight), r"classes must be \(7,\) .* got \(6,\)"),
         (

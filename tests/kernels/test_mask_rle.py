@@ -17,7 +17,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from fastmrcnn.kernels import mask_rle, paste_masks
-from fastmrcnn.kernels._library import interpreting
+from fastmrcnn.kernels.common.library import interpreting
 from fastmrcnn.kernels.mask_rle import op, reference
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -191,11 +191,11 @@ def test_bad_input() -> None:
         "width": 9,
     }
     for change, message in (
-        ({"masks": torch.zeros(2, 5)}, r"masks must be \(D, M, M\), got \(2, 5\)"),
+        ({"masks": torch.zeros(2, 5)}, r"masks must be \(D, M, M\) .* got \(2, 5\)"),
         ({"threshold": 1.5}, "threshold must be above 0 and at most 1, got 1.5"),
         ({"max_runs": 0}, "max_runs must be at least 1, got 0"),
         ({"height": 1 << 16, "width": 1 << 15}, r"fewer than 2\^31 pixels, got 65536 x 32768"),
-        ({"sizes": torch.zeros(2, 3).long()}, r"sizes must be \(2, 2\), got \(2, 3\)"),
+        ({"sizes": torch.zeros(2, 3).long()}, r"sizes must be \(2, 2\) .* got \(2, 3\)"),
         ({"sizes": torch.zeros(2, 2)}, "sizes must be of an integer dtype, got torch.float32"),
         ({"sizes": torch.tensor([[8, 9], [9, 9]])}, r"heights in sizes must be in 0..8, got \[9\]"),
         ({"sizes": torch.tensor([[8, -1], [8, 9]])}, r"widths in sizes must be in 0..9, got \[-1\]"),

@@ -1,6 +1,6 @@
-"""NMS against the textbook loop and torchvision's results.
+"""NMS against its definition, the greedy loop, and torchvision's results.
 
-CPU tensors run the reference, or Triton's kernels if TRITON_INTERPRET=1; the tests are the same.
+CPU tensors run cpu.py, or Triton's kernels if TRITON_INTERPRET=1; the tests are the same.
 """
 
 from __future__ import annotations
@@ -13,31 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastmrcnn.kernels.nms import op
+from fastmrcnn.kernels.nms import naive, op
+from fastmrcnn.kernels.nms.cpu import round_down_to_float32
 from fastmrcnn.kernels.nms.op import batched_nms, nms, padded_nms
-from fastmrcnn.kernels.nms.reference import round_down_to_float32
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-def textbook(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) -> list[int]:
-    """Greedy NMS in float32 numpy, one box at a time."""
-    order = scores.argsort(stable=True, descending=True).tolist()
-    x1, y1, x2, y2 = boxes.float().numpy().T
-    dropped = np.zeros(len(order), dtype=bool)
-    kept: list[int] = []
-    with np.errstate(all="ignore"):
-        area = (x2 - x1) * (y2 - y1)
-        for i in order:
-            if dropped[i]:
-                continue
-            kept.append(i)
-            width = np.maximum(np.minimum(x2[i], x2) - np.maximum(x1[i], x1), np.float32(0))
-            height = np.maximum(np.minimum(y2[i], y2) - np.maximum(y1[i], y1), np.float32(0))
-            inter = width * height
-            iou = inter / (area[i] + area - inter)
-            dropped |= (iou.astype(np.float64) > threshold) & (groups.numpy() == int(groups[i]))
-    return kept
 
 
 def check_padded(
@@ -49,22 +29,12 @@ def check_padded(
     max_out: int,
     device: str = "cpu",
 ) -> None:
-    """padded_nms gives, image by image, what the textbook gives for the slots that count."""
-    on_device = [None if t is None else t.to(device) for t in (boxes, scores, groups, valid)]
-    index, kept_valid = padded_nms(*on_device, threshold, max_out)
-    assert index.dtype == torch.int64
-    assert kept_valid.dtype == torch.bool
-    usable = boxes.float().isfinite().all(-1) & ~scores.isnan()
-    if valid is not None:
-        usable = usable & valid
-    groups = torch.zeros_like(usable, dtype=torch.int64) if groups is None else groups
-    for image in range(boxes.shape[0]):
-        slots = usable[image].nonzero()[:, 0]
-        kept = textbook(boxes[image][slots], scores[image][slots], groups[image][slots], threshold)
-        expected = slots[kept].tolist()[:max_out]
-        empty = max_out - len(expected)
-        assert index[image].tolist() == expected + [0] * empty
-        assert kept_valid[image].tolist() == [True] * len(expected) + [False] * empty
+    arguments = (boxes, scores, groups, valid)
+    on_device = [None if t is None else t.to(device) for t in arguments]
+    found = padded_nms(*on_device, threshold, max_out)
+    for ours, exact in zip(found, naive.padded_nms(*arguments, threshold, max_out), strict=True):
+        assert ours.dtype == exact.dtype
+        assert ours.cpu().equal(exact)
 
 
 def clustered(
@@ -96,7 +66,7 @@ def test_golden(slots: int, device: str) -> None:
 )
 def test_batched(slots: int, groups: int, noise: float, device: str) -> None:
     boxes, scores, idxs = (t[0] for t in clustered(slots, groups, seed=slots, noise=noise))
-    expected = textbook(boxes, scores, idxs, 0.5)
+    expected = naive.batched_nms(boxes, scores, idxs, 0.5).tolist()
     kept = batched_nms(boxes.to(device), scores.to(device), idxs.to(device), 0.5)
     assert kept.dtype == torch.int64
     assert kept.tolist() == expected
@@ -117,7 +87,7 @@ def test_padded(max_out: int, device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_many_groups_and_slots(device: str) -> None:
-    """More slots than the kernels and the reference take at once."""
+    """More slots than kernel.py and cpu.py take at once."""
     boxes, scores, groups = clustered(2500, 90)
     check_padded(boxes, scores, groups, None, 0.6, 2500, device)
     check_padded(boxes, scores, groups, None, 0.6, 3, device)
@@ -140,7 +110,7 @@ def test_nan_scores_come_first_as_in_torchvision(device: str) -> None:
     scores[[3, 9]], scores[5], scores[7] = torch.nan, torch.inf, -torch.inf
     scores[6] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)  # a NaN with its sign bit set
     kept = batched_nms(boxes.to(device), scores.to(device), groups.to(device), 0.5)
-    assert kept.tolist() == textbook(boxes, scores, groups, 0.5)
+    assert kept.tolist() == naive.batched_nms(boxes, scores, groups, 0.5).tolist()
     assert kept[0] == 3
 
 
@@ -205,7 +175,8 @@ def test_any_boxes(boxes: list[tuple[float, ...]], seed: int, threshold: float) 
     padded = torch.tensor(boxes, dtype=torch.float32)[None]
     check_padded(padded, scores, groups, None, threshold, count)
     kept = batched_nms(padded[0], scores[0], groups[0], threshold)
-    assert kept.tolist() == textbook(padded[0], scores[0], groups[0], threshold)
+    assert kept.equal(naive.batched_nms(padded[0], scores[0], groups[0], threshold))
+    assert nms(padded[0], scores[0], threshold).equal(naive.nms(padded[0], scores[0], threshold))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,6 +1,6 @@
 """torchvision's operators patched to run the kernels, and put back.
 
-Without a GPU the patch is exercised on the CPU, which runs the references, or Triton if
+Without a GPU the patch is exercised on the CPU, which runs PyTorch, or Triton if
 TRITON_INTERPRET=1; the keys of CUDA are exercised on fake tensors, which have no data.
 """
 
@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmrcnn.kernels import check, patch, unpatch
-from fastmrcnn.kernels._library import interpreting
+from fastmrcnn.kernels.common.library import interpreting
 
 try:
     import torchvision

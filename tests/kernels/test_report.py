@@ -19,7 +19,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from fastmrcnn.kernels._spec import Launch
+from fastmrcnn.kernels.common.launch import Launch
 from fastmrcnn.kernels.report import (
     ARCHITECTURES,
     DEFAULT,
@@ -121,7 +121,7 @@ def test_table_shows_failures_below_their_kernel() -> None:
 PLANTED = """
 import sys
 import torch, triton, triton.language as tl
-from fastmrcnn.kernels._spec import CompileSpec
+from fastmrcnn.kernels.common.launch import CompileSpec
 from fastmrcnn.kernels.report import inspect_kernel
 
 @triton.jit
@@ -244,7 +244,7 @@ from fastmrcnn.kernels.mask_paste import kernel as mask_paste
 from fastmrcnn.kernels.mask_rle import kernel as mask_rle
 from fastmrcnn.kernels.nms import kernel as nms
 from fastmrcnn.kernels.roi_align import backward, forward
-from fastmrcnn.kernels.roi_align.rois import Pooling
+from fastmrcnn.kernels.common.pooling import Pooling
 
 how = Pooling((1, 1), [1.0], 1, False, 224.0, 4, 4)
 box, index = torch.empty(1, 4, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")

@@ -1,6 +1,6 @@
-"""RoIAlign against the textbook, sample by sample, and torchvision's results.
+"""RoIAlign against its definition, sample by sample, and torchvision's results.
 
-CPU tensors run the reference, or Triton's kernels if TRITON_INTERPRET=1; the tests are the same.
+CPU tensors run cpu.py, or Triton's kernels if TRITON_INTERPRET=1; the tests are the same.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from golden import load, names
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nosync import NoSync
-from pyramids import LEVELS, SCALES, SIZES, permuted, pyramid, some_boxes
+from pyramids import LEVELS, SCALES, SIZES, on_cpu, permuted, pyramid, some_boxes
 from tolerances import assert_near
 from torch import Tensor
 from torch.library import opcheck
 
-from fastmrcnn.kernels import MultiScaleRoIAlign, assign_levels, multilevel_roi_align, roi_align
-from fastmrcnn.kernels.roi_align import op, reference
-from fastmrcnn.kernels.roi_align.reference import Pooling
+from fastmrcnn.kernels import MultiScaleRoIAlign, multilevel_roi_align, roi_align
+from fastmrcnn.kernels.roi_align import naive, op
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -31,7 +30,7 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 FORMATS = [torch.contiguous_format, torch.channels_last]
 EXTENT = 80.0  # of the coordinates of `some_boxes`
 GOLDEN = names("roi_align/")
-TEXTBOOK = [
+EXACT = [
     (size, ratio, aligned)
     for size in [(7, 7), (3, 10), (1, 1)]
     for ratio in (0, 2)
@@ -39,47 +38,7 @@ TEXTBOOK = [
 ]
 if INTERPRETING:  # it takes 40 ms a program
     GOLDEN = ["roi_align/3x5/sr-1/aligned0"]
-    TEXTBOOK = [((7, 7), 0, False), ((3, 10), 2, True)]
-
-
-def textbook(
-    feature: Tensor, box: Tensor, size: tuple[int, int], scale: float, ratio: int, aligned: bool
-) -> Tensor:
-    """One RoI of one map (C, H, W) in float64: the average of bilinear samples, as the paper says."""
-    x1, y1, x2, y2 = (float(c) * scale - 0.5 * aligned for c in box)
-    sides = [y2 - y1, x2 - x1] if aligned else [max(y2 - y1, 1.0), max(x2 - x1, 1.0)]
-    weights = []
-    for start, side, bins, pixels in zip((y1, x1), sides, size, feature.shape[1:], strict=True):
-        weight = torch.zeros(bins, pixels, dtype=torch.float64)
-        samples = ratio if ratio > 0 else math.ceil(side / bins)
-        for i in range(bins):
-            for s in range(samples):
-                at = start + side / bins * (i + (s + 0.5) / samples)
-                if -1 <= at <= pixels:
-                    at = min(max(at, 0.0), pixels - 1.0)
-                    low = math.floor(at)
-                    weight[i, low] += (1 - at + low) / samples
-                    weight[i, min(low + 1, pixels - 1)] += (at - low) / samples
-        weights.append(weight)
-    return torch.einsum("iy,cyx,jx->cij", weights[0], feature.detach().cpu().double(), weights[1])
-
-
-def textbook_levels(
-    features: list[Tensor],
-    boxes: Tensor,
-    images: Tensor,
-    valid: Tensor,
-    size: tuple[int, int],
-    ratio: int,
-    aligned: bool,
-) -> Tensor:
-    """(R, C, oh, ow) float64 on the CPU, for the two levels above."""
-    levels = assign_levels(boxes.cpu(), k_min=2, k_max=3, canonical_size=30.0, canonical_level=3)
-    out = torch.zeros(len(boxes), features[0].shape[1], *size, dtype=torch.float64)
-    for r, (box, level, image) in enumerate(zip(boxes.cpu(), levels.tolist(), images.tolist(), strict=True)):
-        if valid[r] and box.isfinite().all():
-            out[r] = textbook(features[level][image], box, size, SCALES[level], ratio, aligned)
-    return out
+    EXACT = [((7, 7), 0, False), ((3, 10), 2, True)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -109,35 +68,34 @@ def test_golden_module(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("size", "ratio", "aligned"), TEXTBOOK)
-def test_textbook(size: tuple[int, int], ratio: int, aligned: bool, device: str) -> None:
-    """Forward; and backward as its adjoint: <grad, forward(x)> = <backward(grad), x>."""
+@pytest.mark.parametrize(("size", "ratio", "aligned"), EXACT)
+def test_definition(size: tuple[int, int], ratio: int, aligned: bool, device: str) -> None:
+    """Forward and backward, boxes by image and packed."""
     maps = pyramid(device=device)
-    boxes, valid = some_boxes(device=device)
-    pooled = multilevel_roi_align(
-        maps, boxes, size, valid=valid, sampling_ratio=ratio, aligned=aligned, **LEVELS
-    )
-    images = torch.arange(2).repeat_interleave(boxes.shape[1])
-    exact = textbook_levels(maps, boxes.flatten(0, 1), images, valid.flatten(), size, ratio, aligned)
-    assert_near(pooled, exact.unflatten(0, (2, -1)), torch.float64, extent=EXTENT)
+    boxes, valid = some_boxes(device=device, longest=70)  # of both levels
+    how = {"sampling_ratio": ratio, "aligned": aligned, **LEVELS}
+    pooled = multilevel_roi_align(maps, boxes, size, valid=valid, **how)
+    same = on_cpu(maps)
+    exact = naive.multilevel_roi_align(same, boxes.cpu(), size, valid=valid.cpu(), **how)
+    assert_near(pooled, exact, torch.float64, extent=EXTENT)
     assert not pooled[0, 1].any()
-    grad = torch.randn_like(pooled)
+    grad = torch.randn(exact.shape, dtype=torch.float64)
     grad[0, 1] = torch.nan  # what a slot that is not valid sends back is nothing
-    pooled.backward(grad)
-    inner = sum(float((m.grad * m.detach()).sum()) for m in maps)
-    assert inner == pytest.approx(float((grad * pooled.detach()).nansum()), rel=1e-10)
+    pooled.backward(grad.to(device))
+    for m, g in zip(maps, torch.autograd.grad(exact, same, grad), strict=True):
+        assert_near(m.grad, g, torch.float64, terms=100, extent=EXTENT)
     if aligned:
         return
-    packed = multilevel_roi_align(
-        maps,
-        boxes.flatten(0, 1),
-        size,
-        valid=valid.flatten(),
-        batch_index=images.to(device),
-        sampling_ratio=ratio,
-        **LEVELS,
-    )
+    images = torch.arange(2, device=device).repeat_interleave(boxes.shape[1])
+    where = {"valid": valid.flatten(), "batch_index": images}
+    packed = multilevel_roi_align(maps, boxes.flatten(0, 1), size, **where, **how)
     assert torch.equal(packed, pooled.flatten(0, 1))
+    rois = torch.cat([images[:, None], boxes.flatten(0, 1)], dim=1)[[0, 2, 5]]
+    single = roi_align(maps[1], rois, size, SCALES[1], ratio, aligned)
+    one = {"sampling_ratio": ratio, "aligned": aligned}
+    assert_near(
+        single, naive.roi_align(same[1], rois.cpu(), size, SCALES[1], **one), torch.float64, extent=EXTENT
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -149,14 +107,13 @@ def test_dtypes_and_layouts(dtype: torch.dtype, form: torch.memory_format, devic
     grad = torch.randn(2, 3, 20, 7, 7, generator=torch.Generator().manual_seed(3)).to(device, dtype)
     pooled = multilevel_roi_align(maps, boxes, 7, valid=valid, aligned=True, **LEVELS)
     pooled.backward(grad)
-    how = Pooling((7, 7), SCALES, 0, True, 30.0, 3, 2)
-    where = (boxes.flatten(0, 1), None, valid.flatten())
-    exact = reference.multilevel_roi_align([m.detach().double() for m in maps], *where, how)
-    exact_grads = reference.multilevel_roi_align_backward(grad.flatten(0, 1).double(), *where, 2, SIZES, how)
-    assert_near(pooled.flatten(0, 1), exact, dtype, terms=50, extent=EXTENT)
-    for m, exact_grad in zip(maps, exact_grads, strict=True):
+    same = on_cpu(maps)
+    exact = naive.multilevel_roi_align(same, boxes.cpu(), (7, 7), valid=valid.cpu(), aligned=True, **LEVELS)
+    grads = torch.autograd.grad(exact, same, grad.cpu().double(), materialize_grads=True)
+    assert_near(pooled, exact, dtype, terms=50, extent=EXTENT)
+    for m, g in zip(maps, grads, strict=True):
         assert m.grad.dtype == dtype
-        assert_near(m.grad, exact_grad, dtype, terms=50, extent=EXTENT)
+        assert_near(m.grad, g, dtype, terms=50, extent=EXTENT)
     assert pooled.dtype == dtype
     assert pooled.flatten(0, 1).is_contiguous(memory_format=form)
     assert all(m.grad.is_contiguous(memory_format=form) for m in maps)
@@ -288,17 +245,18 @@ ANY = st.one_of(
 def test_any_boxes(
     device: str, boxes: list[list[float]], ratio: int, aligned: bool, size: tuple[int, int]
 ) -> None:
-    """Never out of range, zeros for what is not finite, and the textbook where it can be computed."""
+    """Never out of range, zeros for what is not finite, and the definition where it can be computed."""
     maps = pyramid(2, device=device)
     tensor = torch.tensor(boxes, dtype=torch.float64, device=device)
+    how = {"sampling_ratio": ratio, "aligned": aligned, **LEVELS}
     images = torch.arange(len(boxes)) % 2
-    pooled = multilevel_roi_align(
-        maps, tensor, size, batch_index=images.to(device), sampling_ratio=ratio, aligned=aligned, **LEVELS
-    )
+    pooled = multilevel_roi_align(maps, tensor, size, batch_index=images.to(device), **how)
     largest = max(float(m.detach().abs().max()) for m in maps)
     assert float(pooled.detach().abs().max()) <= largest * (1 + 1e-9)
     sane = (tensor.abs() <= 1e4).all(dim=1).cpu()
-    exact = textbook_levels(maps, tensor, images, sane, size, ratio, aligned)
+    exact = naive.multilevel_roi_align(
+        on_cpu(maps), tensor.cpu(), size, valid=sane, batch_index=images, **how
+    )
     # Boxes of 10,000 pixels average many entries that cancel.
     assert_near(pooled[sane], exact[sane], torch.float64, extent=1e4, largest_term=largest)
     assert not pooled[~tensor.isfinite().all(dim=1)].any()
@@ -318,6 +276,7 @@ def test_image_out_of_range(device: str) -> None:
             roi_align(maps[0], rois, 2, 1 / 4)
     compiled = torch.compile(roi_align, fullgraph=True, backend="aot_eager")
     pooled = compiled(maps[0], rois, 2, 1 / 4)
+    assert_near(pooled, naive.roi_align(on_cpu(maps)[0], rois.cpu(), (2, 2), 1 / 4), torch.float32)
     assert pooled[0].any()
     assert not pooled[1:].any()
     pooled.sum().backward()
@@ -380,8 +339,11 @@ BAD: list[tuple[Callable[[], Any], str]] = [
         lambda: multilevel_roi_align([torch.zeros(1, 1, 4, 4)], torch.zeros(1, 1, 4), 7, **LEVELS),
         "one number per level, got 2 for 1",
     ),
-    (lambda: multilevel_roi_align(pyramid(), torch.zeros(3, 4), 7, **LEVELS), r"must be \(N, S, 4\)"),
-    (lambda: multilevel_roi_align(pyramid(), torch.zeros(3, 1, 4), 7, **LEVELS), "boxes are of 3 images"),
+    (lambda: multilevel_roi_align(pyramid(), torch.zeros(3, 4), 7, **LEVELS), r"must be \(2, S, 4\)"),
+    (
+        lambda: multilevel_roi_align(pyramid(), torch.zeros(3, 1, 4), 7, **LEVELS),
+        r"must be \(2, S, 4\) .* got \(3, 1, 4\)",
+    ),
     (
         lambda: multilevel_roi_align(
             pyramid(), torch.zeros(2, 3, 4), 7, valid=torch.ones(2, 2, dtype=torch.bool), **LEVELS

@@ -1,6 +1,6 @@
-"""RoIPool, RoIWarp and max-mode RoIAlign against the textbook, point by point, and torchvision's RoIPool.
+"""RoIPool, RoIWarp and max-mode RoIAlign against their definitions, bin by bin, and torchvision's RoIPool.
 
-CPU tensors run the reference, or Triton's kernels if TRITON_INTERPRET=1; the tests are the same.
+CPU tensors run cpu.py, or Triton's kernels if TRITON_INTERPRET=1; the tests are the same.
 """
 
 from __future__ import annotations
@@ -21,21 +21,16 @@ from golden import load
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from nosync import NoSync
-from pyramids import LEVELS, SCALES, SIZES, permuted, pyramid
+from pyramids import LEVELS, SCALES, SIZES, on_cpu, permuted, pyramid
 from tolerances import assert_near
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
-from fastmrcnn.kernels import (
-    assign_levels,
-    multilevel_roi_align_max,
-    multilevel_roi_pool,
-    multilevel_roi_warp,
-    roi_pool,
-)
-from fastmrcnn.kernels.roi_align.rois import Pooling
-from fastmrcnn.kernels.roi_pool import reference, registration
+from fastmrcnn import kernels
+from fastmrcnn.kernels import multilevel_roi_align_max, multilevel_roi_pool, multilevel_roi_warp, roi_pool
+from fastmrcnn.kernels.common.pooling import Pooling
+from fastmrcnn.kernels.roi_max import cpu, naive, registration
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -67,97 +62,22 @@ if INTERPRETING:  # it takes 10 ms and more a program
 
 
 def pool_by(
-    case: tuple[str, int, bool], maps: list[Tensor], boxes: Tensor, size: Any, **where: Any
+    case: tuple[str, int, bool],
+    maps: list[Tensor],
+    boxes: Tensor,
+    size: Any,
+    *,
+    of: Any = kernels,
+    **where: Any,
 ) -> Tensor:
+    """By the operator, or by its definition if `of` is `naive`."""
     kind, ratio, aligned = case
     where = {**LEVELS, **where}
     if kind == "pool":
-        return multilevel_roi_pool(maps, boxes, size, **where)
+        return of.multilevel_roi_pool(maps, boxes, size, **where)
     if kind == "align max":
-        return multilevel_roi_align_max(maps, boxes, size, sampling_ratio=ratio, aligned=aligned, **where)
-    return multilevel_roi_warp(maps, boxes, size, sampling_ratio=ratio, mode=kind.split()[1], **where)
-
-
-def away(x: float) -> int:
-    """C's round: halves away from zero."""
-    return int(math.copysign(math.floor(abs(x) + 0.5), x))
-
-
-def lerp(one: Tensor, other: Tensor, share: float) -> Tensor:
-    return one + (other - one) * share
-
-
-def read(feature: Tensor, y: float, x: float) -> Tensor:
-    """(C,) bilinear value at pixel-index coordinates, zero a pixel off the map."""
-    height, width = feature.shape[1:]
-    if not (-1 <= y <= height and -1 <= x <= width):
-        return feature[:, 0, 0] * 0
-    y, x = min(max(y, 0.0), height - 1.0), min(max(x, 0.0), width - 1.0)
-    top, left = math.floor(y), math.floor(x)
-    bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
-    upper = lerp(feature[:, top, left], feature[:, top, right], x - left)
-    lower = lerp(feature[:, bottom, left], feature[:, bottom, right], x - left)
-    return lerp(upper, lower, y - top)
-
-
-def axis_points(low: float, high: float, bins: int, size: int, case: tuple[str, int, bool]) -> list[Any]:
-    """Pixels (pool) or positions (warp, align) of each bin along one axis; low and high in map pixels."""
-    kind, ratio, aligned = case
-    if kind == "pool":
-        start, side = away(low), max(away(high) - away(low) + 1, 1)
-        ends = [(start + i * side // bins, start - (-(i + 1) * side // bins)) for i in range(bins)]
-        return [range(min(max(a, 0), size), min(max(b, 0), size)) for a, b in ends]
-    if kind.startswith("warp"):
-        start, side = away(low) - 0.5, float(max(away(high) - away(low) + 1, 1))
-    else:
-        start, side = low - 0.5 * aligned, high - low if aligned else max(high - low, 1.0)
-    samples = ratio if ratio > 0 else max(math.ceil(side / bins), 0)
-    return [[start + side / bins * (i + (s + 0.5) / samples) for s in range(samples)] for i in range(bins)]
-
-
-def textbook(
-    feature: Tensor, box: Tensor, size: tuple[int, int], scale: float, case: tuple[str, int, bool]
-) -> Tensor:
-    """(C, oh, ow) of one RoI of one map (C, H, W), point by point; autograd gives its gradient."""
-    x1, y1, x2, y2 = (float(c) * scale for c in box)
-    rows = axis_points(y1, y2, size[0], feature.shape[1], case)
-    columns = axis_points(x1, x2, size[1], feature.shape[2], case)
-    out = []
-    for ys in rows:
-        for xs in columns:
-            if case[0] == "pool":
-                values = [feature[:, y, x] for y in ys for x in xs]
-            else:
-                values = [read(feature, y, x) for y in ys for x in xs]
-            if not values:
-                out.append(feature[:, 0, 0] * 0)
-            elif case[0].endswith("avg"):
-                out.append(torch.stack(values).mean(0))
-            else:
-                best = values[0]
-                for value in values[1:]:
-                    best = torch.where(value > best, value, best)  # the first of equal ones stays
-                out.append(best)
-    return torch.stack(out, dim=-1).unflatten(-1, size)
-
-
-def textbook_levels(
-    maps: list[Tensor],
-    boxes: Tensor,
-    images: Tensor,
-    valid: Tensor,
-    size: tuple[int, int],
-    case: tuple[str, int, bool],
-) -> Tensor:
-    """(R, C, oh, ow), for the two levels above."""
-    levels = assign_levels(boxes.cpu(), k_min=2, k_max=3, canonical_size=30.0, canonical_level=3)
-    out = []
-    for r, (box, level, image) in enumerate(zip(boxes.cpu(), levels.tolist(), images.tolist(), strict=True)):
-        if valid[r] and box.isfinite().all():
-            out.append(textbook(maps[level][image], box, size, SCALES[level], case))
-        else:
-            out.append(maps[0][0, :, :1, :1].expand(-1, *size) * 0)
-    return torch.stack(out)
+        return of.multilevel_roi_align_max(maps, boxes, size, sampling_ratio=ratio, aligned=aligned, **where)
+    return of.multilevel_roi_warp(maps, boxes, size, sampling_ratio=ratio, mode=kind.split()[1], **where)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -186,30 +106,32 @@ def test_golden(size: tuple[int, int], device: str) -> None:
 def test_pool_of_the_whole_map_is_adaptive_max_pooling(size: tuple[int, int], device: str) -> None:
     feature = torch.randn(2, 3, 10, 13, device=device)
     rois = torch.tensor([[0.0, 0, 0, 12, 9], [1, 0, 0, 12, 9]], device=device)
-    assert torch.equal(roi_pool(feature, rois, size), F.adaptive_max_pool2d(feature, size))
+    expected = F.adaptive_max_pool2d(feature, size)
+    assert torch.equal(roi_pool(feature, rois, size), expected)
+    assert torch.equal(naive.roi_pool(feature.cpu(), rois.cpu(), size), expected.cpu().double())
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("size", [(2, 3)] if INTERPRETING else [(7, 7), (3, 10), (1, 1)])
 @pytest.mark.parametrize("case", CASES)
-def test_textbook(case: tuple[str, int, bool], size: tuple[int, int], device: str) -> None:
+def test_definition(case: tuple[str, int, bool], size: tuple[int, int], device: str) -> None:
     """Forward and backward, boxes by image and packed."""
     maps = pyramid(device=device)
     boxes, valid = some_boxes(2 if INTERPRETING else 4, device)
     pooled = pool_by(case, maps, boxes, size, valid=valid)
-    images = torch.arange(2).repeat_interleave(boxes.shape[1])
-    same = [m.detach().cpu().requires_grad_() for m in maps]
-    exact = textbook_levels(same, boxes.flatten(0, 1), images, valid.flatten(), size, case)
-    assert_near(pooled, exact.unflatten(0, (2, -1)), torch.float64)
+    same = on_cpu(maps)
+    exact = pool_by(case, same, boxes.cpu(), size, of=naive, valid=valid.cpu())
+    assert_near(pooled, exact, torch.float64)
     assert not pooled[0, 1].any()
-    grad = torch.randn(pooled.shape, dtype=torch.float64)
-    exact.backward(grad.flatten(0, 1))
+    grad = torch.randn(exact.shape, dtype=torch.float64)
     grad[0, 1] = torch.nan  # what a slot that is not valid sends back is nothing
+    exact.backward(grad)
     pooled.backward(grad.to(device))
     for m, s in zip(maps, same, strict=True):
         assert_near(m.grad, s.grad, torch.float64)
     if not INTERPRETING:
-        where = {"valid": valid.flatten(), "batch_index": images.to(device)}
+        images = torch.arange(2, device=device).repeat_interleave(boxes.shape[1])
+        where = {"valid": valid.flatten(), "batch_index": images}
         assert torch.equal(pool_by(case, maps, boxes.flatten(0, 1), size, **where), pooled.flatten(0, 1))
 
 
@@ -219,13 +141,13 @@ def test_first_of_equals_gets_the_gradient(case: tuple[str, int, bool], device: 
     """Flat maps, as behind a ReLU; one box reaches off the map, where samples are zero."""
     maps = [m.detach().floor().clamp(0, 1).requires_grad_() for m in pyramid(2, device=device)]
     boxes = torch.tensor([[[4.0, 6, 30, 33]], [[-14, -9, 20, 25]]], device=device)
-    same = [m.detach().cpu().requires_grad_() for m in maps]
-    exact = textbook_levels(same, boxes.flatten(0, 1), torch.arange(2), torch.ones(2), (3, 3), case)
+    same = on_cpu(maps)
+    exact = pool_by(case, same, boxes.cpu(), (3, 3), of=naive)
     pooled = pool_by(case, maps, boxes, 3)
-    assert_near(pooled.flatten(0, 1), exact, torch.float64)
+    assert_near(pooled, exact, torch.float64)
     grad = torch.randn(exact.shape, dtype=torch.float64)
     exact.backward(grad)
-    pooled.backward(grad.view_as(pooled).to(device))
+    pooled.backward(grad.to(device))
     for m, s in zip(maps, same, strict=True):
         assert_near(m.grad, s.grad, torch.float64)
 
@@ -242,17 +164,15 @@ def test_dtypes_and_layouts(
     grad = torch.randn(2, PER_IMAGE, 20, 1, 9, generator=torch.Generator().manual_seed(3)).to(device, dtype)
     pooled = pool_by(case, maps, boxes, (1, 9), valid=valid)
     pooled.backward(grad)
+    exact = pool_by(case, on_cpu(maps), boxes.cpu(), (1, 9), of=naive, valid=valid.cpu())
+    assert_near(pooled, exact, dtype)
     how = Pooling((1, 9), SCALES, case[1], case[2], 30.0, 3, 2)
     where = (boxes.flatten(0, 1), None)
-    exact, _ = reference.multilevel_roi_max(
-        [m.detach().double() for m in maps], *where, valid.flatten(), kind, how
-    )
     # Of samples that are about equal, float32 may choose another.
     _, winner = registration._roi_max(maps, *where, valid.flatten(), kind, [1, 9], *how[1:])
-    exact_grads = reference.multilevel_roi_max_backward(
+    exact_grads = cpu.multilevel_roi_max_backward(
         grad.flatten(0, 1).double(), winner, *where, 2, SIZES, kind, how
     )
-    assert_near(pooled.flatten(0, 1), exact, dtype)
     for m, exact_grad in zip(maps, exact_grads, strict=True):
         assert m.grad.dtype == dtype
         assert_near(m.grad, exact_grad, dtype, terms=50)
@@ -388,7 +308,7 @@ ANY = st.one_of(
 def test_any_boxes(
     device: str, boxes: list[list[float]], case: tuple[str, int, bool], size: tuple[int, int]
 ) -> None:
-    """Never out of range, zeros for what is not finite, and the textbook where it can be computed."""
+    """Never out of range, zeros for what is not finite, and the definition where it can be computed."""
     maps = pyramid(2, device=device)
     tensor = torch.tensor(boxes, dtype=torch.float64, device=device)
     images = torch.arange(len(boxes)) % 2
@@ -396,8 +316,8 @@ def test_any_boxes(
     largest = max(float(m.detach().abs().max()) for m in maps)
     assert float(pooled.detach().abs().max()) <= largest * (1 + 1e-9)
     sane = (tensor.abs() <= 100).all(dim=1).cpu()
-    same = [m.detach().cpu().requires_grad_() for m in maps]
-    exact = textbook_levels(same, tensor, images, sane, size, case)
+    same = on_cpu(maps)
+    exact = pool_by(case, same, tensor.cpu(), size, of=naive, valid=sane, batch_index=images)
     assert_near(pooled[sane], exact[sane], torch.float64)
     assert not pooled[~tensor.isfinite().all(dim=1)].any()
     if bool(sane.any()):
@@ -483,8 +403,11 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: roi_pool(MAP, torch.zeros(1, 5), (7, 0)), "output_size must be a positive"),
     (lambda: roi_pool(torch.zeros(1, 1, 1, 40_000), torch.zeros(1, 5), 7), "at most 32767 pixels wide"),
     (lambda: multilevel_roi_pool([MAP], BOX, 7, **LEVELS), "one number per level, got 2 for 1"),
-    (lambda: multilevel_roi_pool([MAP], BOX[0], 7, **ONE), r"must be \(N, S, 4\)"),
-    (lambda: multilevel_roi_pool([MAP], torch.zeros(3, 1, 4), 7, **ONE), "boxes are of 3 images"),
+    (lambda: multilevel_roi_pool([MAP], BOX[0], 7, **ONE), r"must be \(1, S, 4\)"),
+    (
+        lambda: multilevel_roi_pool([MAP], torch.zeros(3, 1, 4), 7, **ONE),
+        r"must be \(1, S, 4\) .* got \(3, 1, 4\)",
+    ),
     (
         lambda: multilevel_roi_align_max([MAP], BOX, 7, valid=torch.ones(1, 2, dtype=torch.bool), **ONE),
         r"valid must be \(1, 1\)",

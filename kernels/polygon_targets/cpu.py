@@ -1,4 +1,4 @@
-"""Polygons rasterised on the grid of each RoI, in PyTorch; what CPU tensors run.
+"""Polygons rasterised on the grid of each RoI as CPU tensors run it, in PyTorch; `naive.py` says how.
 
 The rule is pycocotools' (maskApi, rleFrPoly), which works on a grid five times as fine as the mask's:
 

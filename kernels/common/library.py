@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import os
 import shutil
@@ -17,7 +18,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-NAMESPACE = __package__.replace(".", "_")  # fastmrcnn.kernels -> fastmrcnn_kernels
+PACKAGE = __package__.rpartition(".")[0]  # of the operators: fastmrcnn.kernels, or what a copy is called
+NAMESPACE = PACKAGE.replace(".", "_")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _switchable: set[str] = set()
@@ -30,7 +32,7 @@ def interpreting() -> bool:
 
 
 def runs_triton(tensor: Tensor) -> bool:
-    """CUDA tensors run Triton; CPU tensors run the reference, unless the interpreter is on."""
+    """CUDA tensors run Triton; CPU tensors run plain PyTorch, unless the interpreter is on."""
     if tensor.device.type == "cuda":
         require_triton()
         return True
@@ -41,15 +43,34 @@ def runs_triton(tensor: Tensor) -> bool:
 def require_triton() -> None:
     """Raise one clear error where Triton cannot work, instead of one from deep inside it."""
     if importlib.util.find_spec("triton") is None:
-        raise RuntimeError(
-            f"{__package__}: kernels on CUDA tensors need triton: pip install 'triton>=3.6,<3.8'"
-        )
+        raise RuntimeError(f"{PACKAGE}: kernels on CUDA tensors need triton: pip install 'triton>=3.6,<3.8'")
     compilers = (os.environ.get("CC"), "cc", "gcc", "clang")
     if not any(name and shutil.which(name) for name in compilers):
         raise RuntimeError(
-            f"{__package__}: triton builds its launchers with a C compiler and found none; "
+            f"{PACKAGE}: triton builds its launchers with a C compiler and found none; "
             "install gcc or clang, or set CC"
         )
+
+
+def sum_dtype(values: Tensor) -> torch.dtype:
+    """Of positions and sums."""
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
+
+
+def register(plain: Callable[..., Any]) -> torch.library.CustomOpDef:
+    """The operator of a function in plain PyTorch: its name, its arguments, a tensor first, and its results.
+
+    The function of that name in the `kernel.py` of its folder runs in its place where Triton runs.
+    """
+    name, package = plain.__name__, plain.__module__.rpartition(".")[0]
+
+    def run(*arguments: Any) -> Any:
+        if runs_triton(arguments[0]):
+            return getattr(importlib.import_module(".kernel", package), name)(*arguments)
+        return in_full_precision(plain, *arguments)
+
+    schema = torch.library.infer_schema(plain, mutates_args=())
+    return torch.library.custom_op(f"{NAMESPACE}::{name}", run, mutates_args=(), schema=schema)
 
 
 @contextlib.contextmanager
@@ -90,35 +111,7 @@ def chosen(name: str, operator: Callable[..., Any], plain: Callable[..., Any]) -
     return functools.partial(in_full_precision, plain) if name in _by_reference else operator
 
 
-def in_full_precision(reference: Callable[..., Any], tensor: Tensor, *arguments: Any) -> Any:
-    """Call without autocast, which would round a reference's matrix products; kernels do not feel it."""
+def in_full_precision(plain: Callable[..., Any], tensor: Tensor, *arguments: Any) -> Any:
+    """Call without autocast, which would round matrix products; kernels do not feel it."""
     with torch.autocast(tensor.device.type, enabled=False):
-        return reference(tensor, *arguments)
-
-
-def may_look(tensor: Tensor) -> bool:
-    """Whether a check may look at values: in eager mode on the CPU, where it costs no wait."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def require_all(fine: Tensor, message: Callable[[], str]) -> None:
-    """Raise ValueError unless all are true, for tensors that `may_look` allows."""
-    try:
-        torch._assert_async(fine.all())  # on the CPU it raises at once, and traces without a host read
-    except RuntimeError:
-        raise ValueError(message()) from None
-
-
-def check_range(name: str, index: Tensor, size: int, counts: Tensor | None = None) -> None:
-    """Raise ValueError for an index that is not in 0..size-1, where looking costs no wait.
-
-    Args:
-        index: (slots,).
-        counts: (slots,), 0 or false where the index is not used; None: all are.
-    """
-    if not may_look(index):
-        return
-    fine = (index >= 0) & (index < size)
-    if counts is not None:
-        fine = fine | (counts == 0)
-    require_all(fine, lambda: f"{name} must be in 0..{size - 1}, got {index[~fine][:5].tolist()}")
+        return plain(tensor, *arguments)

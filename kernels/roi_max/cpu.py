@@ -1,4 +1,4 @@
-"""The largest value of each bin, in plain PyTorch.
+"""The largest value of each bin as CPU tensors run it, in plain PyTorch; `naive.py` says what it computes.
 
 Every bin has points along both axes: the pixels of its window (pool), or a grid of bilinear samples (warp,
 align). All points of all bins are listed, one after another in row-major order; a bin takes the largest
@@ -16,7 +16,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..roi_align.rois import Pooling, sum_dtype
+from ..common.library import sum_dtype
+from ..common.pooling import Pooling
 from .points import Bins, Point, Rois, Windows, locate, most_points, point_at
 
 MAX_VALUES = 1 << 24
@@ -46,7 +47,7 @@ def multilevel_roi_max(
         winner: (R, C, oh, ow) int32, as above.
     """
     images, channels = features[0].shape[:2]
-    dtype = sum_dtype(features[0].dtype)
+    dtype = sum_dtype(features[0])
     sizes = [(f.shape[2], f.shape[3]) for f in features]
     oh, ow = how.output_size
     out = torch.zeros((boxes.shape[0], oh * ow, channels), dtype=dtype, device=boxes.device)
@@ -85,7 +86,7 @@ def multilevel_roi_max_backward(
         Of each level, (N, C, Hl, Wl) in the dtype of `grad`.
     """
     count, channels, oh, ow = grad.shape
-    dtype = sum_dtype(grad.dtype)
+    dtype = sum_dtype(grad)
     pixels = num_images * sum(height * width for height, width in sizes)
     table = torch.zeros((pixels, channels), dtype=dtype, device=grad.device)
     if grad.numel() > 0 and pixels > 0:

@@ -1,4 +1,4 @@
-"""Mask targets cut from packed bitmaps, in PyTorch; what CPU tensors run."""
+"""Mask targets as CPU tensors run them, in PyTorch; `naive.py` says what they are."""
 
 from __future__ import annotations
 
@@ -7,32 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..common.bitmaps import Bitmaps, Sampling
+from ..common.library import sum_dtype
+
 CHUNK = 64  # RoIs whose bitmaps are looked up at once in the input's resolution
-
-
-class Bitmaps(NamedTuple):
-    """The ground truth of N images with G slots each; see `op.mask_targets`."""
-
-    buffer: Tensor  # (B,) uint8
-    offset: Tensor  # (N, G) integer
-    window: Tensor  # (N, G, 4) integer x, y, width, height
-    to_annotation: Tensor  # (N, 2, 3)
-    size: Tensor  # (N, 2) height, width of the annotated image
-    image_sizes: Tensor  # (N, 2) height, width of the image within the padded input
-
-
-class Sampling(NamedTuple):
-    """Where the ground truth is read, and what is made of it; see `op.mask_targets`."""
-
-    image_shape: tuple[int, int]  # height, width of the padded input
-    resolution: int
-    sampling_ratio: int  # 0: adaptive
-    aligned: bool
-    bitmap: bool
-
-
-def position_dtype(boxes: Tensor) -> torch.dtype:
-    return torch.float64 if boxes.dtype == torch.float64 else torch.float32
 
 
 def is_real(boxes: Tensor, image: Tensor, matched: Tensor, valid: Tensor | None, offset: Tensor) -> Tensor:
@@ -47,7 +25,7 @@ def mask_targets(
     boxes: Tensor, image: Tensor, matched: Tensor, valid: Tensor | None, bitmaps: Bitmaps, how: Sampling
 ) -> Tensor:
     """See `op.mask_targets`. Positions, weights and result are float64 for float64 boxes, else float32."""
-    dtype, resolution = position_dtype(boxes), how.resolution
+    dtype, resolution = sum_dtype(boxes), how.resolution
     real = is_real(boxes, image, matched, valid, bitmaps.offset)
     soft = torch.zeros((len(boxes), resolution, resolution), dtype=dtype, device=boxes.device)
     if len(boxes) and bitmaps.offset.numel() and bitmaps.buffer.numel():

@@ -1,4 +1,4 @@
-"""The mask predictor of each slot's class alone, and its loss, in PyTorch; what CPU tensors run."""
+"""The predictor of one class per slot, and its loss, as CPU tensors run them; `naive.py` says what it is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..mask_loss.reference import sum_dtype
+from ..common.library import sum_dtype
 
 
 class SlotSums(NamedTuple):

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..common.pooling import Pooling
 from ..level_assign import reference as level_assign
-from ..roi_align.rois import Pooling, on_level
+from ..roi_align.rois import on_level
 
 MOST_SAMPLES = 32767  # of a bin along an axis, so that two of their numbers fit into an int32
 

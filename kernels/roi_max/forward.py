@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._spec import Launch, Target, target_of
+from ..common.launch import Launch, Target, target_of
+from ..common.pooling import Pooling, empty_pooled
 from ..roi_align.geometry import level_of, load_boxes, scale_of, select
 from ..roi_align.launch import box_arguments, layout_of, level_arguments
-from ..roi_align.rois import Pooling, empty_pooled
 from .geometry import on_map, onto_map, place, sample_at, window
 from .points import MOST_SAMPLES
 
@@ -59,7 +59,7 @@ def launch(
     grid = (rois * oh * parts, triton.cdiv(channels, block_c))
     hip = (target or target_of(first.device)).backend == "hip"
     num_warps = 2 if hip else 4  # of 64 threads: as many channels for each
-    return out, winner, Launch(_forward_kernel, grid, arguments, num_warps)
+    return out, winner, Launch(_roi_max_kernel, grid, arguments, num_warps)
 
 
 def geometry(kind: str, how: Pooling, sizes: list[tuple[int, int]], dtype: torch.dtype) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def geometry(kind: str, how: Pooling, sizes: list[tuple[int, int]], dtype: torch
 
 
 @triton.jit
-def _forward_kernel(
+def _roi_max_kernel(
     maps,  # of each level, (N, C, Hl, Wl)
     boxes_ptr,  # (R, 4) xyxy
     batch_ptr,  # (R,) image of each box, any dtype

@@ -1,4 +1,4 @@
-"""Mask paste in PyTorch; what CPU tensors run.
+"""Mask paste as CPU tensors run it, in PyTorch; `naive.py` says what it computes.
 
 Bilinear sampling is separable: two taps for each row and two for each column say it all.
 """

@@ -1,4 +1,4 @@
-"""What RoIAlign is asked, checked before any launch and brought into one form."""
+"""What the pooling of RoIs is asked, checked before any launch and brought into one form."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._library import check_range
-from .rois import Pooling
+from .checks import check_range, require
+from .pooling import Pooling
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:
@@ -66,7 +66,7 @@ def check_single(input: Tensor, boxes: Tensor | Sequence[Tensor]) -> Inputs:
         batch_index, xyxy = boxes[:, 0], boxes[:, 1:]
     else:
         xyxy, batch_index = pack(boxes, input.shape[0])
-    check_boxes(xyxy, input)
+    require("boxes", xyxy, ("R", 4), "floating point", ("input", input))
     check_range("image indices of boxes", batch_index, input.shape[0])
     return Inputs([input], xyxy.detach(), batch_index.detach(), None)
 
@@ -86,26 +86,15 @@ def check_pyramid(
             f"spatial_scales must have one number per level, got {len(spatial_scales)} for {len(features)}"
         )
     num_images = features[0].shape[0]
-    packed = batch_index is not None
-    if boxes.ndim != (2 if packed else 3) or boxes.shape[-1] != 4:
-        wanted = "(R, 4), with batch_index," if packed else "(N, S, 4),"
-        raise ValueError(f"boxes must be {wanted} got {tuple(boxes.shape)}")
-    slots = tuple(boxes.shape[:-1])
-    if not packed and slots[0] != num_images:
-        raise ValueError(f"boxes are of {slots[0]} images, features of {num_images}")
-    check_boxes(boxes, features[0])
-    for name, tensor in (("valid", valid), ("batch_index", batch_index)):
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != slots:
-            raise ValueError(
-                f"{name} must be {slots} for boxes {tuple(boxes.shape)}, got {tuple(tensor.shape)}"
-            )
-        if tensor.device != boxes.device:
-            raise ValueError(f"{name} must be on {boxes.device} as boxes are, got {tensor.device}")
+    like = ("features", features[0])
+    if batch_index is None:
+        require("boxes", boxes, (num_images, "S", 4), "floating point", like)
+    else:
+        require("boxes with batch_index", boxes, ("R", 4), "floating point", like)
+    slots, like = tuple(boxes.shape[:-1]), ("boxes", boxes)
+    require("valid", valid, slots, torch.bool, like)
+    require("batch_index", batch_index, slots, like=like)
     if valid is not None:
-        if valid.dtype != torch.bool:
-            raise ValueError(f"valid must be bool, got {valid.dtype}")
         valid = valid.reshape(-1)
     if batch_index is not None:
         batch_index = batch_index.detach()
@@ -143,10 +132,3 @@ def check_features(features: Sequence[Tensor], name: str) -> None:
             raise ValueError(f"{name} must be of one dtype and device, got {', '.join(kinds)}")
     if first.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"{name} must be float64, float32, float16 or bfloat16, got {first.dtype}")
-
-
-def check_boxes(boxes: Tensor, feature: Tensor) -> None:
-    if not boxes.is_floating_point():
-        raise ValueError(f"boxes must be floating point, got {boxes.dtype}")
-    if boxes.device != feature.device:
-        raise ValueError(f"boxes must be on {feature.device} as the features are, got {boxes.device}")

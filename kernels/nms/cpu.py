@@ -1,4 +1,4 @@
-"""Greedy non-maximum suppression in PyTorch; what CPU tensors run.
+"""Greedy non-maximum suppression as CPU tensors run it, in PyTorch; `naive.py` is the textbook loop.
 
 The result is that of the textbook loop (take the best box left, drop what overlaps it, repeat). It is
 reached blockwise: the boxes are ordered by group and falling score, the order within a block of boxes

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._library import NAMESPACE, runs_triton
-from ..roi_align.checks import Inputs
-from ..roi_align.rois import (
+from ..common.library import NAMESPACE, runs_triton
+from ..common.pooling import (
     MAPS_SCHEMA,
     POOLING_SCHEMA,
     Maps,
@@ -20,12 +19,13 @@ from ..roi_align.rois import (
     is_channels_last,
     memory_format,
 )
-from . import reference
+from ..common.roi_checks import Inputs
+from . import cpu
 from .points import MOST_SAMPLES
 
 
 def largest(inputs: Inputs, kind: str, how: Pooling) -> Tensor:
-    """(R, C, oh, ow): see `reference.multilevel_roi_max`."""
+    """(R, C, oh, ow): see `cpu.multilevel_roi_max`."""
     for feature in inputs.features:
         if max(feature.shape[2:]) > MOST_SAMPLES:
             raise ValueError(f"maps must be at most {MOST_SAMPLES} pixels wide, got {tuple(feature.shape)}")
@@ -55,7 +55,7 @@ def _roi_max(
 
         return kernel.multilevel_roi_max(list(features), boxes, batch_index, valid, kind, how)
     form = memory_format(is_channels_last(features[0]))
-    out, winner = reference.multilevel_roi_max(list(features), boxes, batch_index, valid, kind, how)
+    out, winner = cpu.multilevel_roi_max(list(features), boxes, batch_index, valid, kind, how)
     return out.contiguous(memory_format=form), winner.contiguous(memory_format=form)
 
 
@@ -88,24 +88,13 @@ def _roi_max_backward(
     *arguments: Any,
 ) -> list[Tensor]:
     maps, kind, how = Maps(*arguments[:4]), arguments[4], Pooling.of(arguments[5:])
+    where = (maps.num_images, maps.sizes)
     if runs_triton(boxes):
         from . import kernel
 
-        return kernel.multilevel_roi_max_backward(
-            grad,
-            winner,
-            boxes,
-            batch_index,
-            valid,
-            maps.num_images,
-            maps.sizes,
-            maps.channels_last,
-            kind,
-            how,
-        )
-    grads = reference.multilevel_roi_max_backward(
-        grad, winner, boxes, batch_index, maps.num_images, maps.sizes, kind, how
-    )
+        rois = (boxes, batch_index, valid)
+        return kernel.multilevel_roi_max_backward(grad, winner, *rois, *where, maps.channels_last, kind, how)
+    grads = cpu.multilevel_roi_max_backward(grad, winner, boxes, batch_index, *where, kind, how)
     return [part.clone(memory_format=memory_format(maps.channels_last)) for part in grads]
 
 

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._spec import Launch, reach
+from ..common.launch import Launch, reach
+from ..common.pooling import Pooling, empty_maps
 from ..roi_align.geometry import level_of, load_boxes, scale_of, select, tile_of
 from ..roi_align.launch import box_arguments
-from ..roi_align.rois import Pooling, empty_maps
 from .forward import geometry
 from .geometry import bins_of_tile, lines_of, onto_map, place, sample_at
 
@@ -64,11 +64,13 @@ def launch(
         "BLOCK_C": block_c,
     }
     grid = (sum(tiles), triton.cdiv(channels, block_c))
-    return grads, Launch(_backward_kernel, grid, arguments, num_warps=8 if weighted and channels_last else 4)
+    return grads, Launch(
+        _roi_max_backward_kernel, grid, arguments, num_warps=8 if weighted and channels_last else 4
+    )
 
 
 @triton.jit
-def _backward_kernel(
+def _roi_max_backward_kernel(
     grad_ptr,  # (R, C, OH, OW)
     winner_ptr,  # (R, C, OH, OW) int32
     boxes_ptr,  # (R, 4) xyxy

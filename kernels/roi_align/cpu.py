@@ -1,4 +1,4 @@
-"""RoIAlign in plain PyTorch.
+"""RoIAlign as CPU tensors run it, in plain PyTorch; `naive.py` says what it computes.
 
 An output bin is the average of bilinear samples, so it is a weighted sum of the pixels it touches; and
 since the samples form a grid, the weight of a pixel is the weight of its row times that of its column.
@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..common.library import sum_dtype
+from ..common.pooling import Pooling
 from .entries import Entries, entry_groups, transpose
-from .rois import Pooling, locate, sum_dtype
+from .rois import locate
 
 
 def multilevel_roi_align(
@@ -32,7 +34,7 @@ def multilevel_roi_align(
         (R, C, oh, ow), zeros for boxes that are not valid, not finite, or of an image that is not there.
     """
     images, channels = features[0].shape[:2]
-    dtype = sum_dtype(features[0].dtype)
+    dtype = sum_dtype(features[0])
     sizes = [(f.shape[2], f.shape[3]) for f in features]
     oh, ow = how.output_size
     out = torch.zeros((boxes.shape[0], oh * ow, channels), dtype=dtype, device=boxes.device)
@@ -65,7 +67,7 @@ def multilevel_roi_align_backward(
         Of each level, (N, C, Hl, Wl) in the dtype of `grad`.
     """
     channels = grad.shape[1]
-    dtype = sum_dtype(grad.dtype)
+    dtype = sum_dtype(grad)
     pixels = num_images * sum(height * width for height, width in sizes)
     table = torch.zeros((pixels, channels), dtype=dtype, device=grad.device)
     if grad.numel() > 0 and pixels > 0:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..common.roi_checks import by_image, check_pyramid, check_single, pooling
 from ..level_assign.op import assign_levels
-from ..roi_align.checks import by_image, check_pyramid, check_single, pooling
 from ..roi_align.op import multilevel_roi_align
 from .points import quantise
 from .registration import largest

@@ -7,43 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._spec import H100, CompileSpec, Target
-from ..roi_align.rois import Pooling, memory_format
+from ..common.launch import H100, CompileSpec, Target
+from ..common.pooling import Pooling, memory_format
 from . import backward, forward
 
 
-def multilevel_roi_max(
-    features: list[Tensor],
-    boxes: Tensor,
-    batch_index: Tensor | None,
-    valid: Tensor | None,
-    kind: str,
-    how: Pooling,
-) -> tuple[Tensor, Tensor]:
-    """See `reference.multilevel_roi_max`. The results are channels_last if the first map is."""
-    out, winner, launch = forward.launch(features, boxes, batch_index, valid, kind, how)
+def multilevel_roi_max(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """See `cpu.multilevel_roi_max`, whose arguments they are; channels_last if the first map is."""
+    out, winner, launch = forward.launch(*arguments)
     if out.numel() > 0:
         launch.run()
     return out, winner
 
 
-def multilevel_roi_max_backward(
-    grad: Tensor,
-    winner: Tensor,
-    boxes: Tensor,
-    batch_index: Tensor | None,
-    valid: Tensor | None,
-    num_images: int,
-    sizes: list[tuple[int, int]],
-    channels_last: bool,
-    kind: str,
-    how: Pooling,
-) -> list[Tensor]:
-    """See `reference.multilevel_roi_max_backward`. One launch, and no memory but the gradients."""
-    grads, launch = backward.launch(
-        grad, winner, boxes, batch_index, valid, num_images, sizes, channels_last, kind, how
-    )
-    if num_images * grad.shape[1] == 0:
+def multilevel_roi_max_backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
+    """Arguments as of `backward.launch`. One launch, and no memory but the gradients."""
+    grads, launch = backward.launch(grad, *arguments)
+    if grads[0].numel() == 0:
         return grads
     if grad.numel() == 0:
         return [part.zero_() for part in grads]

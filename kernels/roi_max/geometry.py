@@ -108,5 +108,5 @@ def bins_of_tile(line, start, length, BINS: tl.constexpr, TILE: tl.constexpr, KI
 
 @triton.jit
 def _divide(x, y):
-    """IEEE division: samples at the border of the map must lie where the reference sees them."""
+    """IEEE division: samples at the border of the map must lie where cpu.py sees them."""
     return x / y if x.dtype == tl.float64 else tl.div_rn(x, y)

@@ -1,4 +1,4 @@
-"""Matching of boxes to objects in PyTorch; what CPU tensors run."""
+"""Matching of boxes to objects as CPU tensors run it, in PyTorch; `naive.py` says what it computes."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""What the operators share: registration, launches, checks. It knows no operator."""
