@@ -16,19 +16,22 @@ from torch import Tensor
 from workload import STRIDES, Workload, rois
 
 from fastmrcnn.kernels import match_boxes
-from fastmrcnn.kernels.matcher import cpu
-from fastmrcnn.model.anchors import AnchorGenerator
+from fastmrcnn.kernels.matcher import cpu, naive
 
 FOREGROUND_IOU, BACKGROUND_IOU = 0.7, 0.3
 MANY = 2  # objects for each RoI of the workload
 
 
 def anchors(load: Workload) -> Tensor:
-    """(1, R, 4) of the five levels of an FPN, three a cell."""
-    strides = [*STRIDES, 2 * STRIDES[-1]]
-    make = AnchorGenerator([[8 * s] for s in strides], [0.5, 1.0, 2.0], strides)
-    maps = [torch.empty(1, 1, -(-load.height // s), -(-load.width // s)) for s in strides]
-    return torch.cat(make(maps, (load.height, load.width)))[None]
+    """(1, R, 4) of the five levels of an FPN, three a cell, as large as squares of eight strides a side."""
+    levels = []
+    for stride in (*STRIDES, 2 * STRIDES[-1]):
+        widths = [8 * stride / height_over_width**0.5 for height_over_width in (0.5, 1.0, 2.0)]
+        half = torch.tensor([widths, widths[::-1]]).T / 2  # of width and height
+        x, y = (torch.arange(0.0, side, stride) for side in (load.width, load.height))
+        centre = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).reshape(-1, 1, 2)
+        levels.append(torch.cat([centre - half, centre + half], -1).reshape(-1, 4))
+    return torch.cat(levels)[None]
 
 
 def ours(boxes: Tensor, gt_boxes: Tensor, gt_valid: Tensor) -> list[Tensor]:
@@ -39,19 +42,9 @@ def exact(boxes: Tensor, gt_boxes: Tensor, gt_valid: Tensor) -> list[Tensor]:
     return list(cpu.match_boxes(boxes, gt_boxes, gt_valid, None, True, 0.0)[:4])
 
 
-def by_matrix(boxes: Tensor, gt_boxes: Tensor, gt_valid: Tensor) -> tuple[Tensor, ...]:
+def by_matrix(boxes: Tensor, gt_boxes: Tensor, gt_valid: Tensor) -> tuple[Tensor | None, ...]:
     """All overlaps at once; Inductor may keep them out of memory."""
-    a, b = boxes[:, :, None], gt_boxes[:, None]
-    low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
-    width, height = (high - low).clamp(min=0).unbind(-1)
-    inter = width * height
-    area, gt_area = ((t[..., 2] - t[..., 0]) * (t[..., 3] - t[..., 1]) for t in (a, b))
-    overlap = torch.where(inter > 0, inter / (area + gt_area - inter), 0.0)
-    overlap = torch.where(gt_valid[:, None], overlap, -1.0)
-    best, matched = overlap.max(-1)
-    highest = overlap.amax(1)
-    is_best = ((overlap == highest[:, None]) & (highest[:, None] > 0)).any(-1)
-    return best, matched, highest, is_best
+    return naive.match_boxes(boxes, gt_boxes, gt_valid, None, True, 0.0)[:4]
 
 
 def torchvision_matcher(objects: int) -> Callable[..., list[Tensor]] | None:

@@ -13,12 +13,10 @@ import pytest
 import torch
 
 from conftest import FOUND
-from fastmrcnn import benchmark as command
-from fastmrcnn.config_file import load_config
-from fastmrcnn.prepare import RECIPES, set_up_cuda
 from fastmrcnn.speed.ladder import MASK_SLOTS, climb, make_runner
-from fastmrcnn.speed.rows import Row, Runner, cpu_rows, cuda_rows
-from fastmrcnn.speed.workload import Workload
+from fastmrcnn.speed.step_workload import Workload, load_recipe, set_up_device
+from fastmrcnn.speed.timing import Times, wait
+from fastmrcnn.speed.training_rows import Row, Runner, cpu_rows, cuda_rows
 
 NARROW = [
     "model.backbone.name=resnet18",
@@ -35,11 +33,9 @@ NARROW = [
 
 def choose(device: torch.device) -> tuple[Workload, list[Row]]:
     """The row that is benchmarked comes last; before it torchvision with AMP, and the row to agree with."""
-    set_up_cuda(device)
-    on_gpu = device.type == "cuda"
-    overrides = [*command.RANDOM_WEIGHTS, *([] if on_gpu else NARROW)]
-    config = load_config(RECIPES / command.RECIPE, overrides)
-    if not on_gpu:
+    config = load_recipe(None, [f"runtime.device={device}", *([] if device.type == "cuda" else NARROW)])
+    set_up_device(config)
+    if device.type == "cpu":
         return Workload(config, device, (96, 128), 2, 2), cpu_rows(compiled=False)[-2:]
     rows = cuda_rows(max_autotune=False)
     peer = next(row for row in rows if row.program == "torchvision" and row.precision == "bf16")
@@ -83,8 +79,7 @@ def test_training_step(benchmark: Any, device: torch.device, pytestconfig: pytes
 
     def waited() -> None:
         last[0].step(workload.steps)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait(device)
 
     benchmark.group = f"{found['operator']}, {found['pass']}"
     benchmark.extra_info.update(found)
@@ -94,10 +89,5 @@ def test_training_step(benchmark: Any, device: torch.device, pytestconfig: pytes
 
 def times(row: dict[str, Any]) -> dict[str, Any]:
     """As the operators' rows have them; `extra_bytes` is here the peak of the whole step, weights and all."""
-    return {
-        "p20_ms": row["p20_ms"],
-        "p50_ms": row["p50_ms"],
-        "p80_ms": row["p80_ms"],
-        "extra_bytes": row.get("peak_bytes"),
-        "calls": row["steps"],
-    }
+    percentiles = {name: row[name] for name in Times._fields}
+    return {**percentiles, "extra_bytes": row.get("peak_bytes"), "calls": row["steps"]}

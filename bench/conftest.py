@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Contest, copy_bandwidth, measure, prepare
-from record import environment, write
+from harness import Contest, measure, prepare
+from record import write
 from workload import SMALL, TRAINING, Workload
+
+from fastmrcnn.speed.environment import environment
+from fastmrcnn.speed.timing import copy_bandwidth, wait
 
 FOUND: pytest.StashKey[list[dict[str, Any]]] = pytest.StashKey()
 RESULTS = Path(__file__).parent / "results"
@@ -64,8 +67,7 @@ def run(
 
         def waited() -> None:
             call()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            wait(device)
 
         benchmark.group = f"{contest.title}, {which}"
         benchmark.extra_info.update(found)
@@ -83,5 +85,5 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if exitstatus != 0 or not config.stash[FOUND]:
         print("\nnothing recorded: not every benchmark passed")
         return
-    facts = environment(config.getoption("--commit"))
+    facts = environment(torch.device("cuda"), config.getoption("--commit"))
     print(f"\nwrote {write(RESULTS, facts, config.stash[FOUND])}")

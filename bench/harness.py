@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmrcnn.speed.timing import call_times, summary, wait
+
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "kernels"))
 from tolerances import largest_error  # one table, for tests and benchmarks
 
 PASSES = ("forward", "backward", "both")
-HEAD_START = 1_000_000  # clock cycles that the GPU sleeps, so that the host is ahead with its launches
 
 
 class NotCloseError(AssertionError):
@@ -68,17 +69,6 @@ class Contest:
     peers_must_agree: bool = True  # False where a peer computes something a little different
 
 
-@dataclass
-class Times:
-    """Milliseconds, and bytes of memory beyond inputs, outputs and gradients (None on a CPU)."""
-
-    p20_ms: float
-    p50_ms: float
-    p80_ms: float
-    extra_bytes: int | None
-    calls: int
-
-
 def measure(
     contest: Contest, which: str, device: torch.device, seconds: float, bandwidth: float | None
 ) -> dict[str, Any]:
@@ -98,7 +88,7 @@ def measure(
     found["error"] = check("ours", results(contest.ours, inputs, which), expected, contest.terms)
     copies = list(rotation(inputs, device))
     ours = timed(contest.ours, copies, which, device, seconds)
-    found["ours"] = vars(ours)
+    found["ours"] = ours
     found["peers"] = {}
     for name, peer in contest.peers.items():
         try:
@@ -108,9 +98,9 @@ def measure(
         except Exception as error:  # that a peer cannot run here is a result too
             found["peers"][name] = {"failure": f"{type(error).__name__}: {error}".splitlines()[0]}
             continue
-        found["peers"][name]["ratio"] = found["peers"][name]["p50_ms"] / ours.p50_ms
+        found["peers"][name]["ratio"] = found["peers"][name]["p50_ms"] / ours["p50_ms"]
     if contest.traffic is not None:
-        found.update(floor(contest.traffic.bytes(which), ours.p50_ms, bandwidth))
+        found.update(floor(contest.traffic.bytes(which), ours["p50_ms"], bandwidth))
     return found
 
 
@@ -130,7 +120,7 @@ def against(
     if contest.peers_must_agree:
         found["error"] = check(name, actual, expected, contest.terms)
     del actual
-    return {**found, **vars(timed(peer, copies, which, device, seconds))}
+    return {**found, **timed(peer, copies, which, device, seconds)}
 
 
 def floor(unique_bytes: int, milliseconds: float, bandwidth: float | None) -> dict[str, Any]:
@@ -226,46 +216,23 @@ def copy_of(inputs: Inputs) -> Inputs:
 
 def timed(
     function: Callable[..., Any], copies: list[Inputs], which: str, device: torch.device, seconds: float
-) -> Times:
-    """Repeat a call over the copies in turn, for about so long."""
+) -> dict[str, Any]:
+    """Repeat a call over the copies in turn, for about so long.
+
+    Returns:
+        Times, the number of calls, and `extra_bytes`: memory beyond inputs, outputs and gradients (None on
+        a CPU).
+    """
     calls = [prepare(function, inputs, which) for inputs in copies]
     started = time.perf_counter()
     for call in itertools.islice(itertools.cycle(calls), max(3, len(calls))):
         call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        extra = extra_memory(calls[0])
-    else:
-        extra = None
+    wait(device)
+    extra = extra_memory(calls[0]) if device.type == "cuda" else None
     each = (time.perf_counter() - started) / (max(3, len(calls)) + 1)
     count = max(10, min(1000, int(seconds / max(each, 1e-6))))
-    once = event_times if device.type == "cuda" else clock_times
-    times = torch.tensor(once(itertools.islice(itertools.cycle(calls), count)), dtype=torch.float64)
-    p20, p50, p80 = times.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
-    return Times(p20, p50, p80, extra, count)
-
-
-def clock_times(calls: Iterator[Callable[[], Any]]) -> list[float]:
-    times = []
-    for call in calls:
-        start = time.perf_counter()
-        call()
-        times.append(1e3 * (time.perf_counter() - start))
-    return times
-
-
-def event_times(calls: Iterator[Callable[[], Any]]) -> list[float]:
-    """By events on the device. It sleeps before each call, so that launches do not count while they fit."""
-    pairs = []
-    for call in calls:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(HEAD_START)
-        start.record()
-        call()
-        end.record()
-        pairs.append((start, end))
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in pairs]
+    times = summary(call_times(itertools.islice(itertools.cycle(calls), count), device))
+    return {**times._asdict(), "extra_bytes": extra, "calls": count}
 
 
 def extra_memory(call: Callable[[], Any]) -> int:
@@ -298,20 +265,6 @@ def assert_no_sync(call: Callable[[], Any]) -> None:
         call()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def copy_bandwidth(device: torch.device, size: int = 1 << 30) -> float:
-    """Bytes a second, read and written, of the better of two plain copies."""
-    source = torch.ones(size // 4, device=device)
-    target = torch.empty_like(source)
-    copies = (lambda: target.copy_(source), lambda: torch.add(source, 1, out=target))
-    best = 0.0
-    for copy in copies:
-        for _ in range(3):
-            copy()
-        times = sorted(event_times(iter([copy] * 20)))
-        best = max(best, 2 * source.nbytes / (times[len(times) // 2] / 1e3))
-    return best
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

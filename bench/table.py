@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fastmrcnn.speed.markdown import origin, spread, table
+
 HEAD = [
     "operator",
     "pass",
@@ -21,39 +23,28 @@ HEAD = [
 
 
 def markdown(recorded: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in sorted(recorded["versions"].items()))
-    copies = [row["copy_gb_per_s"] for row in recorded["results"] if "copy_gb_per_s" in row]
+    rows = recorded["results"]
+    copies = [row["copy_gb_per_s"] for row in rows if "copy_gb_per_s" in row]
     speed = f" A plain copy moves {min(copies):.0f} to {max(copies):.0f} GB/s." if copies else ""
-    lines = [
-        f"{recorded['gpu']}, driver {recorded['driver'] or 'unknown'}, {versions}, "
-        f"commit {recorded['commit'] or 'unknown'}.{speed}",
-        "",
-        _line(HEAD),
-        _line(["---"] * len(HEAD)),
+    return f"{origin(recorded)}{speed}\n\n{table(HEAD, [_cells(row) for row in rows])}"
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    operator = row["operator"]
+    if "host_syncs" in row:
+        syncs = ", ".join(f"{count} of {name}" for name, count in row["host_syncs"].items())
+        operator += f" (host syncs: {syncs})"
+    return [
+        operator,
+        row["pass"],
+        spread(row["ours"], 3),
+        f"{row['gb_per_s']:.0f}" if "gb_per_s" in row else "",
+        f"{100 * row['floor_share']:.0f}%" if "floor_share" in row else "",
+        _megabytes(row["ours"]["extra_bytes"]),
+        _peer(row["peers"].get("torchvision")),
+        _peer(row["peers"].get("compiled reference")),
+        f"{row['error']:.1e}" if row["error"] else "exact",
     ]
-    for row in recorded["results"]:
-        ours = row["ours"]
-        operator = row["operator"]
-        if "host_syncs" in row:
-            syncs = ", ".join(f"{count} of {name}" for name, count in row["host_syncs"].items())
-            operator += f" (host syncs: {syncs})"
-        share = row.get("floor_share")
-        lines.append(
-            _line(
-                [
-                    operator,
-                    row["pass"],
-                    f"{ours['p50_ms']:.3f} ({ours['p20_ms']:.3f} to {ours['p80_ms']:.3f})",
-                    f"{row['gb_per_s']:.0f}" if "gb_per_s" in row else "",
-                    "" if share is None else f"{100 * share:.0f}%",
-                    _megabytes(ours["extra_bytes"]),
-                    _peer(row["peers"].get("torchvision")),
-                    _peer(row["peers"].get("compiled reference")),
-                    f"{row['error']:.1e}" if row["error"] else "exact",
-                ]
-            )
-        )
-    return "\n".join(lines)
 
 
 def _peer(peer: dict[str, Any] | None) -> str:
@@ -66,10 +57,6 @@ def _peer(peer: dict[str, Any] | None) -> str:
 
 def _megabytes(count: int | None) -> str:
     return "" if count is None else f"{count / 1e6:.1f}"
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def main(argv: list[str]) -> int:

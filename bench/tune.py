@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import re
-import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,8 +18,8 @@ from typing import Any
 
 import torch
 import triton
-from harness import HEAD_START, NotCloseError, check
-from record import environment
+from harness import NotCloseError, check
+from record import file_name
 from torch import Tensor
 from workload import STRIDES, TRAINING, Workload, feature_maps, generator, masks, proposals, rois
 
@@ -30,6 +28,8 @@ from fastmrcnn.kernels.mask_loss import kernel as mask_loss
 from fastmrcnn.kernels.nms import kernel as nms
 from fastmrcnn.kernels.roi_align import backward, forward
 from fastmrcnn.kernels.roi_align.rois import Pooling
+from fastmrcnn.speed.environment import environment
+from fastmrcnn.speed.timing import call_times, summary
 
 RESULTS = Path(__file__).parent / "results" / "tuning"
 MOST_SHOWN = 8
@@ -166,18 +166,8 @@ OPERATORS = {"roi_align": roi_align_trials, "nms": nms_trials, "mask_loss": mask
 
 
 def milliseconds(trial: Trial, launch: Launch, repeats: int) -> float:
-    """Median by events on the device, which sleeps first, so that the host's launch does not count."""
-    pairs = []
-    for _ in range(repeats):
-        trial.reset()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(HEAD_START)
-        start.record()
-        launch.run()
-        end.record()
-        pairs.append((start, end))
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in pairs)
+    """Median time of a launch."""
+    return summary(call_times([launch.run] * repeats, torch.device("cuda"), trial.reset)).p50_ms
 
 
 def sweep(trial: Trial, repeats: int) -> dict[str, Any]:
@@ -232,9 +222,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append(sweep(trial, args.repeats))
             print(text(rows[-1]), flush=True)
     if args.record:
-        facts = environment(args.commit)
+        facts = environment(device, args.commit)
         RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / (re.sub(r"[^a-z0-9]+", "-", facts["gpu"].lower()).strip("-") + ".json")
+        path = RESULTS / file_name(facts)
         path.write_text(json.dumps({**facts, "kernels": rows}, indent=1) + "\n")
         print(f"wrote {path}")
     return 0

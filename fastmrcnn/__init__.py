@@ -5,17 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastmrcnn.checkpoint import load_checkpoint
-    from fastmrcnn.inference import Prediction, predict
+    from fastmrcnn.detection.detector import Detector, load, load_checkpoint, predict
+    from fastmrcnn.detection.prediction import Prediction
     from fastmrcnn.model.mask_rcnn import MaskRCNN
 
-__all__ = ["MaskRCNN", "Prediction", "load_checkpoint", "predict"]
+__all__ = ["Detector", "MaskRCNN", "Prediction", "load", "load_checkpoint", "predict"]
 
 _HOME = {
+    "Detector": "fastmrcnn.detection.detector",
     "MaskRCNN": "fastmrcnn.model.mask_rcnn",
-    "Prediction": "fastmrcnn.inference",
-    "load_checkpoint": "fastmrcnn.checkpoint",
-    "predict": "fastmrcnn.inference",
+    "Prediction": "fastmrcnn.detection.prediction",
+    "load": "fastmrcnn.detection.detector",
+    "load_checkpoint": "fastmrcnn.detection.detector",
+    "predict": "fastmrcnn.detection.detector",
 }
 
 

@@ -11,42 +11,37 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fastmrcnn.command import Parser
-from fastmrcnn.config import Config
-from fastmrcnn.config_file import load_config
-from fastmrcnn.errors import UserError, run_main
-from fastmrcnn.output import write_text
-from fastmrcnn.prepare import RECIPES, choose_device, choose_execution, set_up_cuda
-from fastmrcnn.speed import report
+from fastmrcnn.config.schema import Config
+from fastmrcnn.errors import Parser, UserError, run_main
+from fastmrcnn.files import write_text
 from fastmrcnn.speed.environment import environment
-from fastmrcnn.speed.inference import inference_table, measure_inference
-from fastmrcnn.speed.ladder import MASK_SLOTS, broken, climb
+from fastmrcnn.speed.inference_rows import inference_table, measure_inference
+from fastmrcnn.speed.ladder import MASK_SLOTS, broken, climb, ladder_table
 from fastmrcnn.speed.loading import loading_table, measure_loading
+from fastmrcnn.speed.markdown import origin
 from fastmrcnn.speed.profile import profile_step, profile_table
-from fastmrcnn.speed.rows import OurRunner, Row, cpu_rows, cuda_rows
-from fastmrcnn.speed.workload import Workload, check_synthetic
-
-RECIPE = "mask_rcnn_r50_fpn_1x.yaml"
-RANDOM_WEIGHTS = ["model.weights=null", "model.backbone.weights=null"]
+from fastmrcnn.speed.step_workload import RECIPE, Workload, check_synthetic, load_recipe, set_up_device
+from fastmrcnn.speed.training_rows import OurRunner, Row, cpu_rows, cuda_rows
+from fastmrcnn.training.execution import choose_execution
 
 
 def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
-    config = load_config(arguments.config or RECIPES / RECIPE, RANDOM_WEIGHTS + arguments.overrides)
-    device = choose_device(config.train.device)
-    set_up_cuda(device)  # for all rows, torchvision's too: its images are of one size here
-    if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)
+    config = load_recipe(arguments.config, arguments.overrides)
+    device = set_up_device(config)
     check_synthetic(config)
     workload = make_workload(arguments, config, device)
-    facts, what = environment(device), report.describe(workload)
-    found: dict[str, Any] = {**facts, "workload": what, "config": config.model_dump(mode="json")}
-    print(report.heading(facts, what) + "\n")
+    found: dict[str, Any] = {
+        **environment(device),
+        "workload": workload.facts,
+        "config": config.model_dump(mode="json"),
+    }
+    print(heading(found) + "\n")
 
     slots = mask_slots(arguments, device)
     if not arguments.no_ladder:
         found["ladder"] = climb(choose_rows(config, device), workload, mask_slots=slots, report=tell)
-        print(report.ladder_table(found["ladder"]) + "\n")
+        print(ladder_table(found["ladder"]) + "\n")
     if arguments.profile is not None:
         row = profiled_row(device)
         tell(f"profile: {row.name}")
@@ -128,6 +123,17 @@ def profiled_row(device: torch.device) -> Row:
     """The last of the rows that are not compiled: only an eager step has operations to tell apart."""
     rows = cuda_rows(max_autotune=False) if device.type == "cuda" else cpu_rows(compiled=False)
     return [row for row in rows if row.program == "fastmrcnn" and not row.execution.compiled][-1]
+
+
+def heading(found: dict[str, Any]) -> str:
+    what = found["workload"]
+    small = "" if found["gpu"] else " A CPU's figures say nothing about a GPU."
+    return (
+        f"{origin(found)}\n"
+        f"{what['backbone']} {what['architecture']}, random weights, {what['images']} images of "
+        f"{what['height']}x{what['width']} a step, noise with {what['objects_per_image']} objects an image, "
+        f"{what['rois_per_image']} RoIs an image, {what['steps']} steps.{small}"
+    )
 
 
 def mask_slots(arguments: argparse.Namespace, device: torch.device) -> int | None:

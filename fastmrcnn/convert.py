@@ -8,17 +8,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastmrcnn.checkpoint import pack, write_tensors
-from fastmrcnn.command import Parser
-from fastmrcnn.config_file import load_config
-from fastmrcnn.conversion.classes import COCO, COCO_LABELS, ClassTable, coco_with_unused, read_classes
-from fastmrcnn.conversion.programs import PROGRAMS, export_state
-from fastmrcnn.conversion.rows import class_count
-from fastmrcnn.errors import UserError, run_main
-from fastmrcnn.output import replacing
-from fastmrcnn.pretrained import SPARE, Detector, as_model, open_detector
-from fastmrcnn.weights import COUNTER
-from fastmrcnn.zoo import kind_of, other_settings
+from fastmrcnn.config.file import load_config
+from fastmrcnn.errors import Parser, UserError, run_main
+from fastmrcnn.files import replacing
+from fastmrcnn.weights.checkpoint import pack, write_tensors
+from fastmrcnn.weights.detectors import SPARE, WeightsFile, open_weights
+from fastmrcnn.weights.peers.classes import COCO, COCO_LABELS, ClassTable, coco_with_unused, read_classes
+from fastmrcnn.weights.peers.programs import PROGRAMS, export_state
+from fastmrcnn.weights.peers.rows import class_count
+from fastmrcnn.weights.states import COUNTER
+from fastmrcnn.weights.trained import as_trained
+from fastmrcnn.weights.zoo import kind_of, other_settings
 
 
 def main(argv: list[str]) -> None:
@@ -54,29 +54,26 @@ def main(argv: list[str]) -> None:
     if arguments.all_labels:
         classes = classes or coco_with_unused()
     labels = COCO_LABELS if arguments.all_labels else None if classes is None else len(classes.names)
-    detector = open_detector(arguments.input, num_classes=labels, cast=arguments.cast)
-    program = detector.imported.program
+    file = open_weights(arguments.input, num_classes=labels, cast=arguments.cast)
+    program = file.imported.program
     if arguments.to is None and program == "fastmrcnn":
-        raise UserError(
-            f"{detector.path}: is a checkpoint of this program; say --to torchvision or detectron2"
-        )
+        raise UserError(f"{file.path}: is a checkpoint of this program; say --to torchvision or detectron2")
     if (arguments.to or "fastmrcnn") == "fastmrcnn":
-        to_checkpoint(detector, output, arguments.config, classes)
+        to_checkpoint(file, output, arguments.config, classes)
     else:
         if arguments.config is not None:
             raise UserError(f"--config is for --to fastmrcnn; {arguments.to} keeps its settings in code")
-        to_program(detector, output, arguments.to, classes)
+        to_program(file, output, arguments.to, classes)
 
 
 def to_checkpoint(
-    detector: Detector, output: Path, config: str | None = None, classes: ClassTable | None = None
+    file: WeightsFile, output: Path, config: str | None = None, classes: ClassTable | None = None
 ) -> None:
     """Write a checkpoint of ours, with its configuration and classes."""
-    model, lines = as_model(detector, None if config is None else load_config(config), classes)
-    assert model.card is not None
-    spare = detector.imported.spare
+    trained, lines = as_trained(file, None if config is None else load_config(config), classes)
+    spare = file.imported.spare
     extra = {SPARE: spare} if spare else None
-    write_tensors(output, pack(step=detector.step, model=model, card=model.card, extra=extra))
+    write_tensors(output, pack(step=file.step, model=trained.model, card=trained.card, extra=extra))
     print(*lines, sep="\n")
     word = shlex.quote(str(output))
     print(f"Written: {output}. Judge it, look at what it sees, or train it on your own classes:")
@@ -87,15 +84,15 @@ def to_checkpoint(
     )
 
 
-def to_program(detector: Detector, output: Path, program: str, classes: ClassTable | None = None) -> None:
+def to_program(file: WeightsFile, output: Path, program: str, classes: ClassTable | None = None) -> None:
     """Write a state dict that loads in the other program."""
-    imported = detector.imported
+    imported = file.imported
     count = class_count(imported.state) or 0
     if classes is not None and len(classes.ids) != count:
-        raise UserError(f"{detector.path}: has {count} classes, but {len(classes.ids)} names were given")
-    ids = classes.ids if classes else detector.card.category_ids if detector.card else default_ids(count)
+        raise UserError(f"{file.path}: has {count} classes, but {len(classes.ids)} names were given")
+    ids = classes.ids if classes else file.card.category_ids if file.card else default_ids(count)
     state = {key: value for key, value in imported.state.items() if not key.endswith(COUNTER)}
-    theirs = export_state(state, program, detector.path, ids, imported.spare)
+    theirs = export_state(state, program, file.path, ids, imported.spare)
     if program == "detectron2" and output.suffix == ".pkl":
         arrays = {key: value.numpy() for key, value in theirs.items()}
         with replacing(output) as stream:
@@ -103,9 +100,9 @@ def to_program(detector: Detector, output: Path, program: str, classes: ClassTab
             pickle.dump({"model": arrays, "__author__": "fastmrcnn"}, stream, protocol=4)
     else:
         write_tensors(output, {"model": theirs} if program == "detectron2" else theirs)
-    print(f"{detector.path}: {imported.program}, {count} classes")
+    print(f"{file.path}: {imported.program}, {count} classes")
     print(f"Written: {output}, {len(theirs)} tensors under {program}'s names")
-    for line in remarks(program, detector, theirs):
+    for line in remarks(program, file, theirs):
         print(line)
 
 
@@ -113,14 +110,14 @@ def default_ids(count: int) -> list[int]:
     return list(COCO.ids) if count == len(COCO.ids) else list(range(1, count + 1))
 
 
-def remarks(program: str, detector: Detector, theirs: dict[str, Tensor]) -> list[str]:
+def remarks(program: str, file: WeightsFile, theirs: dict[str, Tensor]) -> list[str]:
     """What the weights alone do not say, and the other program has to be told."""
     lines = []
     if program == "torchvision" and "roi_heads.box_predictor.cls_score.bias" in theirs:
         labels = len(theirs["roi_heads.box_predictor.cls_score.bias"])
         lines.append(f"Build its model with num_classes={labels}; label 0 is the background")
-    if detector.card is not None:
-        differing = other_settings(detector.card.config.model, program, kind_of(detector.imported.state))
+    if file.card is not None:
+        differing = other_settings(file.card.config.model, program, kind_of(file.imported.state))
         if differing:
             lines.append(
                 f"To detect the same, {program} needs the settings of this model where its own are others: "

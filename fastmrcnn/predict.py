@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from tqdm import tqdm
 
-from fastmrcnn.checkpoint import load_checkpoint
-from fastmrcnn.command import Parser
 from fastmrcnn.data.images import read_pixels
-from fastmrcnn.errors import UserError, run_main
-from fastmrcnn.inference import (
-    Prediction,
-    as_prediction,
-    card_of,
-    coco_results,
-    detect,
-    predict,
-    require_detector,
-)
-from fastmrcnn.output import write_json
-
-__all__ = ["Prediction", "main", "predict"]
+from fastmrcnn.detection.detector import load
+from fastmrcnn.detection.objects import coco_results
+from fastmrcnn.detection.prediction import as_prediction
+from fastmrcnn.errors import Parser, UserError, run_main
+from fastmrcnn.files import write_json
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 RESULTS = "predictions.json"
@@ -53,9 +41,8 @@ def main(argv: list[str]) -> None:
     check_output(output, overlays)
     for path in images:  # so that a broken image stops the run before anything is written
         read_pixels(path)
-    model = load_checkpoint(arguments.checkpoint, arguments.device)
-    card = card_of(model)
-    require_detector(model)
+    detector = load(arguments.checkpoint, arguments.device)
+    card = detector.card
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -66,7 +53,7 @@ def main(argv: list[str]) -> None:
         zip(tqdm(images, unit="img", desc="predict", dynamic_ncols=True), overlays, strict=True), start=1
     ):
         pixels = read_pixels(path)
-        found = detect(model, pixels, arguments.score)
+        found = detector.detect(pixels, arguments.score)
         as_prediction(found, pixels, card).save(overlay)
         names = [card.class_names[label] for label in found.classes.tolist()]
         results = coco_results([found], [number], card.category_ids, threshold, offset)
@@ -119,16 +106,6 @@ def check_output(output: Path, overlays: Sequence[Path]) -> None:
     for path in (output / RESULTS, *overlays):
         if path.exists():
             raise UserError(f"{path}: is already there; choose another --output or remove it")
-
-
-class _CallableModule(ModuleType):
-    """`import fastmrcnn.predict` binds this module where the package has the function of that name."""
-
-    def __call__(self, *arguments: Any, **options: Any) -> Prediction:
-        return predict(*arguments, **options)
-
-
-sys.modules[__name__].__class__ = _CallableModule
 
 
 if __name__ == "__main__":

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastmrcnn.command import Parser
 from fastmrcnn.data.coco import read_coco
 from fastmrcnn.data.proposals import write_proposals
-from fastmrcnn.errors import UserError, run_main
-from fastmrcnn.evaluate import load_overridden
-from fastmrcnn.proposal_eval import collect_proposals, proposal_recall
+from fastmrcnn.errors import Parser, UserError, run_main
+from fastmrcnn.evaluation.proposals import collect_proposals, proposal_recall
+from fastmrcnn.weights.trained import load_overridden
 
 
 def main(argv: list[str]) -> None:
@@ -33,7 +32,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--output {output}: must end in .npz")
     if output.exists():
         raise UserError(f"{output}: is there already; choose another --output")
-    model, config = load_overridden(arguments.checkpoint, arguments.device, arguments.overrides)
+    trained = load_overridden(arguments.checkpoint, arguments.device, arguments.overrides)
+    model, config = trained.model, trained.card.config
     if model.rpn is None:
         raise UserError(f"{arguments.checkpoint}: this model has no RPN that could propose")
     dataset = read_coco(

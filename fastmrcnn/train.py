@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
-import shlex
 import sys
 import tempfile
 import time
@@ -16,35 +14,27 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fastmrcnn.checkpoint import ModelCard, find_checkpoint, read_checkpoint, restore, save_checkpoint
-from fastmrcnn.command import Parser
-from fastmrcnn.config import Config
-from fastmrcnn.config_file import differing_keys, dump_config, load_config, parse_config
+from fastmrcnn.config.checks import check_trainable, starting_config
+from fastmrcnn.config.file import differing_keys, dump_config, load_config, parse_config
+from fastmrcnn.config.schema import Config
+from fastmrcnn.data.build import train_loader
 from fastmrcnn.data.coco import CocoDataset
-from fastmrcnn.data.loader import TrainLoader, largest_targets
-from fastmrcnn.data.polygons import largest_polygons
-from fastmrcnn.data.transforms import Augment
-from fastmrcnn.dry_run import dry_run
-from fastmrcnn.errors import UserError, run_main
-from fastmrcnn.evaluate import run_evaluation
-from fastmrcnn.metrics import Metrics
-from fastmrcnn.optim import learning_rate
-from fastmrcnn.output import write_text
-from fastmrcnn.prepare import (
-    busy_machine,
-    check_trainable,
-    choose_device,
-    choose_execution,
-    choose_precision,
-    discarding_unstarted,
-    prepare_run,
-    run_folder_of,
-    set_up_cuda,
-    starting_config,
-)
-from fastmrcnn.step import TrainingStep, new_model
+from fastmrcnn.device import busy_machine, choose_device, choose_precision, set_up_cuda
+from fastmrcnn.errors import Parser, UserError, run_main
+from fastmrcnn.evaluation.run import run_evaluation
+from fastmrcnn.files import write_text
 from fastmrcnn.structures import Batch, to_device
-from fastmrcnn.visualize import plot_losses
+from fastmrcnn.training.console import describe, how_to_go_on, mask_slot_advice, print_next
+from fastmrcnn.training.curves import plot_losses
+from fastmrcnn.training.dry_run import dry_run
+from fastmrcnn.training.execution import choose_execution
+from fastmrcnn.training.metrics import Metrics
+from fastmrcnn.training.optim import learning_rate
+from fastmrcnn.training.run import discarding_unstarted, prepare_run, run_folder_of
+from fastmrcnn.training.step import TrainingStep
+from fastmrcnn.weights.card import ModelCard
+from fastmrcnn.weights.checkpoint import find_checkpoint, read_checkpoint, restore, save_checkpoint
+from fastmrcnn.weights.start import load_start, new_model
 
 
 def main(argv: list[str]) -> None:
@@ -115,14 +105,16 @@ def train(
     state: dict[str, Any] | None = None,
 ) -> dict[str, float]:
     """Train to `config.train.steps`, from `state` if given; returns the metrics of the last evaluation."""
-    device = choose_device(config.train.device)
+    device = choose_device(config.runtime.device)
     set_up_cuda(device)
-    precision = choose_precision(config.train.precision, device)
-    if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)
+    precision = choose_precision(config.runtime.precision, device)
+    if config.runtime.threads is not None:
+        torch.set_num_threads(config.runtime.threads)
     card = ModelCard(config, train_set.class_names, train_set.category_ids, train_set.keypoints)
     torch.manual_seed(config.train.seed)
-    model = new_model(card, device, imagenet=state is None, detector=state is None)
+    model = new_model(card, device)
+    if state is None:
+        load_start(model, card)
     execution = choose_execution(config, device)
     make_step = TrainingStep(model, config.optim, precision, execution, seed=config.train.seed)
     update, ema = make_step.update, make_step.ema
@@ -207,8 +199,9 @@ def train(
 
 def restored(state: dict[str, Any], make_step: TrainingStep, config: Config) -> int:
     """Put the run back where its checkpoint found it; returns the number of steps done."""
+    average = None if make_step.ema is None else make_step.ema.model
     try:
-        return restore(state, make_step.model, make_step.optimizer, make_step.update, make_step.ema)
+        return restore(state, make_step.model, make_step.optimizer, make_step.update, average)
     except UserError as error:
         before = parse_config(state["config"], "the checkpoint")
         changed = [key for key in differing_keys(before, config) if key.startswith(("model.", "optim."))]
@@ -217,30 +210,6 @@ def restored(state: dict[str, Any], make_step: TrainingStep, config: Config) -> 
         raise UserError(
             f"--resume goes on with the same model and optimizer, but {', '.join(changed)} changed: {error}"
         ) from None
-
-
-def train_loader(dataset: CocoDataset, config: Config, start: int, pin_memory: bool) -> TrainLoader:
-    # With the set's largest targets as lower limits, the batches of a bucket share one shape.
-    slots, mask_bytes = largest_targets(dataset, config.train.batch)
-    polygons = config.model.mask_head.reads_polygons
-    data = config.data
-    return TrainLoader(
-        dataset,
-        batch=config.train.batch,
-        short_sides=data.short_side,
-        long_side_max=data.long_side_max,
-        buckets=data.buckets,
-        augment=Augment(**data.augment.model_dump()),
-        seed=config.train.seed,
-        start_step=start,
-        steps=config.train.steps,
-        workers=data.workers,
-        max_objects=data.max_objects,
-        pin_memory=pin_memory,
-        min_slots=slots,
-        min_mask_bytes=mask_bytes,
-        polygons=largest_polygons(dataset, config.train.batch) if polygons else None,
-    )
 
 
 def prepare_shapes(
@@ -270,74 +239,6 @@ def stop_at_bad_loss(bad_step: int, recent: deque[tuple[int, list[int]]], checkp
         f"those before it, saved in {checkpoint}; lower optim.lr, lengthen optim.warmup_steps or set "
         f"optim.clip_norm, then go on with --resume {checkpoint}"
     )
-
-
-def mask_slot_advice(config: Config, most_foreground: int, dropped: int) -> str | None:
-    """A line if the mask head had too few slots, or far more than the run has ever filled.
-
-    Args:
-        most_foreground: RoIs of a batch.
-        dropped: RoIs of all batches that found no slot.
-    """
-    head, roi, batch = config.model.mask_head, config.model.roi, config.train.batch
-    if not head.enabled or most_foreground == 0:
-        return None
-    key = "model.mask_head.slots_per_image"
-    enough = math.ceil(most_foreground / batch)
-    if dropped:
-        return (
-            f"{dropped} foreground RoIs found no slot in the mask head and gave it nothing to learn; "
-            f"{key}={enough} would have held them all."
-        )
-    slots = head.slots_per_image or int(roi.batch_per_image * roi.foreground_share)
-    spare = math.ceil(1.25 * enough)
-    if slots < 2 * spare:
-        return None
-    return (
-        f"The mask head ran {slots * batch} slots a step, of which at most {most_foreground} were filled; "
-        f"{key}={spare} would be faster and leave a quarter to spare."
-    )
-
-
-def describe(row: dict[str, Any]) -> str:
-    """A row of metrics on one line of the progress bar."""
-    parts = [f"loss {row['total_loss']:.3f}"]
-    parts += [f"{name.removeprefix('loss_')} {row[name]:.3f}" for name in row if name.startswith("loss_")]
-    parts += [f"lr {row['lr']:.2g}", f"{row['images_per_second']:.1f} img/s"]
-    return ", ".join(parts)
-
-
-def how_to_go_on(folder: Path) -> str:
-    """After an interruption, on one line."""
-    try:
-        checkpoint = find_checkpoint(folder)
-    except UserError:
-        gone = "" if folder.exists() else f", and {folder} has been removed"
-        return f"nothing was saved yet{gone} (train.checkpoint_every: steps between checkpoints)"
-    return f"go on from {checkpoint.name} with: python -m fastmrcnn.train --resume {shlex.quote(str(folder))}"
-
-
-def print_next(folder: Path, checkpoint: Path | None, config: Config, val_set: CocoDataset | None) -> None:
-    checkpoint = checkpoint or find_checkpoint(folder)
-    print(f"\nEverything is in {folder}")
-    parts = config.model
-    if not parts.box_head.enabled:
-        print("Write its proposals to a file, to train heads on them with model.rpn.enabled=false:")
-        print(
-            f"  python -m fastmrcnn.propose --checkpoint {shlex.quote(str(checkpoint))} "
-            "--images DIR --annotations FILE --output proposals.npz"
-        )
-    elif val_set is not None and parts.rpn.enabled:
-        image = val_set.records[0].path
-        print("Look at its pictures, or run the model on an image:")
-        words = [str(image), "--checkpoint", str(checkpoint), "--output", f"{folder}/predictions"]
-        print(f"  python -m fastmrcnn.predict {shlex.join(words)}")
-    if config.data.shapes:
-        print("Train on your own data, any COCO-format annotation file:")
-        print(
-            "  python -m fastmrcnn.train --config configs/small.yaml "
-            "data.train.images=DIR data.train.annotations=FILE data.val.images=DIR data.val.annotations=FILE"
-        )
 
 
 if __name__ == "__main__":

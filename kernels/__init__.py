@@ -4,6 +4,7 @@ CUDA tensors run Triton, CPU tensors run PyTorch, and with TRITON_INTERPRET=1 CP
 Triton too. Needs torch and, where Triton runs, triton; importing needs torch alone.
 """
 
+from ._library import by_reference
 from .box_decode.op import decode_boxes
 from .level_assign.op import assign_levels
 from .mask_loss.op import mask_loss
@@ -23,6 +24,7 @@ __all__ = [
     "MultiScaleRoIAlign",
     "assign_levels",
     "batched_nms",
+    "by_reference",
     "class_mask_logits",
     "class_mask_loss",
     "class_mask_loss_from_bitmaps",

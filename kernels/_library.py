@@ -6,16 +6,22 @@ another name registers beside the original instead of colliding with it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 NAMESPACE = __package__.replace(".", "_")  # fastmrcnn.kernels -> fastmrcnn_kernels
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_switchable: set[str] = set()
+_by_reference: frozenset[str] = frozenset()
 
 
 def interpreting() -> bool:
@@ -44,6 +50,50 @@ def require_triton() -> None:
             f"{__package__}: triton builds its launchers with a C compiler and found none; "
             "install gcc or clang, or set CC"
         )
+
+
+@contextlib.contextmanager
+def by_reference(*names: str) -> Iterator[None]:
+    """Let public functions run plain PyTorch within the block, also where Triton would run.
+
+    Their operators are not called: what runs are PyTorch's own, which Inductor sees through. A function that
+    is compiled is traced once within such a block and once without; `torch.compile` keeps both. Blocks nest,
+    and hold for the whole process.
+
+    Args:
+        names: of the functions, as "match_boxes".
+
+    Raises:
+        ValueError: there is no such function, or it needs its operator (the message lists those that do not).
+    """
+    global _by_reference
+    unknown = [name for name in names if name not in _switchable]
+    if unknown:
+        known = ", ".join(sorted(_switchable))
+        raise ValueError(f"by_reference knows {known}; got {', '.join(map(repr, unknown))}")
+    before = _by_reference
+    _by_reference = before | set(names)
+    try:
+        yield
+    finally:
+        _by_reference = before
+
+
+def switchable(function: Function) -> Function:
+    """A public function that calls `chosen`, and so follows `by_reference`."""
+    _switchable.add(function.__name__)
+    return function
+
+
+def chosen(name: str, operator: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """What the public function of that name is to call; both take the same arguments, a tensor first."""
+    return functools.partial(in_full_precision, plain) if name in _by_reference else operator
+
+
+def in_full_precision(reference: Callable[..., Any], tensor: Tensor, *arguments: Any) -> Any:
+    """Call without autocast, which would round a reference's matrix products; kernels do not feel it."""
+    with torch.autocast(tensor.device.type, enabled=False):
+        return reference(tensor, *arguments)
 
 
 def may_look(tensor: Tensor) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fastmrcnn.config import Config
-from fastmrcnn.config_file import parse_config
+from fastmrcnn.config.file import parse_config
+from fastmrcnn.config.schema import Config
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.structures import Batch, PackedMasks, Targets

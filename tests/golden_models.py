@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmrcnn.conversion.programs import export_state, import_state
 from fastmrcnn.model.mask_rcnn import MaskRCNN
-from fastmrcnn.pretrained import prepared
 from fastmrcnn.structures import Batch, PackedMasks, Targets
-from fastmrcnn.weights import copy_state
+from fastmrcnn.weights.detectors import prepared
+from fastmrcnn.weights.peers.programs import export_state, import_state
+from fastmrcnn.weights.states import copy_state
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 

@@ -12,13 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from batches import small_config
 from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
-from fastmrcnn.checkpoint import ModelCard
-from fastmrcnn.config import Config
 from fastmrcnn.data.coco import CocoDataset, read_coco
 from fastmrcnn.structures import Batch, Detections
 
@@ -94,7 +91,6 @@ class PlantedModel(nn.Module):
     def __init__(
         self,
         dataset: CocoDataset,
-        config: Config | None = None,
         change: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None,
         cut: int = 0,
     ) -> None:
@@ -104,7 +100,6 @@ class PlantedModel(nn.Module):
         self.change = change or (lambda *found: found)
         self.cut = cut
         self.seen: list[tuple[int, ...]] = []  # shapes of the batches
-        self.card = ModelCard(config or small_config(), dataset.class_names, dataset.category_ids)
 
     def forward(self, batch: Batch) -> Detections:
         self.seen.append(tuple(batch.pixels.shape))

@@ -10,10 +10,11 @@ import pytest
 import torch
 from tiny import TinyData, assert_same_state, record
 
-from fastmrcnn import step, train
-from fastmrcnn.checkpoint import read_checkpoint
+from fastmrcnn import train
 from fastmrcnn.errors import UserError
+from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.structures import Batch
+from fastmrcnn.weights.checkpoint import read_checkpoint
 
 BAD = 3
 BN_SGD = ["optim.name=sgd", "optim.lr=0.01", "model.backbone.norm=bn", "model.fpn.norm=bn"]
@@ -53,7 +54,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, bad_step: int, value: float) -> list
     [
         pytest.param(["optim.ema=0.9"], id="adamw-ema"),
         pytest.param(BN_SGD, id="sgd-bn"),
-        pytest.param([*BN_SGD, "train.precision=fp16", "optim.clip_norm=1.0"], id="fp16-bn"),
+        pytest.param([*BN_SGD, "runtime.precision=fp16", "optim.clip_norm=1.0"], id="fp16-bn"),
     ],
 )
 def test_a_run_stops_with_the_weights_before_the_bad_step(
@@ -94,14 +95,15 @@ def test_a_bad_parameter_is_named_too(
     data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not the images' fault: the first step is bad, and what is saved is what was there."""
-    real = step.build_model
+    real = train.new_model
 
-    def build_model(*arguments: Any, **options: Any) -> Any:
-        model = real(*arguments, **options)
+    def new_model(*arguments: Any) -> MaskRCNN:
+        model = real(*arguments)
+        assert model.rpn is not None
         with torch.no_grad():
             model.rpn.head.objectness.bias[0] = float("nan")
         return model
 
-    monkeypatch.setattr(step, "build_model", build_model)
+    monkeypatch.setattr(train, "new_model", new_model)
     with pytest.raises(UserError, match="not finite at step 0 "):
         data.run(tmp_path)

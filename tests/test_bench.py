@@ -28,6 +28,11 @@ import table  # noqa: E402
 import workload  # noqa: E402
 from harness import Contest, Inputs, NotCloseError, Traffic, measure  # noqa: E402
 
+from fastmrcnn.speed.environment import environment  # noqa: E402
+from fastmrcnn.speed.markdown import origin  # noqa: E402
+from fastmrcnn.speed.markdown import table as markdown_table  # noqa: E402
+from fastmrcnn.speed.timing import copy_bandwidth  # noqa: E402
+
 CPU = torch.device("cpu")
 SECONDS = 0.001
 FIRST_ROI = [931.3832, 577.1635, 1290.2048, 593.5695]
@@ -296,6 +301,29 @@ def test_results_are_written_and_read(tmp_path: Path) -> None:
     assert {line.count("|") for line in lines[2:]} == {len(table.HEAD) + 1}
 
 
+def test_the_environment_is_that_of_the_whole_step() -> None:
+    """One function for both; a commit that is given is not asked of git."""
+    facts = environment(CPU, "c0ffee")
+    assert facts["commit"] == "c0ffee"
+    assert facts["gpu"] is None
+    assert facts["driver"] is None
+    assert facts["threads"] == torch.get_num_threads()
+    assert facts["versions"]["torch"] == torch.__version__
+    assert environment(CPU) == {**facts, "commit": environment(CPU)["commit"]}
+    assert origin(facts).endswith(", commit c0ffee.")
+    assert origin(facts).startswith(f"CPU ({facts['cpu']}, {facts['threads']} threads), ")
+    assert origin({**facts, "gpu": "GPU", "commit": None}).startswith("GPU, driver unknown, ")
+
+
+def test_a_row_of_a_table_may_end_early_and_cannot_break_it() -> None:
+    assert markdown_table(["a", "b", "c"], [["1", "2", "3"], ["x | y"]]).splitlines() == [
+        "| a | b | c |",
+        "| --- | --- | --- |",
+        "| 1 | 2 | 3 |",
+        "| x / y |  |  |",
+    ]
+
+
 def test_runs_of_one_commit_add_up(tmp_path: Path) -> None:
     def operators(path: Path) -> dict[str, float]:
         return {r["operator"]: r["error"] for r in json.loads(path.read_text())["results"]}
@@ -378,7 +406,7 @@ def test_on_a_gpu_waits_are_counted_and_memory_is_measured() -> None:
         harness.assert_no_sync(lambda: x.sum().item())
     assert harness.extra_memory(lambda: x * 2) == 0
     assert harness.extra_memory(lambda: (x * 2) * 3) == x.nbytes
-    assert 1e10 < harness.copy_bandwidth(device) < 1e14
+    assert 1e10 < copy_bandwidth(device) < 1e14
     found = measure(doubled(), "both", device, SECONDS, bandwidth=1e12)
     assert found["ours"]["extra_bytes"] >= 0
     assert 0 < found["floor_share"] < 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,23 +17,27 @@ import torch
 import yaml
 from torch import Tensor, nn
 from torch.autograd import DeviceType
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastmrcnn import benchmark, prepare
-from fastmrcnn.config import Config
-from fastmrcnn.config_file import load_config, parse_config
+from fastmrcnn import benchmark, device
+from fastmrcnn.config.file import parse_config
+from fastmrcnn.config.schema import Config
 from fastmrcnn.data.shapes import write_shapes
+from fastmrcnn.data.synthetic import full_masks, synthetic_batch, synthetic_batches
 from fastmrcnn.errors import UserError
+from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_head import MaskHead
-from fastmrcnn.prepare import RECIPES, Execution
-from fastmrcnn.speed import inference, ladder, loading, plain, report, timing
+from fastmrcnn.speed import inference_rows, ladder, loading, timing
 from fastmrcnn.speed.ladder import Entry, broken, climb, compare, matching_slots
-from fastmrcnn.speed.parts import OPTIMIZER, OTHER, Parts, Place
+from fastmrcnn.speed.parts import OPTIMIZER, OTHER, PARTS, Parts, Place, places
 from fastmrcnn.speed.profile import profile_step, profile_table, times_by_part
-from fastmrcnn.speed.rows import OurRunner, Row, cpu_rows, cuda_rows
+from fastmrcnn.speed.step_workload import Workload, changed, check_synthetic, load_recipe
 from fastmrcnn.speed.torchvision_row import TorchvisionRunner, not_comparable
-from fastmrcnn.speed.workload import Workload, changed, check_synthetic
-from fastmrcnn.synthetic import full_masks, synthetic_batch, synthetic_batches
+from fastmrcnn.speed.training_rows import OurRunner, Row, cpu_rows, cuda_rows
+from fastmrcnn.training import run
+from fastmrcnn.training.execution import Execution
+from fastmrcnn.training.step import TrainingStep
 
 CPU = torch.device("cpu")
 COMPILE = torch.compile
@@ -52,7 +58,7 @@ TREE: dict[str, Any] = {
         "box_head": {"hidden": 16, "detections": 10},
         "mask_head": {"convs": 1, "channels": 8, "target_sampling_ratio": 1},
     },
-    "train": {"device": "cpu"},
+    "runtime": {"device": "cpu"},
 }
 
 
@@ -166,6 +172,16 @@ def test_rows_take_turns_on_a_cpu(workload: Workload) -> None:
     assert [row["last_loss"] for row in found] == [3.0, 3.0]
 
 
+def test_a_rows_figures_follow_from_its_times(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = [10.0, 20.0, 30.0, 40.0, 50.0, 60.0]
+    monkeypatch.setattr(timing.Stopwatch, "milliseconds", lambda self: times)
+    (row,) = climb([Row("a")], workload, make=scripted(Scripted("a", [])), report=quiet)
+    assert (row["p20_ms"], row["p50_ms"], row["p80_ms"]) == (20.0, 35.0, 50.0)
+    assert row["steps"] == 6
+    assert row["total_s"] == pytest.approx(0.21)
+    assert row["images_per_second"] == pytest.approx(2 * 6 / 0.21)
+
+
 def test_a_row_that_fails_leaves_the_others_alone(workload: Workload) -> None:
     log: list[str] = []
     make = scripted(Scripted("a", log), Scripted("broken", log), Scripted("c", log))
@@ -176,7 +192,7 @@ def test_a_row_that_fails_leaves_the_others_alone(workload: Workload) -> None:
     assert "images_per_second" not in found[1]
     assert all("failure" not in found[index] and found[index]["steps"] == 2 for index in (0, 3))
     assert broken(found)
-    table = report.ladder_table(found)
+    table = ladder.ladder_table(found)
     assert "FAILED: RuntimeError: CUDA error: out of" in table
     assert len({line.count("|") for line in table.splitlines()}) == 1
 
@@ -194,7 +210,7 @@ def test_a_row_that_trains_otherwise_is_flagged(workload: Workload, other: Scrip
     assert "disagrees" not in found[0]
     assert message in found[1]["disagrees"]
     assert broken(found)
-    assert f"DISAGREES: {found[1]['disagrees']}" in report.ladder_table(found)
+    assert f"DISAGREES: {found[1]['disagrees']}" in ladder.ladder_table(found)
 
 
 def test_bf16_may_differ_more_than_fp32_and_torchvision_as_it_likes() -> None:
@@ -231,22 +247,30 @@ def test_the_rows_add_one_technique_each() -> None:
     assert [row.name for row in cpu_rows(compiled=True)][-1] == "+ compiled"
 
 
-def test_plain_boxes_give_the_same_loss_and_weights(
-    workload: Workload, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Ours(TorchDispatchMode):
+    """Counts the operators of ours that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, _, name = func.name().partition("::")
+        if namespace == "fastmrcnn_kernels":
+            self.seen[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_plain_boxes_give_the_same_loss_and_weights(workload: Workload) -> None:
     """Bit for bit, by other functions."""
-    calls: list[str] = []
-    for name in ("match_boxes", "decode_boxes"):
-        inner = getattr(plain, name)
-        monkeypatch.setattr(
-            plain, name, lambda *args, inner=inner, **kwargs: calls.append("") or inner(*args, **kwargs)
-        )
     losses = []
     for box_kernels in (False, True):
-        calls.clear()
         runner = OurRunner(Row("a row", box_kernels=box_kernels), workload, 4)
-        losses.append([float(loss) for loss in runner.step(0)] + [runner.moved()])
-        assert len(calls) == (0 if box_kernels else 3)  # anchors and RoIs are matched, proposals decoded
+        with Ours() as ours:
+            losses.append([float(loss) for loss in runner.step(0)] + [runner.moved()])
+        assert ours.seen["match_boxes"] == (2 if box_kernels else 0)  # of anchors and of RoIs
+        assert ours.seen["decode_boxes"] == (1 if box_kernels else 0)
+        assert ours.seen["roi_align"] > 0
     assert losses[0] == losses[1]
 
 
@@ -266,7 +290,7 @@ def test_masks_of_all_classes_give_the_same_loss_and_weights(workload: Workload)
 
 
 def test_what_torchvision_does_not_have_is_named() -> None:
-    recipe = load_config(RECIPES / benchmark.RECIPE, benchmark.RANDOM_WEIGHTS)
+    recipe = load_recipe(None, [])
     assert not_comparable(recipe.model) is None
     reason = not_comparable(changed(recipe, "model.backbone.norm", "gn").model)
     assert reason == "torchvision's Mask R-CNN has model.backbone.norm=frozen_bn"
@@ -290,7 +314,7 @@ def test_the_compiled_row_is_one_graph(workload: Workload, monkeypatch: pytest.M
 def test_torchvision_starts_from_the_same_losses(config: Config) -> None:
     """Its losses of boxes and proposals are near ours at the same weights; the samples are its own."""
     pytest.importorskip("torchvision")
-    recipe = load_config(RECIPES / benchmark.RECIPE, benchmark.RANDOM_WEIGHTS)
+    recipe = load_recipe(None, [])
     workload = Workload(recipe, CPU, (96, 128), images=1, steps=1, objects=3)
     theirs = TorchvisionRunner(Row("torchvision", "torchvision"), workload)
     ours = OurRunner(Row("ours"), workload, 16)
@@ -306,7 +330,7 @@ def test_on_a_gpu_every_row_of_ours_runs_and_agrees(config: Config, tmp_path: Pa
     workload = Workload(config, torch.device("cuda"), (64, 96), images=2, steps=10, objects=3, num_classes=3)
     rows = [row for row in cuda_rows(max_autotune=False) if row.program == "fastmrcnn"]
     found = climb(rows, workload, mask_slots=4, report=quiet)
-    assert not broken(found), report.ladder_table(found)
+    assert not broken(found), ladder.ladder_table(found)
     assert all(row["peak_bytes"] > 0 for row in found)
     assert (found[-1]["graphs"], found[-1]["graph_breaks"], found[-1]["syncs"]) == (1, 0, 0)
     assert found[-1]["launches"] < found[0]["launches"] / 5
@@ -315,7 +339,7 @@ def test_on_a_gpu_every_row_of_ours_runs_and_agrees(config: Config, tmp_path: Pa
     profiled = profile_step(runner, tmp_path)
     named = sum(row["ms"] for row in profiled["parts"] if row["part"] != OTHER)
     assert named > 0.9 * profiled["step_ms"] > 0
-    for row in inference.measure_inference(workload, compiled=True, report=quiet):
+    for row in inference_rows.measure_inference(workload, compiled=True, report=quiet):
         assert row.get("failure") is None
         assert row["detections_per_image"] == 10
 
@@ -325,8 +349,26 @@ def test_on_a_gpu_every_row_of_ours_runs_and_agrees(config: Config, tmp_path: Pa
 
 def test_times_are_quantiles() -> None:
     times = timing.summary([10.0, 20.0, 30.0, 40.0, 50.0, 60.0])
-    assert (times.p20_ms, times.p50_ms, times.p80_ms) == (20.0, 35.0, 50.0)
-    assert times.total_s == pytest.approx(0.21)
+    assert times == timing.Times(p20_ms=20.0, p50_ms=35.0, p80_ms=50.0)
+
+
+def test_calls_are_timed_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes on only when it is told to."""
+    now = [0.0]
+
+    def take(seconds: float) -> str:
+        now[0] += seconds
+        return "done"
+
+    clock = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: 2 * now[0])
+    monkeypatch.setattr(timing, "time", clock)
+    calls = [partial(take, 1.0), partial(take, 2.0)]
+    assert timing.call_times(calls, CPU, before=partial(take, 10.0)) == [1000.0, 2000.0]
+    assert timing.waited_for(partial(take, 3.0), CPU) == ("done", 3000.0)
+    watch = timing.Stopwatch(CPU)
+    assert [watch(call) for call in calls] == ["done", "done"]
+    assert watch.milliseconds() == [1000.0, 2000.0]
+    assert watch.processor_ms() == 3000.0
 
 
 def test_calls_are_counted_within_the_step_alone() -> None:
@@ -397,6 +439,68 @@ def test_profile_tells_the_parts_apart(workload: Workload, tmp_path: Path) -> No
     assert len(table.splitlines()) == 2 + 2 + len(rows) + 1
 
 
+VARIANTS: dict[str, dict[str, Any]] = {  # sections of the model that are not as above
+    "FPN": {},
+    "C4": {"architecture": "c4", "anchors": {"sizes": [[8, 16]]}},
+    "MLP": {"mask_head": {"kind": "mlp"}},
+    "keypoints": {"keypoint_head": {"enabled": True, "convs": 1, "channels": 8}},
+    "RPN alone": {"mask_head": {"enabled": False}, "box_head": {"enabled": False}},
+}
+
+
+def step_of(config: Config) -> TrainingStep:
+    model = build_model(config.model, 3, load_backbone_weights=False, num_keypoints=17)
+    precision = device.choose_precision("fp32", CPU)
+    return TrainingStep(model.train(), config.optim, precision, Execution())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_model_has_the_parts_that_it_should(variant: str) -> None:
+    tree = {**TREE, "model": {**TREE["model"], **VARIANTS[variant]}}
+    make_step = step_of(parse_config(tree, "the test"))
+    watched = {part for _, _, part in places(make_step)}
+    expected = {
+        "FPN": set(PARTS) - {"res5", "keypoint head", "keypoint loss"},
+        "C4": set(PARTS) - {"FPN", "keypoint head", "keypoint loss"},
+        "MLP": set(PARTS) - {"res5", "keypoint head", "keypoint loss"},
+        "keypoints": set(PARTS) - {"res5"},
+        "RPN alone": set(PARTS[: PARTS.index("res5")]) | {OPTIMIZER, OTHER},
+    }
+    assert watched == expected[variant] - {OTHER}
+    with Parts().watching(make_step):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "path", "part"),
+    [
+        ("rpn", "propose", "rpn.propose", "proposals"),
+        ("box_head", "losses", "box_head.losses", "box losses"),
+        ("mask_head", "features", "mask_head.features", "mask head"),
+    ],
+)
+def test_a_part_that_is_not_where_it_was_is_named(
+    config: Config, monkeypatch: pytest.MonkeyPatch, owner: str, name: str, path: str, part: str
+) -> None:
+    """And what was watched before it is let go."""
+    make_step = step_of(config)
+    piece = make_step.model.get_submodule(owner)
+    monkeypatch.delattr(type(piece), name)
+    before = dict(vars(make_step.model))
+    message = f"the part '{part}' is not at {path}: {type(piece).__name__} has no {name}"
+    with pytest.raises(AttributeError, match=re.escape(message)), Parts().watching(make_step):
+        pass
+    assert vars(make_step.model) == before
+
+
+def test_a_module_that_is_gone_is_named(config: Config) -> None:
+    make_step = step_of(config)
+    del make_step.model.fpn
+    message = "the part 'FPN' is not at fpn.forward: MaskRCNN has no fpn"
+    with pytest.raises(AttributeError, match=re.escape(message)), Parts().watching(make_step):
+        pass
+
+
 def test_profile_needs_a_folder(workload: Workload, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file: cannot hold a trace .*; choose another folder"):
@@ -432,24 +536,24 @@ def test_kernels_count_with_the_part_that_launched_them() -> None:
 
 
 def test_inference_fills_its_detection_slots(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "BATCHES", (2,))
-    monkeypatch.setattr(inference, "WARM_UP", 1)
-    (row,) = inference.measure_inference(workload, compiled=False, report=quiet)
+    monkeypatch.setattr(inference_rows, "BATCHES", (2,))
+    monkeypatch.setattr(inference_rows, "WARM_UP", 1)
+    (row,) = inference_rows.measure_inference(workload, compiled=False, report=quiet)
     assert row["detections_per_image"] == 10
     assert row["p50_ms"] >= max(row["model_ms"], row["paste_ms"]) > 0
     assert row["images_per_second"] == pytest.approx(2000 / row["p50_ms"])
-    assert "10 an image" in inference.inference_table([row])
-    monkeypatch.setattr(inference, "paste_masks", None)
-    (row,) = inference.measure_inference(workload, compiled=False, report=quiet)
+    assert "10 an image" in inference_rows.inference_table([row])
+    monkeypatch.setattr(inference_rows, "paste_masks", None)
+    (row,) = inference_rows.measure_inference(workload, compiled=False, report=quiet)
     assert "not callable" in row["failure"]
-    assert "FAILED" in inference.inference_table([row])
+    assert "FAILED" in inference_rows.inference_table([row])
 
 
 def test_loader_is_measured_beside_a_batch_that_is_there(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = partial(write_shapes, train=6, val=3, size=64)
-    monkeypatch.setattr(prepare, "write_shapes", few)
+    monkeypatch.setattr(run, "write_shapes", few)
     found = loading.measure_loading(config, CPU, images=2, steps=2)
     assert (found["height"], found["width"]) == (64, 64)
     assert found["data"] == "embedded shapes"

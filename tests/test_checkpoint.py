@@ -16,22 +16,16 @@ import pytest
 import torch
 from torch import nn
 
-from fastmrcnn import checkpoint as checkpoints
-from fastmrcnn import output
-from fastmrcnn.checkpoint import (
-    ModelCard,
-    find_checkpoint,
-    load_checkpoint,
-    read_card,
-    read_checkpoint,
-    restore,
-    save_checkpoint,
-)
-from fastmrcnn.config_file import load_config
+from fastmrcnn import files as output
+from fastmrcnn.config.file import load_config
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
-from fastmrcnn.optim import Ema, GatedStep, build_optimizer
+from fastmrcnn.training.optim import Ema, GatedStep, build_optimizer
+from fastmrcnn.weights import checkpoint as checkpoints
+from fastmrcnn.weights.card import ModelCard, read_card
+from fastmrcnn.weights.checkpoint import find_checkpoint, read_checkpoint, restore, save_checkpoint
+from fastmrcnn.weights.trained import load_trained
 
 CONFIG = load_config(
     overrides=[
@@ -148,7 +142,7 @@ def test_a_run_goes_on_with_the_same_bits(run: Run, tmp_path: Path) -> None:
     run.save(tmp_path, step=2)
     there = Run(0).step(2).step(3)
     back = Run(1)
-    assert restore(read_checkpoint(tmp_path), back.model, back.optimizer, back.update, back.ema) == 2
+    assert restore(read_checkpoint(tmp_path), back.model, back.optimizer, back.update, back.ema.model) == 2
     for key, value in run.tensors().items():
         assert torch.equal(value, back.tensors()[key]), key
     back.step(3)
@@ -160,7 +154,7 @@ def test_options_of_the_optimizer_come_from_the_configuration(run: Run, tmp_path
     run.save(tmp_path)
     back = Run(1, momentum=0.5)
     rates = [group["lr"] for group in back.optimizer.param_groups]
-    restore(read_checkpoint(tmp_path), back.model, back.optimizer, back.update, back.ema)
+    restore(read_checkpoint(tmp_path), back.model, back.optimizer, back.update, back.ema.model)
     for group, rate in zip(back.optimizer.param_groups, rates, strict=True):
         assert group["momentum"] == 0.5
         assert group["lr"] is rate
@@ -170,7 +164,7 @@ def test_state_of_another_device_takes_the_weights_memory_format(run: Run, tmp_p
     run.save(tmp_path)
     back = Run(1)
     back.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    restore(read_checkpoint(tmp_path), back.model, back.optimizer, back.update, back.ema)
+    restore(read_checkpoint(tmp_path), back.model, back.optimizer, back.update, back.ema.model)
     moments = {
         p: back.optimizer.state[p]["momentum_buffer"] for p in back.model.parameters() if p.requires_grad
     }
@@ -183,7 +177,7 @@ def test_state_of_another_device_takes_the_weights_memory_format(run: Run, tmp_p
 def test_an_average_that_is_new_starts_from_the_weights(run: Run, tmp_path: Path) -> None:
     run.save(tmp_path, ema=None, scaler=None)
     back = Run(1)
-    restore(read_checkpoint(tmp_path), back.model, back.optimizer, back.update, back.ema)
+    restore(read_checkpoint(tmp_path), back.model, back.optimizer, back.update, back.ema.model)
     for key, value in run.model.state_dict().items():
         assert torch.equal(value, back.ema.model.state_dict()[key])
     assert back.update.scale == 2.0**10
@@ -202,15 +196,16 @@ def test_state_of_another_optimizer(run: Run, tmp_path: Path) -> None:
 def test_load_gives_a_model_that_detects_and_knows_its_classes(run: Run, tmp_path: Path) -> None:
     path = run.save(tmp_path)
     for device in ("auto", "cpu", torch.device("cpu")):
-        model = load_checkpoint(path, device)
+        trained = load_trained(path, device)
+        model = trained.model
         assert isinstance(model, MaskRCNN)
         assert not any(module.training for module in model.modules())
-        assert model.card == CARD
+        assert trained.card == CARD
     for key, value in run.ema.model.state_dict().items():
         assert torch.equal(value.cpu(), model.state_dict()[key]), key
     assert not torch.equal(model.backbone.conv1.weight, run.model.backbone.conv1.weight)
 
-    plain = load_checkpoint(run.save(tmp_path, step=2, ema=None), "cpu")
+    plain = load_trained(run.save(tmp_path, step=2, ema=None), "cpu").model
     for key, value in run.model.state_dict().items():
         assert torch.equal(value, plain.state_dict()[key]), key
 
@@ -219,17 +214,17 @@ def test_load_does_not_fetch_backbone_weights(run: Run, tmp_path: Path) -> None:
     named = CONFIG.model_dump()
     named["model"]["backbone"]["weights"] = str(tmp_path / "none.pth")
     card = ModelCard(type(CONFIG).model_validate(named), ["cat", "dog"], [1, 2])
-    assert load_checkpoint(run.save(tmp_path, card=card), "cpu").card == card
+    assert load_trained(run.save(tmp_path, card=card), "cpu").card == card
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:77"])
 def test_no_such_device(run: Run, tmp_path: Path, device: str) -> None:
-    assert device in error_of(lambda: load_checkpoint(run.save(tmp_path), device))
+    assert device in error_of(lambda: load_trained(run.save(tmp_path), device))
 
 
 def test_weights_that_do_not_fit_are_listed(run: Run, tmp_path: Path) -> None:
     path = run.save(tmp_path, ema=None, card=ModelCard(CONFIG, ["one"], [1]))
-    text = error_of(lambda: load_checkpoint(path, "cpu"))
+    text = error_of(lambda: load_trained(path, "cpu"))
     assert text.startswith(f"{path}: does not fit the model: of another shape (")
     assert "in the file" in text
 
@@ -326,8 +321,9 @@ def test_full_disk_leaves_the_last_one(run: Run, tmp_path: Path, monkeypatch: py
 
 KILLED = """
 import os, sys, torch
-from fastmrcnn import checkpoint
-from fastmrcnn.config import Config
+from fastmrcnn.config.schema import Config
+from fastmrcnn.weights.card import ModelCard
+from fastmrcnn.weights.checkpoint import save_checkpoint
 replace = os.replace
 
 def save_and_die(folder, last_words):
@@ -338,8 +334,8 @@ def save_and_die(folder, last_words):
     os.replace = stop
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters())
-    card = checkpoint.ModelCard(Config(), ["a"], [1])
-    checkpoint.save_checkpoint(folder, step=2, model=model, optimizer=optimizer, card=card, keep=1)
+    card = ModelCard(Config(), ["a"], [1])
+    save_checkpoint(folder, step=2, model=model, optimizer=optimizer, card=card, keep=1)
 
 for folder, last_words in zip(sys.argv[1::2], sys.argv[2::2]):
     child = os.fork()

@@ -19,17 +19,20 @@ from test_convert_names import same
 from torch import Tensor
 
 from fastmrcnn import convert, evaluate
-from fastmrcnn.checkpoint import ModelCard, load_checkpoint, read_checkpoint, save_checkpoint
-from fastmrcnn.config import Config
-from fastmrcnn.config_file import load_config, parse_config
-from fastmrcnn.conversion.classes import COCO
-from fastmrcnn.conversion.programs import export_state
+from fastmrcnn.config.file import load_config, parse_config
+from fastmrcnn.config.schema import Config
+from fastmrcnn.detection.detector import Detector, load
 from fastmrcnn.errors import UserError
-from fastmrcnn.inference import predict
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
-from fastmrcnn.optim import build_optimizer
-from fastmrcnn.pretrained import load_detector, open_detector
+from fastmrcnn.training.optim import build_optimizer
+from fastmrcnn.weights.card import ModelCard
+from fastmrcnn.weights.checkpoint import read_checkpoint, save_checkpoint
+from fastmrcnn.weights.detectors import open_weights
+from fastmrcnn.weights.peers.classes import COCO
+from fastmrcnn.weights.peers.programs import export_state
+from fastmrcnn.weights.start import load_weights
+from fastmrcnn.weights.trained import load_trained
 
 NAMES = ["ant", "bee", "cat"]
 
@@ -100,19 +103,18 @@ def test_a_torchvision_file_becomes_a_checkpoint(folder: Folder, capsys: pytest.
     said = capsys.readouterr().out
     assert "torchvision, Mask R-CNN resnet18 with a stem of 8 channels-FPN" in said
     assert "classes: ant, bee, cat" in said
-    model = load_checkpoint(target, "cpu")
-    assert same(model.state_dict(), folder.state)
-    assert model.card is not None
-    assert (model.card.class_names, model.card.category_ids) == (NAMES, [1, 2, 3])
-    assert model.card.config.model == folder.config.model
+    detector = load(target, "cpu")
+    card = detector.card
+    assert same(detector.model.state_dict(), folder.state)
+    assert (card.class_names, card.category_ids) == (NAMES, [1, 2, 3])
+    assert card.config.model == folder.config.model
     image = np.random.default_rng(0).integers(0, 255, (50, 60, 3), np.uint8)
-    folder.model.card = model.card
-    found, expected = predict(model, image, score=0.05), predict(folder.model, image, score=0.05)
+    found, expected = detector(image, score=0.05), Detector(folder.model, card)(image, score=0.05)
     assert len(expected) > 0
     assert np.array_equal(found.boxes, expected.boxes)
     assert np.array_equal(found.scores, expected.scores)
     # It is a checkpoint like others: it can be judged with another threshold.
-    changed, _ = evaluate.load_overridden(str(target), "cpu", ["model.box_head.score_threshold=0.9"])
+    changed = evaluate.load_overridden(str(target), "cpu", ["model.box_head.score_threshold=0.9"]).model
     assert changed.box_head is not None
     assert changed.box_head.score_threshold == 0.9
 
@@ -183,7 +185,7 @@ def test_a_detectron2_pickle_with_all_that_stands_in_one(folder: Folder) -> None
     tree = {"model": OrderedDict(model), "__author__": "Detectron2 Model Zoo", "matching_heuristics": True}
     source.write_bytes(pickle.dumps(tree, protocol=2))
     target = folder.convert(source, "ours.pt", *folder.options)
-    assert same(dict(load_checkpoint(target, "cpu").state_dict()), folder.state)
+    assert same(dict(load_trained(target, "cpu").model.state_dict()), folder.state)
     # The same weights for a model that sees other colours or anchors would be silently wrong.
     model["pixel_std"] = np.ones((3, 1, 1), np.float32)
     model["proposal_generator.anchor_generator.cell_anchors.2"] *= 2
@@ -198,7 +200,7 @@ def test_a_detectron2_pickle_with_all_that_stands_in_one(folder: Folder) -> None
 def test_a_detectron2_file_with_scale_and_shift_only(folder: Folder) -> None:
     theirs = {k: v for k, v in folder.export("detectron2").items() if "running_" not in k}
     target = folder.convert(folder.save({"model": theirs}), "ours.pt", *folder.options)
-    state = load_checkpoint(target, "cpu").state_dict()
+    state = load_trained(target, "cpu").model.state_dict()
     assert state["backbone.bn1.running_mean"].count_nonzero() == 0
     assert state["backbone.layer2.0.downsample.1.running_var"].unique().tolist() == [1.0]
     assert torch.equal(state["backbone.bn1.weight"], folder.state["backbone.bn1.weight"])
@@ -211,7 +213,7 @@ def test_wrappings_of_training_programs_are_taken_off(folder: Folder, wrapped: s
         theirs = {wrapped + key: value for key, value in theirs.items()}
     elif wrapped != "plain":
         theirs = {wrapped: theirs, "epoch": 3, "optimizer": {"param_groups": [{"lr": 0.1}]}}
-    assert same(open_detector(folder.save(theirs)).imported.state, dict(folder.state))
+    assert same(open_weights(folder.save(theirs)).imported.state, dict(folder.state))
 
 
 def test_other_types_are_refused_or_cast(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
@@ -222,7 +224,7 @@ def test_other_types_are_refused_or_cast(folder: Folder, capsys: pytest.CaptureF
         r"in.pth: \d+ of \d+ tensors, backbone.body.conv1.weight first, are float16, expected", text
     )
     target = folder.convert(half, "ours.pt", *folder.options, "--cast")
-    for key, value in load_checkpoint(target, "cpu").state_dict().items():
+    for key, value in load_trained(target, "cpu").model.state_dict().items():
         assert torch.equal(value, folder.state[key].half().float()), key
     whole = folder.save({key: value.to(torch.int32) for key, value in theirs.items()})
     assert "of another shape" in folder.refusal(str(whole), str(folder.path / "x.pt"), *folder.options)
@@ -231,10 +233,10 @@ def test_other_types_are_refused_or_cast(folder: Folder, capsys: pytest.CaptureF
 def test_weights_that_are_not_on_the_cpu(folder: Folder) -> None:
     away = folder.save({key: value.to("meta") for key, value in folder.export("torchvision").items()})
     with pytest.raises(UserError, match=r"are on another device \(meta\); move the model to the CPU"):
-        load_detector(folder.model, str(away))
+        load_weights(folder.model, str(away))
     odd = folder.save({"backbone.body.conv1.weight": torch.zeros(2, 2).to_sparse()})
     with pytest.raises(UserError, match="sparse, quantised or complex"):
-        load_detector(folder.model, str(odd))
+        load_weights(folder.model, str(odd))
 
 
 def test_mistakes_on_the_command_line(folder: Folder, tmp_path: Path) -> None:
@@ -284,7 +286,7 @@ def test_the_average_is_what_is_converted(folder: Folder) -> None:
     expected = export_state(average.state_dict(), "torchvision", "x", [4, 5, 9])
     assert same(torch.load(target, weights_only=True), expected)
     other, _ = built(seed=2)
-    load_detector(other, str(saved))
+    load_weights(other, str(saved))
     assert same(other.state_dict(), average.state_dict())
 
 
@@ -300,7 +302,7 @@ def test_with_other_classes_all_but_the_last_predictors_loads(folder: Folder, pr
     source = folder.save(folder.export(program))
     model, _ = built(num_classes=5, seed=1)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    lines = load_detector(model, str(source))
+    lines = load_weights(model, str(source))
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key] if key in PREDICTORS else folder.state[key]), key
     total = len(before)
@@ -314,7 +316,7 @@ def test_with_other_classes_all_but_the_last_predictors_loads(folder: Folder, pr
 def unchanged_by(model: MaskRCNN, source: Path, **options: Any) -> str:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(UserError) as caught:
-        load_detector(model, str(source), **options)
+        load_weights(model, str(source), **options)
     assert same(model.state_dict(), before)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -335,7 +337,7 @@ def test_what_does_not_fit_is_listed_in_groups_or_left_out(folder: Folder) -> No
     theirs["roi_heads.extra.weight"] = torch.zeros(1)
     source = folder.save(theirs)
     assert "that no model here has (1 tensors): roi_heads.extra.weight" in unchanged_by(model, source)
-    lines = load_detector(model, str(source), strict=False)
+    lines = load_weights(model, str(source), strict=False)
     assert "missing (2): box_head.fc1.{weight, bias}" in lines[1]
     assert lines[2] == "Left out, since no model here has them: roi_heads.extra.weight"
     left = {"box_head.fc1.weight", "box_head.fc1.bias", "rpn.head.deltas.weight"}

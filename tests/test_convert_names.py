@@ -11,16 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastmrcnn.config_file import parse_config
-from fastmrcnn.conversion.classes import COCO, coco_with_unused, read_classes
-from fastmrcnn.conversion.names import backbone_names, detectron2_names, torchvision_names
-from fastmrcnn.conversion.programs import export_state, import_backbone, import_state, program_of
-from fastmrcnn.conversion.rows import class_count
-from fastmrcnn.conversion.templates import backwards, renamer
+from fastmrcnn.config.file import parse_config
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
-from fastmrcnn.weights import has_statistics
+from fastmrcnn.weights.peers.classes import COCO, coco_with_unused, read_classes
+from fastmrcnn.weights.peers.names import backbone_names, detectron2_names, torchvision_names
+from fastmrcnn.weights.peers.programs import export_state, import_backbone, import_state, program_of
+from fastmrcnn.weights.peers.rows import class_count
+from fastmrcnn.weights.peers.templates import backwards, renamer
+from fastmrcnn.weights.states import has_statistics
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "fpn": {},

@@ -21,9 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from fastmrcnn.conversion.files import read_weights
-from fastmrcnn.conversion.pickles import read_pickle
 from fastmrcnn.errors import UserError
+from fastmrcnn.weights.files import read_weights
+from fastmrcnn.weights.pickles import read_pickle
 
 
 class Call:

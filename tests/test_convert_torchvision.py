@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fastmrcnn import convert
-from fastmrcnn.checkpoint import load_checkpoint
-from fastmrcnn.conversion.programs import import_state
 from fastmrcnn.structures import Batch, Detections
-from fastmrcnn.zoo import kind_of
+from fastmrcnn.weights.peers.programs import import_state
+from fastmrcnn.weights.trained import load_trained
+from fastmrcnn.weights.zoo import kind_of
 
 # The CPU build of torch cannot load torchvision's operators, and says so as a RuntimeError or worse.
 torchvision = pytest.importorskip("torchvision", exc_type=(ImportError, RuntimeError))
@@ -51,7 +51,7 @@ def judge(source: Path, folder: Path, recipe: str, image: Tensor, *options: str)
     (folder / "recipe.yaml").write_text(text.replace("score_threshold: 0.05", "score_threshold: 0.01"))
     target = folder / "ours.pt"
     convert.main([str(source), str(target), "--config", str(folder / "recipe.yaml"), *options])
-    model = load_checkpoint(target, "cpu")
+    model = load_trained(target, "cpu").model
     with torch.no_grad():
         found = model(Batch(image[None] * 255, torch.tensor([image.shape[-2:]])))
     assert isinstance(found, Detections)

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from fastmrcnn.config_file import load_config
-from fastmrcnn.conversion.classes import COCO
-from fastmrcnn.conversion.programs import export_state, import_state
+from fastmrcnn.config.file import load_config
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
-from fastmrcnn.zoo import Kind, kind_of, other_settings, published_recipe
+from fastmrcnn.weights.peers.classes import COCO
+from fastmrcnn.weights.peers.programs import export_state, import_state
+from fastmrcnn.weights.zoo import Kind, kind_of, other_settings, published_recipe
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 ZOO = sorted((CONFIGS / "zoo").glob("*.yaml"))
@@ -83,7 +83,7 @@ def model_of(name: str) -> MaskRCNN:
     """The recipe's model, of its real size but without memory."""
     config = load_config(CONFIGS / "zoo" / f"{name}.yaml").model
     with torch.device("meta"):
-        return build_model(config, 1 if "keypoint" in name else 80, False, 17)
+        return build_model(config, 1 if "keypoint" in name else 80, 17)
 
 
 def test_no_recipe_is_missing_or_extra() -> None:

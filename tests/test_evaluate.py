@@ -21,14 +21,15 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from fastmrcnn import evaluate
-from fastmrcnn.checkpoint import ModelCard, save_checkpoint
-from fastmrcnn.coco_eval import METRICS, evaluate_coco
-from fastmrcnn.config import Config
+from fastmrcnn.config.schema import Config
 from fastmrcnn.data.coco import CocoDataset
+from fastmrcnn.detection.objects import split_detections
 from fastmrcnn.errors import UserError
-from fastmrcnn.evaluate import RESULTS, run_evaluation
-from fastmrcnn.inference import split_detections
+from fastmrcnn.evaluation.coco import METRICS, evaluate_coco
+from fastmrcnn.evaluation.run import RESULTS, run_evaluation
 from fastmrcnn.structures import Batch, Detections
+from fastmrcnn.weights.card import ModelCard
+from fastmrcnn.weights.checkpoint import save_checkpoint
 
 
 def config_for(dataset: CocoDataset, batch: int = 2) -> Config:
@@ -238,7 +239,7 @@ def run_folder(tmp_path: Path) -> Path:
 
 def test_command(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in (1, 2):
-        evaluate.main(["--checkpoint", str(run_folder), "evaluate.pictures=1", "train.threads=1"])
+        evaluate.main(["--checkpoint", str(run_folder), "evaluate.pictures=1", "runtime.threads=1"])
         folder = run_folder / f"evaluation_{number:03d}"
         assert str(folder) in capsys.readouterr().out
         metrics = json.loads((folder / "metrics.json").read_text())
@@ -260,7 +261,7 @@ def test_a_set_that_lacks_a_class(run_folder: Path, tmp_path: Path) -> None:
     ]
     evaluate.main(["--checkpoint", str(run_folder), "--output", str(output), *overrides])
     results = json.loads((output / RESULTS).read_text())
-    with_its_own = evaluate.load_overridden(str(run_folder), "cpu", overrides[2:3])[0]
+    with_its_own = evaluate.load_overridden(str(run_folder), "cpu", overrides[2:3]).model
     whole = write_set(tmp_path / "whole")
     run_evaluation(with_its_own, whole, config_for(whole), output=tmp_path, pictures=0)
     assert results == json.loads((tmp_path / RESULTS).read_text())
@@ -271,10 +272,10 @@ def test_a_set_that_lacks_a_class(run_folder: Path, tmp_path: Path) -> None:
 
 def test_overrides_reach_the_model(run_folder: Path) -> None:
     overrides = ["model.box_head.detections=3", "model.box_head.score_threshold=0.0"]
-    model, config = evaluate.load_overridden(str(run_folder), "cpu", overrides)
-    assert config.model.box_head.detections == 3
+    trained = evaluate.load_overridden(str(run_folder), "cpu", overrides)
+    assert trained.card.config.model.box_head.detections == 3
     pixels = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
-    found = model(Batch(pixels, torch.tensor([[64, 64]])))
+    found = trained.model(Batch(pixels, torch.tensor([[64, 64]])))
     assert found.scores.shape == (1, 3)
     with pytest.raises(UserError, match="mask_head"):
         evaluate.load_overridden(str(run_folder), "cpu", ["model.mask_head.channels=24"])
@@ -324,7 +325,7 @@ def test_a_model_without_masks(tmp_path: Path) -> None:
     tree = config.model_dump()
     tree["model"]["mask_head"]["enabled"] = False
     config = Config.model_validate(tree)
-    planted = PlantedModel(dataset, config)
+    planted = PlantedModel(dataset)
     forward = planted.forward
     planted.forward = lambda batch: forward(batch)._replace(masks=None)  # type: ignore[method-assign]
     values = run_evaluation(planted, dataset, config, output=tmp_path, pictures=1)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from test_recipes import CONFIGS, SCALES, WEIGHTS, command, header
 
-from fastmrcnn.config_file import load_config
-from fastmrcnn.optim import learning_rate
+from fastmrcnn.config.file import load_config
+from fastmrcnn.training.optim import learning_rate
 
 # Backbone and what the header says of AP: detectron2's and maskrcnn-benchmark's MODEL_ZOO.md.
 BACKBONES = {"r50": "resnet50", "r101": "resnet101", "x101": "resnext101_32x8d"}

@@ -20,12 +20,12 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tiny import TREE, newest_run
 
-from fastmrcnn import evaluate, load_checkpoint, predict, train
-from fastmrcnn.coco_eval import KEYPOINT_METRICS, METRICS, choose_sigmas, evaluate_coco
+from fastmrcnn import evaluate, load, train
 from fastmrcnn.data.coco import read_coco
-from fastmrcnn.data.keypoints import KeypointOptions
+from fastmrcnn.data.keypoints import KeypointOptions, choose_sigmas
+from fastmrcnn.detection.objects import coco_results, split_detections
 from fastmrcnn.errors import UserError
-from fastmrcnn.inference import coco_results, split_detections
+from fastmrcnn.evaluation.coco import KEYPOINT_METRICS, METRICS, evaluate_coco
 from fastmrcnn.predict import main as predict_main
 from fastmrcnn.structures import Detections
 
@@ -103,12 +103,11 @@ def test_train_evaluate_predict(tmp_path: Path, masks: bool, capsys: pytest.Capt
         assert min(overlay.size) >= 64
     entries = json.loads((images / "predictions.json").read_text(encoding="utf-8"))
     assert all(len(entry["keypoints"]) == 3 * len(NAMES) for entry in entries)
-    model = load_checkpoint(folder, "cpu")
-    assert model.card is not None
-    assert model.card.keypoints is not None
-    assert model.card.keypoints.names == NAMES
-    assert model.card.keypoints.mirror == [0, 1, 3, 2]
-    found = predict(model, val.parent / "1.png", score=0.0)
+    detector = load(folder, "cpu")
+    assert detector.card.keypoints is not None
+    assert detector.card.keypoints.names == NAMES
+    assert detector.card.keypoints.mirror == [0, 1, 3, 2]
+    found = detector(val.parent / "1.png", score=0.0)
     assert found.keypoints is not None
     assert found.keypoints.shape == (len(found), 4, 3)
     first = np.array(entries[0]["keypoints"]).reshape(-1, 3)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastmrcnn.metrics import Metrics
 from fastmrcnn.structures import Losses
+from fastmrcnn.training.metrics import Metrics
 
 GOOD = torch.tensor(-1)
 

@@ -13,11 +13,11 @@ from batches import random_batch, small_config, small_model
 from nosync import NoSync
 from torch import Tensor, nn
 
-from fastmrcnn.config import OptimConfig
-from fastmrcnn.config_file import load_config
-from fastmrcnn.metrics import Metrics
-from fastmrcnn.optim import Ema, GatedStep, build_optimizer, learning_rate
-from fastmrcnn.prepare import RECIPES
+from fastmrcnn.config.checks import RECIPES
+from fastmrcnn.config.file import load_config
+from fastmrcnn.config.schema import OptimConfig
+from fastmrcnn.training.metrics import Metrics
+from fastmrcnn.training.optim import Ema, GatedStep, build_optimizer, learning_rate
 
 SGD = OptimConfig(name="sgd", weight_decay=0.01)
 ADAMW = OptimConfig(name="adamw", weight_decay=0.01)

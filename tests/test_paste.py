@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from fastmrcnn import paste
-from fastmrcnn.paste import encode_images, encode_masks, paste_masks, paste_to_host
+from fastmrcnn.detection import paste
+from fastmrcnn.detection.paste import encode_images, encode_masks, paste_masks, paste_to_host
 
 
 @pytest.fixture(scope="module")

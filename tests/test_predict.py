@@ -16,12 +16,13 @@ from planted import CATEGORIES, SIZES, PlantedModel, write_set
 from pycocotools import mask as coco_mask
 
 import fastmrcnn.predict as command
-from fastmrcnn.checkpoint import ModelCard, load_checkpoint, save_checkpoint
-from fastmrcnn.config import Config
+from fastmrcnn.config.schema import Config
 from fastmrcnn.data.coco import CocoDataset, object_bitmap
+from fastmrcnn.detection.detector import Detector, load
 from fastmrcnn.errors import UserError, run_main
-from fastmrcnn.inference import Prediction, predict
 from fastmrcnn.model.build import build_model
+from fastmrcnn.weights.card import ModelCard
+from fastmrcnn.weights.checkpoint import save_checkpoint
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,21 +37,21 @@ def dataset(tmp_path: Path) -> CocoDataset:
 
 
 @pytest.fixture
-def planted(dataset: CocoDataset, monkeypatch: pytest.MonkeyPatch) -> PlantedModel:
-    """What the command gets in place of a checkpoint's model."""
-    model = PlantedModel(dataset, config())
-    monkeypatch.setattr(command, "load_checkpoint", lambda path, device: model)
-    return model
+def planted(dataset: CocoDataset, monkeypatch: pytest.MonkeyPatch) -> Detector:
+    """Finds the objects of the set; the command gets it in place of a checkpoint's."""
+    card = ModelCard(config(), dataset.class_names, dataset.category_ids)
+    detector = Detector(PlantedModel(dataset), card)  # type: ignore[arg-type]
+    monkeypatch.setattr(command, "load", lambda path, device: detector)
+    return detector
 
 
 def iou(a: np.ndarray, b: np.ndarray) -> float:
     return float((a & b).sum() / (a | b).sum())
 
 
-def test_objects_in_the_pixels_of_the_image(dataset: CocoDataset) -> None:
-    model = PlantedModel(dataset, config())
+def test_objects_in_the_pixels_of_the_image(dataset: CocoDataset, planted: Detector) -> None:
     record = dataset.records[0]
-    found = predict(model, record.path, score=0.0)
+    found = planted(record.path, score=0.0)
     objects = [item for item in record.objects if not item.crowd]
     assert found.image.shape == (60, 92, 3)
     assert found.masks is not None
@@ -66,31 +67,28 @@ def test_objects_in_the_pixels_of_the_image(dataset: CocoDataset) -> None:
         whole[y : y + h, x : x + w] = bitmap
         assert iou(mask, whole) > 0.94
     # Resized to 75 x 115, padded to a multiple of 32.
-    assert model.seen == [(1, 3, 96, 128)]
+    assert planted.model.seen == [(1, 3, 96, 128)]
 
 
-def test_whatever_holds_an_image(dataset: CocoDataset) -> None:
-    model, path = PlantedModel(dataset, config()), dataset.records[1].path
+def test_whatever_holds_an_image(dataset: CocoDataset, planted: Detector) -> None:
+    path = dataset.records[1].path
     pixels = np.asarray(Image.open(path))
     for image in (path, str(path), pixels, pixels[:, :, 0], Image.open(path), Image.open(path).convert("L")):
-        found = predict(model, image)
-        assert found.boxes.tolist() == predict(model, path).boxes.tolist()
+        found = planted(image)
+        assert found.boxes.tolist() == planted(path).boxes.tolist()
         np.testing.assert_array_equal(found.image, pixels)
-    assert predict(model, path, score=0.7).scores.tolist() == pytest.approx([0.95, 0.75])
-    assert len(predict(model, path, score=0.99)) == 0
+    assert planted(path, score=0.7).scores.tolist() == pytest.approx([0.95, 0.75])
+    assert len(planted(path, score=0.99)) == 0
     with pytest.raises(ValueError, match=r"pixels must be .* got \(4, 5, 4\) uint8"):
-        predict(model, np.zeros((4, 5, 4), np.uint8))
+        planted(np.zeros((4, 5, 4), np.uint8))
     with pytest.raises(ValueError, match="float64"):
-        predict(model, np.zeros((4, 5, 3)))
+        planted(np.zeros((4, 5, 3)))
     with pytest.raises(UserError, match=r"nowhere\.png"):
-        predict(model, "nowhere.png")
-    model.card = None  # type: ignore[assignment]
-    with pytest.raises(UserError, match="load_checkpoint"):
-        predict(model, path)
+        planted("nowhere.png")
 
 
-def test_draw_and_save(dataset: CocoDataset, tmp_path: Path) -> None:
-    found = predict(PlantedModel(dataset, config()), dataset.records[0].path)
+def test_draw_and_save(dataset: CocoDataset, planted: Detector, tmp_path: Path) -> None:
+    found = planted(dataset.records[0].path)
     drawn = found.draw()
     assert drawn.shape == (360, 552, 3)
     found.save(tmp_path / "a.png")
@@ -100,7 +98,7 @@ def test_draw_and_save(dataset: CocoDataset, tmp_path: Path) -> None:
 
 
 def test_command(
-    dataset: CocoDataset, planted: PlantedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    dataset: CocoDataset, planted: Detector, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images, output = dataset.records[0].path.parent, tmp_path / "new" / "out"
     (images / "notes.txt").write_text("not an image, and not taken for one")
@@ -124,7 +122,7 @@ def test_command(
         assert coco_mask.toBbox(entry["segmentation"]).tolist() == pytest.approx([x, y, w, h], abs=2)
 
 
-def test_equal_names_do_not_collide(dataset: CocoDataset, planted: PlantedModel, tmp_path: Path) -> None:
+def test_equal_names_do_not_collide(dataset: CocoDataset, planted: Detector, tmp_path: Path) -> None:
     first = dataset.records[0].path
     others = []
     for k, name in enumerate(("a/11.png", "b/11.png", "b/11.bmp", "b/11_2.png")):
@@ -143,7 +141,7 @@ def test_equal_names_do_not_collide(dataset: CocoDataset, planted: PlantedModel,
 
 
 def test_nothing_found(
-    dataset: CocoDataset, planted: PlantedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    dataset: CocoDataset, planted: Detector, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = dataset.records[3].path
     command.main([str(path), "--checkpoint", "x", "--output", str(tmp_path / "out")])
@@ -152,7 +150,7 @@ def test_nothing_found(
     assert "lower --score" in capsys.readouterr().out
 
 
-def test_mistakes(dataset: CocoDataset, planted: PlantedModel, tmp_path: Path) -> None:
+def test_mistakes(dataset: CocoDataset, planted: Detector, tmp_path: Path) -> None:
     images = dataset.records[0].path.parent
     image, output = str(images / "8.png"), tmp_path / "out"
     (tmp_path / "empty").mkdir()
@@ -190,13 +188,6 @@ def message_without_output(image: str) -> str:
     return str(caught.value)
 
 
-def test_module_and_function_share_a_name(dataset: CocoDataset) -> None:
-    """`import fastmrcnn.predict` puts the module where `from fastmrcnn import predict` looks."""
-    found = command(PlantedModel(dataset, config()), dataset.records[0].path)  # type: ignore[operator]
-    assert isinstance(found, Prediction)
-    assert found.names == predict(PlantedModel(dataset, config()), dataset.records[0].path).names
-
-
 def test_command_in_a_process_of_its_own(dataset: CocoDataset, tmp_path: Path) -> None:
     """A real checkpoint; and the package, whose attribute `predict` may be the function."""
     torch.manual_seed(0)
@@ -216,7 +207,7 @@ def test_command_in_a_process_of_its_own(dataset: CocoDataset, tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     entries = json.loads((output / "predictions.json").read_text())
-    same = predict(load_checkpoint(path, "cpu"), image, score=0.06)
+    same = load(path, "cpu")(image, score=0.06)
     assert len(same) > 0
     assert [entry["score"] for entry in entries] == pytest.approx(same.scores.tolist(), abs=1e-5)
 

@@ -17,8 +17,8 @@ from fastmrcnn.data.proposals import attach_proposals, read_proposals, write_pro
 from fastmrcnn.data.records import ImageProposals
 from fastmrcnn.data.transforms import Augment
 from fastmrcnn.errors import UserError
+from fastmrcnn.evaluation.proposals import proposal_recall
 from fastmrcnn.predict import main as predict_command
-from fastmrcnn.proposal_eval import proposal_recall
 
 RPN_ALONE = ("model.box_head.enabled=false", "model.mask_head.enabled=false")
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import pytest
 
-from fastmrcnn.config_file import load_config
-from fastmrcnn.optim import learning_rate
+from fastmrcnn.config.file import load_config
+from fastmrcnn.training.optim import learning_rate
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 # Those in zoo/, which judge published weights, have a test of their own.

@@ -9,12 +9,12 @@ import pytest
 import torch
 from batches import random_batch, small_config, small_model
 
-from fastmrcnn.config import OptimConfig
+from fastmrcnn.config.schema import OptimConfig
+from fastmrcnn.device import choose_precision
 from fastmrcnn.model.mask_rcnn import MaskRCNN
-from fastmrcnn.optim import GatedStep, build_optimizer
-from fastmrcnn.prepare import choose_precision
-from fastmrcnn.step import forward_of
 from fastmrcnn.structures import Losses
+from fastmrcnn.training.optim import GatedStep, build_optimizer
+from fastmrcnn.training.step import forward_of
 
 CPU = torch.device("cpu")
 GOLDEN = Path(__file__).parent / "data" / "step_losses.json"

@@ -17,10 +17,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import CrashError, TinyData, assert_same_state, break_at, newest_run, record
 
 from fastmrcnn import train
-from fastmrcnn.checkpoint import read_checkpoint
-from fastmrcnn.config_file import load_config, parse_config
+from fastmrcnn.config.file import load_config, parse_config
 from fastmrcnn.errors import run_main
-from fastmrcnn.evaluate import RESULTS
+from fastmrcnn.evaluation.run import RESULTS
+from fastmrcnn.weights.checkpoint import read_checkpoint
 
 ROOT = Path(train.__file__).parents[1]
 
@@ -141,7 +141,7 @@ def test_mistakes_end_in_one_line_and_leave_nothing(
     assert "--config configs/small.yaml" in line(f"output={runs}", base=[data.train[0]])
     bare = line(f"output={runs}", base=["--config", str(data.recipe)])
     assert "data.train.images and data.train.annotations must be given" in bare
-    assert "device 'toaster' is not one" in line("train.device=toaster")
+    assert "device 'toaster' is not one" in line("runtime.device=toaster")
     assert "no such" in line("model.backbone.weights=" + str(tmp_path / "none.pth"))
     assert "data.buckets" in line("data.buckets=[[32, 32]]")
     assert "unrecognized arguments: --epochs" in line(base=["--epochs", "3"])

@@ -12,14 +12,15 @@ from batches import random_batch, small_config, small_model
 from nosync import NoSync
 from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
-from fastmrcnn.config import Config, OptimConfig
-from fastmrcnn.cuda_graph import GraphedStep, leaves
+from fastmrcnn.config.schema import Config, OptimConfig
+from fastmrcnn.device import choose_precision, set_up_cuda
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.convs import Conv2d
 from fastmrcnn.model.sampling import SamplingKeys
-from fastmrcnn.prepare import Execution, choose_execution, choose_precision, set_up_cuda
-from fastmrcnn.step import TrainingStep, keep_compile_cache
 from fastmrcnn.structures import Batch, Losses, to_device
+from fastmrcnn.training.cuda_graph import GraphedStep, leaves
+from fastmrcnn.training.execution import Execution, choose_execution
+from fastmrcnn.training.step import TrainingStep, keep_compile_cache
 
 CPU = torch.device("cpu")
 SGD = OptimConfig(clip_norm=5.0, ema=0.9)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastmrcnn.detection.draw import COLOURS, Instances, draw_comparison, draw_instances
 from fastmrcnn.errors import UserError
-from fastmrcnn.visualize import COLOURS, Instances, draw_comparison, draw_instances, plot_losses
+from fastmrcnn.training.curves import plot_losses
 
 GREY = np.full((60, 80, 3), 128, np.uint8)
 

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fastmrcnn.conversion.files import read_tensors, read_weights
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.backbone import ResNet
 from fastmrcnn.model.norms import make_norm
-from fastmrcnn.weights import architecture, copy_state, load_backbone
+from fastmrcnn.weights.files import read_tensors, read_weights
+from fastmrcnn.weights.states import architecture, copy_state, load_backbone
 
 
 def backbone(name: str = "resnet18", norm: str = "frozen_bn", width: int = 8) -> ResNet:

@@ -134,3 +134,14 @@ def _from_16_bit(grey: NDArray[np.integer]) -> NDArray[np.uint8]:
         raise ValueError(f"its pixels range over {wide.min()}..{wide.max()}, more than 16 bits")
     byte = ((wide + 128) // 257).astype(np.uint8)
     return np.repeat(byte[:, :, None], 3, axis=2)
+
+
+def rgb_pixels(image: str | Path | NDArray[np.uint8] | Image.Image) -> NDArray[np.uint8]:
+    """(h, w, 3) uint8 RGB of whatever `predict` takes."""
+    if isinstance(image, str | Path):
+        return read_pixels(image)
+    if isinstance(image, Image.Image):
+        return to_rgb(ImageOps.exif_transpose(image))
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
+        raise ValueError(f"pixels must be (h, w, 3) or (h, w) uint8, got {image.shape} {image.dtype}")
+    return np.repeat(image[:, :, None], 3, axis=2) if image.ndim == 2 else image

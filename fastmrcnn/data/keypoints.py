@@ -15,6 +15,8 @@ from fastmrcnn.data.records import ImageRecord, Problems
 from fastmrcnn.errors import UserError
 
 OPPOSITE = {"left": "right", "right": "left", "l": "r", "r": "l"}
+COCO_KEYPOINTS = 17  # of a person; pycocotools has their sigmas
+UNIFORM_SIGMA = 0.05  # of other keypoints, unless given
 
 
 class KeypointSchema(NamedTuple):
@@ -217,3 +219,24 @@ _LINES = (
     (8, 10), (9, 11), (2, 3), (1, 2), (1, 3), (2, 4), (3, 5), (4, 6), (5, 7),
 )  # fmt: skip
 COCO_PERSON = KeypointSchema(_PERSON, [(a - 1, b - 1) for a, b in _LINES], mirror_of(_PERSON))
+
+
+def choose_sigmas(
+    count: int, given: Sequence[float] | None, of_a_person: Sequence[float] = (1.0,) * COCO_KEYPOINTS
+) -> NDArray[np.float64]:
+    """Sigmas of the object keypoint similarity, in units of the square root of the object's area.
+
+    Args:
+        count: J.
+        given: one for each keypoint, from the configuration's evaluate.oks_sigmas; none: COCO's own for
+            17 keypoints, else 0.05 for each.
+    Raises:
+        UserError: there are not J of them.
+    """
+    if given is None:
+        return np.array(of_a_person) if count == COCO_KEYPOINTS else np.full(count, UNIFORM_SIGMA)
+    if len(given) != count:
+        raise UserError(
+            f"evaluate.oks_sigmas has {len(given)} values, but there are {count} keypoints; give one for each"
+        )
+    return np.array(given, np.float64)

@@ -11,7 +11,7 @@ import numpy as np
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.records import ImageProposals
 from fastmrcnn.errors import UserError
-from fastmrcnn.output import replacing
+from fastmrcnn.files import replacing
 
 _ARRAYS = ("image_ids", "counts", "boxes", "scores")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from fastmrcnn.config import ModelConfig
+from fastmrcnn.config.schema import ModelConfig
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.anchors import AnchorGenerator
 from fastmrcnn.model.backbone import ResNet, residual_stage, stage_channels
@@ -19,13 +19,8 @@ from fastmrcnn.model.roi_sampler import RoiSampler
 from fastmrcnn.model.rpn import RegionProposalNetwork
 
 
-def build_model(
-    config: ModelConfig,
-    num_classes: int,
-    load_backbone_weights: bool = True,
-    num_keypoints: int | None = None,
-) -> MaskRCNN:
-    """A Mask R-CNN for `num_classes` classes, its backbone loaded if the configuration names weights.
+def build_model(config: ModelConfig, num_classes: int, num_keypoints: int | None = None) -> MaskRCNN:
+    """A Mask R-CNN for `num_classes` classes, with random weights.
 
     Args:
         num_keypoints: of the objects, if the configuration asks for a keypoint head.
@@ -40,13 +35,7 @@ def build_model(
         stages=3 if c4 else 4,
         frozen_stages=config.backbone.frozen_stages,
     )
-    res5 = _res5(config, norm) if c4 and config.box_head.enabled else None
-    # A whole detector's weights, which the entry points load, are the backbone's too.
-    if load_backbone_weights and config.weights is None and config.backbone.weights is not None:
-        from fastmrcnn.weights import load_backbone
-
-        whole = _classifier_without_fc(backbone, res5 or _res5(config, norm)) if c4 else backbone
-        load_backbone(whole, config.backbone.weights, config.backbone.weights_sha256)
+    res5 = last_stage(config) if c4 and config.box_head.enabled else None
     fpn = None
     if config.architecture == "fpn":
         fpn = FeaturePyramid(backbone.out_channels, config.fpn.channels, _optional_norm(config.fpn.norm))
@@ -91,18 +80,16 @@ def build_model(
     )
 
 
-def _res5(config: ModelConfig, norm: Norm) -> nn.Sequential:
+def last_stage(config: ModelConfig) -> nn.Sequential:
+    """The residual stage that a C4 model keeps for its heads: an ImageNet network's layer4."""
     backbone = config.backbone
-    return residual_stage(backbone.name, 4, norm, width=backbone.width, stride_in_1x1=backbone.stride_in_1x1)
-
-
-def _classifier_without_fc(backbone: ResNet, res5: nn.Sequential) -> nn.Module:
-    """The same modules under the names that an ImageNet checkpoint has."""
-    whole = nn.Module()
-    for name, child in backbone.named_children():
-        whole.add_module(name, child)
-    whole.add_module("layer4", res5)
-    return whole
+    return residual_stage(
+        backbone.name,
+        4,
+        make_norm(backbone.norm, backbone.norm_eps),
+        width=backbone.width,
+        stride_in_1x1=backbone.stride_in_1x1,
+    )
 
 
 def _rpn(config: ModelConfig, channels: int, strides: list[int]) -> RegionProposalNetwork:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
@@ -17,9 +15,6 @@ from fastmrcnn.model.roi_sampler import RoiSampler, pack_foreground
 from fastmrcnn.model.rpn import RegionProposalNetwork
 from fastmrcnn.model.sampling import SamplingKeys
 from fastmrcnn.structures import Batch, Detections, Losses, Proposals, Targets
-
-if TYPE_CHECKING:
-    from fastmrcnn.checkpoint import ModelCard
 
 
 class MaskRCNN(nn.Module):
@@ -42,7 +37,6 @@ class MaskRCNN(nn.Module):
         pixel_mean, pixel_std: in that order, for pixels in 0..255.
     """
 
-    card: ModelCard | None = None  # where it comes from, set on loading a checkpoint
     pixel_mean: Tensor
     pixel_std: Tensor
 

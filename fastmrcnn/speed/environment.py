@@ -12,8 +12,12 @@ from typing import Any
 import torch
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """The machine, the versions and the commit that figures come from; `gpu` is None on a CPU."""
+def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
+    """The machine, the versions and the commit that figures come from; `gpu` is None on a CPU.
+
+    Args:
+        commit: of the code, where there is no git repository to ask.
+    """
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     if device.type == "cuda":
         versions["cuda"] = str(torch.version.cuda)
@@ -27,19 +31,19 @@ def environment(device: torch.device) -> dict[str, Any]:
         "gpu": gpu,
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
-        "driver": driver_version() if gpu else None,
-        "commit": git_commit(Path(__file__).parent),
+        "driver": _driver_version() if gpu else None,
+        "commit": commit or _git_commit(Path(__file__).parent),
         "versions": versions,
     }
 
 
-def driver_version() -> str | None:
+def _driver_version() -> str | None:
     """Of the first NVIDIA GPU; None where there is no nvidia-smi."""
     lines = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return lines.splitlines()[0] if lines else None
 
 
-def git_commit(folder: Path) -> str | None:
+def _git_commit(folder: Path) -> str | None:
     """Hash of the checkout that a folder is in, with "-dirty" if files have changed; None outside of one."""
     return _output("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*", folder=folder)
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from fastmrcnn.speed.graph_count import counting_graphs
-from fastmrcnn.speed.rows import OurRunner, Row, Runner
-from fastmrcnn.speed.timing import Stopwatch, device_calls
+from fastmrcnn.speed.markdown import spread, table
+from fastmrcnn.speed.step_workload import Workload
+from fastmrcnn.speed.timing import Stopwatch, device_calls, summary
 from fastmrcnn.speed.torchvision_row import NotComparableError, TorchvisionRunner
-from fastmrcnn.speed.workload import Workload
+from fastmrcnn.speed.training_rows import OurRunner, Row, Runner
 
 MASK_SLOTS = 48  # an image, where nothing else was said
 SLOTS_MULTIPLE = 16  # mask slots that match torchvision's foreground are rounded up to this
@@ -174,12 +175,13 @@ def _finish(entry: Entry, workload: Workload) -> None:
     assert runner is not None
 
     def finish() -> None:
-        times = entry.watch.times()
+        times = entry.watch.milliseconds()
         losses = [float(sum(parts)) for parts in entry.losses]
-        found.update(times._asdict())
+        found.update(summary(times)._asdict(), total_s=sum(times) / 1e3, steps=len(times))
         found["processor_ms"] = entry.watch.processor_ms()
-        found["images_per_second"] = workload.images * times.steps / times.total_s
-        found["last_loss"] = sum(losses[-last_fifth(times.steps) :]) / last_fifth(times.steps)
+        found["images_per_second"] = workload.images * found["steps"] / found["total_s"]
+        last_fifth = losses[-max(1, len(losses) // 5) :]
+        found["last_loss"] = sum(last_fifth) / len(last_fifth)
         found["moved"] = runner.moved()
         # After the weights were looked at: the step that is counted would move them on.
         calls = device_calls(lambda: runner.step(workload.steps), workload.device)
@@ -190,10 +192,6 @@ def _finish(entry: Entry, workload: Workload) -> None:
             found["graph_breaks"] = sum(counters["graph_break"].values())
 
     entry.attempt(finish)
-
-
-def last_fifth(steps: int) -> int:
-    return max(1, steps // 5)
 
 
 def _free(entry: Entry) -> None:
@@ -240,3 +238,49 @@ def first_loss(row: dict[str, Any]) -> float:
 def broken(found: list[dict[str, Any]]) -> bool:
     """Whether a row of ours failed or disagrees."""
     return any(row["program"] == "fastmrcnn" and ("failure" in row or "disagrees" in row) for row in found)
+
+
+def ladder_table(rows: list[dict[str, Any]]) -> str:
+    head = [
+        "row",
+        "images/s",
+        "ms (p20 to p80)",
+        "processor ms",
+        "peak MB",
+        "launches",
+        "host syncs",
+        "graphs, breaks",
+        "kernels: Inductor's, libraries', ours",
+        "GB in the graphs",
+        "foreground RoIs, dropped",
+        "loss at first, at last",
+        "weights moved",
+    ]
+    return table(head, [[row["row"], *_cells(row)] for row in rows])
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    if "not_run" in row or "failure" in row:
+        return [f"not run: {row['not_run']}" if "not_run" in row else f"FAILED: {row['failure']}"]
+    losses = row["first_losses"]
+    graphs = f"{row['graphs']}, {row['graph_breaks']}" if "graphs" in row else ""
+    made = row.get("compiled_graphs", {})
+    counts = f"{losses['num_fg']:.0f}" if "num_fg" in losses else ""
+    if "masks_dropped" in losses:
+        counts += f", {losses['masks_dropped']:.0f}"
+    busy = row["processor_ms"]
+    mark = f" DISAGREES: {row['disagrees']}" if "disagrees" in row else ""
+    return [
+        f"{row['images_per_second']:.2f}",
+        spread(row),
+        "" if busy is None else f"{busy:.1f}",
+        f"{row['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in row else "",
+        str(row.get("launches", "")),
+        str(row.get("syncs", "")),
+        graphs,
+        f"{made['generated']}, {made['library']}, {made['ours']}" if made else "",
+        f"{made['gigabytes']:.2f}" if made else "",
+        counts,
+        f"{first_loss(row):.4f}, {row['last_loss']:.4f}{mark}",
+        f"{row['moved']:.3g}",
+    ]

@@ -10,18 +10,21 @@ from typing import Any
 
 import torch
 
-from fastmrcnn.checkpoint import ModelCard
-from fastmrcnn.config import Config
+from fastmrcnn.config.schema import Config
+from fastmrcnn.data.build import train_loader
 from fastmrcnn.data.coco import CocoDataset
+from fastmrcnn.device import choose_precision
 from fastmrcnn.errors import UserError
-from fastmrcnn.optim import learning_rate
-from fastmrcnn.prepare import choose_execution, choose_precision, prepare_run
-from fastmrcnn.speed.report import table
-from fastmrcnn.speed.timing import wait
-from fastmrcnn.speed.workload import changed, fit_frozen_norms
-from fastmrcnn.step import TrainingStep, new_model
+from fastmrcnn.speed.markdown import table
+from fastmrcnn.speed.step_workload import changed, fit_frozen_norms
+from fastmrcnn.speed.timing import waited_for
 from fastmrcnn.structures import Batch, to_device
-from fastmrcnn.train import train_loader
+from fastmrcnn.training.execution import choose_execution
+from fastmrcnn.training.optim import learning_rate
+from fastmrcnn.training.run import prepare_run
+from fastmrcnn.training.step import TrainingStep
+from fastmrcnn.weights.card import ModelCard
+from fastmrcnn.weights.start import new_model
 
 
 def measure_loading(config: Config, device: torch.device, images: int, steps: int) -> dict[str, Any]:
@@ -49,8 +52,9 @@ def measure_loading(config: Config, device: torch.device, images: int, steps: in
 def _measure(config: Config, train_set: CocoDataset, device: torch.device, steps: int) -> dict[str, Any]:
     torch.manual_seed(config.train.seed)
     card = ModelCard(config, train_set.class_names, train_set.category_ids, train_set.keypoints)
-    model = new_model(card, device, imagenet=False, detector=False)
-    precision, execution = choose_precision(config.train.precision, device), choose_execution(config, device)
+    model = new_model(card, device)
+    precision = choose_precision(config.runtime.precision, device)
+    execution = choose_execution(config, device)
     make_step = TrainingStep(model, config.optim, precision, execution, seed=config.train.seed)
     loader = train_loader(train_set, config, 0, pin_memory=device.type == "cuda")
     batches = (to_device(loaded.batch, device) for loaded in loader)
@@ -87,14 +91,14 @@ def _measure(config: Config, train_set: CocoDataset, device: torch.device, steps
 
 
 def _run(make_step: TrainingStep, get: Callable[[], Batch], config: Config, steps: int) -> float:
-    """Seconds of so many steps, from when the device is idle to when it is again."""
-    wait(make_step.device)
-    started = time.perf_counter()
-    for number in range(steps):
-        rate = learning_rate(config.optim, number, config.train.steps, config.train.batch)
-        make_step(get(), number, rate)
-    wait(make_step.device)
-    return time.perf_counter() - started
+    """Seconds of so many steps."""
+
+    def run() -> None:
+        for number in range(steps):
+            rate = learning_rate(config.optim, number, config.train.steps, config.train.batch)
+            make_step(get(), number, rate)
+
+    return waited_for(run, make_step.device)[1] / 1e3
 
 
 def loading_table(found: dict[str, Any]) -> str:

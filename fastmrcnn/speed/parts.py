@@ -20,15 +20,16 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from fastmrcnn.model import mask_rcnn
+from fastmrcnn.model.mask_head import FcnMaskHead
 from fastmrcnn.speed.timing import Ceilings
-from fastmrcnn.step import TrainingStep
+from fastmrcnn.training.step import TrainingStep
 
 PREFIX = "part: "
 OTHER = "other"
 SAMPLING = "sampling"
 OPTIMIZER = "check, clip and optimizer"
 
-# Where a part lives in the model, by attribute; a model without it has no such part.
+# Where a part lives in the model, by attribute. Where the model has None, it has no such part.
 _PLACES = {
     "normalize": "pixels",
     "backbone.forward": "backbone",
@@ -43,7 +44,6 @@ _PLACES = {
     "box_head.forward": "box head",
     "box_head.losses": "box losses",
     "mask_head.forward": "mask head",
-    "mask_head.features": "mask head",
     "mask_head.loss_of_rois": "mask loss",
     "keypoint_head.forward": "keypoint head",
     "keypoint_head.loss": "keypoint loss",
@@ -84,21 +84,33 @@ class Parts:
         """The step's parts are known within the block; afterwards the model is as it was."""
         self.ranges.clear()
         with contextlib.ExitStack() as undo:
-            for path, part in _PLACES.items():
-                *owners, name = path.split(".")
-                owner: Any = make_step.model
-                for attribute in owners:
-                    owner = getattr(owner, attribute, None)
-                if owner is not None and getattr(owner, name, None) is not None:
-                    undo.enter_context(_replaced(owner, name, _Watched(getattr(owner, name), part, self)))
-            more = [
-                (make_step.update, "backward", OPTIMIZER),
-                (make_step, "draw_keys", SAMPLING),
-                (mask_rcnn, "pack_foreground", SAMPLING),
-            ]
-            for owner, name, part in more:
+            for owner, name, part in places(make_step):
                 undo.enter_context(_replaced(owner, name, _Watched(getattr(owner, name), part, self)))
             yield self
+
+
+def places(make_step: TrainingStep) -> Iterator[tuple[Any, str, str]]:
+    """The object, the attribute and the part of all that is watched."""
+    model = make_step.model
+    places: list[tuple[Any, str, str]] = [(model, path, part) for path, part in _PLACES.items()]
+    if isinstance(model.mask_head, FcnMaskHead):  # whose loss calls them without its forward
+        places.append((model, "mask_head.features", "mask head"))
+    places.append((make_step, "update.backward", OPTIMIZER))
+    places.append((make_step, "draw_keys", SAMPLING))
+    places.append((mask_rcnn, "pack_foreground", SAMPLING))
+    for start, path, part in places:
+        owner, name, value = None, "", start
+        for name in path.split("."):
+            if value is None:
+                break
+            owner = value
+            if not hasattr(owner, name):
+                raise AttributeError(
+                    f"the part '{part}' is not at {path}: {type(owner).__name__} has no {name}"
+                )
+            value = getattr(owner, name)
+        if value is not None:
+            yield owner, name, part
 
 
 class _Watched:

@@ -10,10 +10,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastmrcnn.errors import UserError
+from fastmrcnn.speed.markdown import table
 from fastmrcnn.speed.parts import OTHER, PARTS, PREFIX, Costs, Parts, Place
-from fastmrcnn.speed.report import table
-from fastmrcnn.speed.rows import OurRunner
 from fastmrcnn.speed.timing import STEP, ceilings, marked_step
+from fastmrcnn.speed.training_rows import OurRunner
 
 BACKWARD_SCOPE = 1  # of torch's RecordScope: a node of the backward pass
 TRACE = "trace.json"

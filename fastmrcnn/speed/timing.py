@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -18,14 +17,15 @@ STEP = "the measured step"  # marks it in a profile
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
 SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cuStreamSynchronize")
 BLOCKING_COPY = "cudaMemcpy"
+HEAD_START = 1_000_000  # clock cycles that the GPU sleeps, so that the host is ahead with its launches
 
 
 class Times(NamedTuple):
+    """Percentiles of a number of calls."""
+
     p20_ms: float
     p50_ms: float
     p80_ms: float
-    total_s: float  # of all steps
-    steps: int
 
 
 class DeviceCalls(NamedTuple):
@@ -43,12 +43,11 @@ class Ceilings(NamedTuple):
 
 def summary(milliseconds: Iterable[float]) -> Times:
     times = torch.tensor(list(milliseconds), dtype=torch.float64)
-    p20, p50, p80 = times.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
-    return Times(p20, p50, p80, float(times.sum()) / 1e3, len(times))
+    return Times(*times.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist())
 
 
 class Stopwatch:
-    """Times calls on a device: between events on it, read at the end; on a CPU by the clock."""
+    """Times calls in a row: between events on the device, read at the end; on a CPU by the clock."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_device = device.type == "cuda"
@@ -58,31 +57,71 @@ class Stopwatch:
 
     def __call__(self, function: Callable[[], T]) -> T:
         if not self.on_device:
-            start, busy = time.perf_counter(), time.process_time()
+            busy, start = time.process_time(), time.perf_counter()
             value = function()
             self.clock.append(1e3 * (time.perf_counter() - start))
             self.busy.append(1e3 * (time.process_time() - busy))
             return value
-        pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         # A step begins where the one before it ended, so that the device's waiting counts.
-        first = self.pairs[-1][1] if self.pairs else pair[0]
-        if not self.pairs:
-            pair[0].record()
+        first = self.pairs[-1][1] if self.pairs else _event()
         value = function()
-        pair[1].record()
-        self.pairs.append((first, pair[1]))
+        self.pairs.append((first, _event()))
         return value
 
-    def times(self) -> Times:
-        """Of all calls; waits for the device."""
-        if not self.on_device:
-            return summary(self.clock)
-        torch.cuda.synchronize()
-        return summary(first.elapsed_time(last) for first, last in self.pairs)
+    def milliseconds(self) -> list[float]:
+        """Of every call; waits for the device."""
+        return _between(self.pairs) if self.on_device else self.clock
 
     def processor_ms(self) -> float | None:
         """Processor time of the median call, all threads together; None on a GPU."""
         return summary(self.busy).p50_ms if self.busy else None
+
+
+def call_times(
+    calls: Iterable[Callable[[], Any]], device: torch.device, before: Callable[[], Any] = lambda: None
+) -> list[float]:
+    """Milliseconds of each call by itself: by events on a GPU, by the clock on a CPU.
+
+    The GPU sleeps before each call, so that the host's launches do not count while they fit into it.
+
+    Args:
+        before: is called before each of them, and not timed.
+    """
+    if device.type != "cuda":
+        watch = Stopwatch(device)
+        for call in calls:
+            before()
+            watch(call)
+        return watch.milliseconds()
+    pairs = []
+    for call in calls:
+        before()
+        torch.cuda._sleep(HEAD_START)
+        start = _event()
+        call()
+        pairs.append((start, _event()))
+    return _between(pairs)
+
+
+def waited_for(function: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """What it returns, and its milliseconds from when the device is idle to when it is again."""
+    wait(device)
+    started = time.perf_counter()
+    value = function()
+    wait(device)
+    return value, 1e3 * (time.perf_counter() - started)
+
+
+def _event() -> Any:
+    """Recorded here and now on the device."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(pairs: list[tuple[Any, Any]]) -> list[float]:
+    torch.cuda.synchronize()
+    return [first.elapsed_time(last) for first, last in pairs]
 
 
 def wait(device: torch.device) -> None:
@@ -121,24 +160,24 @@ def marked_step(events: Sequence[Any]) -> tuple[list[Any], float]:
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Rate of a matrix product and of a copy, the best of several, on data that is not constant."""
-    side, count = (8192, 1 << 28) if device.type == "cuda" else (512, 1 << 24)
+    """Rate of a matrix product and of a copy, on data that is not constant."""
+    side = 8192 if device.type == "cuda" else 512
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(a)
-    seconds = _best(lambda: torch.mm(a, b, out=product), device)
-    source = torch.randn(count, device=device)
+    seconds = _fastest(lambda: torch.mm(a, b, out=product), device)
+    return Ceilings(2 * side**3 / seconds, copy_bandwidth(device), str(dtype).removeprefix("torch."))
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second, read and written, of the better of two plain copies, of 1 GiB on a GPU."""
+    source = torch.randn(1 << (28 if device.type == "cuda" else 24), device=device)
     target = torch.empty_like(source)
-    copying = _best(lambda: target.copy_(source), device)
-    return Ceilings(2 * side**3 / seconds, 2 * source.nbytes / copying, str(dtype).removeprefix("torch."))
+    copies = (lambda: target.copy_(source), lambda: torch.add(source, 1, out=target))
+    return 2 * source.nbytes / min(_fastest(copy, device) for copy in copies)
 
 
-def _best(function: Callable[[], Tensor], device: torch.device, repeats: int = 10) -> float:
+def _fastest(function: Callable[[], Any], device: torch.device, repeats: int = 20) -> float:
     """Seconds of the fastest of some calls."""
     for _ in range(3):
         function()
-    found = []
-    for _ in range(repeats):
-        watch = Stopwatch(device)
-        watch(function)
-        found.append(watch.times().total_s)
-    return min(found)
+    return min(call_times([function] * repeats, device)) / 1e3

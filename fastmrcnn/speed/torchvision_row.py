@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmrcnn.config import ModelConfig
-from fastmrcnn.conversion.programs import export_state
-from fastmrcnn.optim import learning_rate
-from fastmrcnn.prepare import choose_precision
-from fastmrcnn.speed.rows import WARM_UP, Row
-from fastmrcnn.speed.workload import Workload
+from fastmrcnn.config.schema import ModelConfig
+from fastmrcnn.data.synthetic import full_masks
+from fastmrcnn.device import choose_precision
+from fastmrcnn.speed.step_workload import Workload
+from fastmrcnn.speed.training_rows import WARM_UP, Row
 from fastmrcnn.structures import Batch
-from fastmrcnn.synthetic import full_masks
+from fastmrcnn.training.optim import learning_rate
+from fastmrcnn.weights.peers.programs import export_state
 
 
 class NotComparableError(Exception):

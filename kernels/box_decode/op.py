@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._library import NAMESPACE, runs_triton
+from .._library import NAMESPACE, chosen, in_full_precision, runs_triton, switchable
 from . import reference
 from .reference import MAX_LOG_SCALE
 
 
+@switchable
 def decode_boxes(
     deltas: Tensor,
     references: Tensor,
@@ -53,7 +54,8 @@ def decode_boxes(
         raise ValueError(f"weights must be four numbers other than 0, got {tuple(weights)}")
     if score_threshold is not None and scores is None:
         raise ValueError("score_threshold needs scores")
-    return _decode_boxes(
+    decode = chosen("decode_boxes", _decode_boxes, reference.decode_boxes)
+    return decode(
         deltas.detach(),
         references.detach(),
         sizes,
@@ -102,10 +104,8 @@ def _decode_boxes(
         return kernel.decode_boxes(
             deltas, references, sizes, scores, weights, max_log_scale, min_side, score_threshold
         )
-    with torch.autocast(deltas.device.type, enabled=False):
-        return reference.decode_boxes(
-            deltas, references, sizes, scores, weights, max_log_scale, min_side, score_threshold
-        )
+    arguments = (references, sizes, scores, weights, max_log_scale, min_side, score_threshold)
+    return in_full_precision(reference.decode_boxes, deltas, *arguments)
 
 
 @_decode_boxes.register_fake

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._library import NAMESPACE, runs_triton
+from .._library import NAMESPACE, chosen, runs_triton, switchable
 from . import reference
 
 
+@switchable
 def assign_levels(
     boxes: Tensor,
     *,
@@ -42,7 +43,8 @@ def assign_levels(
         raise ValueError(f"k_max must be at least k_min, got {k_max} and {k_min}")
     if not canonical_size > 0:
         raise ValueError(f"canonical_size must be positive, got {canonical_size}")
-    return _assign_levels(boxes.detach(), k_min, k_max, float(canonical_size), canonical_level)
+    assign = chosen("assign_levels", _assign_levels, reference.assign_levels)
+    return assign(boxes.detach(), k_min, k_max, float(canonical_size), canonical_level)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::assign_levels", mutates_args=())

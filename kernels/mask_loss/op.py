@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._library import NAMESPACE, check_range, runs_triton
+from .._library import NAMESPACE, check_range, chosen, runs_triton, switchable
 from . import reference
 
 
+@switchable
 def mask_loss(logits: Tensor, classes: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
     """Mean sigmoid cross-entropy of the masks (Mask R-CNN, arXiv 1703.06870, section 3).
 
@@ -36,7 +37,8 @@ def mask_loss(logits: Tensor, classes: Tensor, targets: Tensor, weight: Tensor) 
             sum and gets no gradient.
     """
     _check(logits, classes, targets, weight)
-    return _mask_loss(logits, classes, targets.detach(), weight.detach())[0]
+    loss = chosen("mask_loss", _mask_loss, reference.mask_loss)
+    return loss(logits, classes, targets.detach(), weight.detach())[0]
 
 
 def _check(logits: Tensor, classes: Tensor, targets: Tensor, weight: Tensor) -> None:

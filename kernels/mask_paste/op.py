@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._library import NAMESPACE, runs_triton
+from .._library import NAMESPACE, chosen, runs_triton, switchable
 from . import cpu
 from .checks import check
 
 
+@switchable
 def paste_masks(
     masks: Tensor,
     boxes: Tensor,
@@ -44,7 +45,8 @@ def paste_masks(
         ValueError: a shape, dtype, device or number is not as above.
     """
     check(masks, boxes, height, width, threshold, valid)
-    return _paste_masks(masks.detach(), boxes.detach(), valid, height, width, threshold, packed)
+    paste = chosen("paste_masks", _paste_masks, cpu.paste_masks)
+    return paste(masks.detach(), boxes.detach(), valid, height, width, threshold, packed)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::paste_masks", mutates_args=())

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._library import NAMESPACE, check_range, runs_triton
+from .._library import NAMESPACE, check_range, chosen, in_full_precision, runs_triton, switchable
 from . import cpu
 from .cpu import Bitmaps, Sampling
 
 
+@switchable
 def mask_targets(
     boxes: Tensor,
     image: Tensor,
@@ -65,7 +67,8 @@ def mask_targets(
     if resolution < 1:
         raise ValueError(f"resolution must be at least 1, got {resolution}")
     how = Sampling(shape_of(image_shape), int(resolution), max(int(sampling_ratio), 0), aligned, bitmap)
-    return _mask_targets(boxes.detach(), image, matched, valid, *bitmaps, *how)
+    cut = chosen("mask_targets", _mask_targets, _plain)
+    return cut(boxes.detach(), image, matched, valid, *bitmaps, *how)
 
 
 def shape_of(image_shape: Sequence[int]) -> tuple[int, int]:
@@ -111,6 +114,11 @@ def check(boxes: Tensor, image: Tensor, matched: Tensor, valid: Tensor | None, b
     check_range("matched of valid slots", matched, objects, valid)
 
 
+def _plain(boxes: Tensor, image: Tensor, matched: Tensor, valid: Tensor | None, *arguments: Any) -> Tensor:
+    bitmaps, how = Bitmaps(*arguments[:6]), Sampling(*arguments[6:])
+    return cpu.mask_targets(boxes, image, matched, valid, bitmaps, how)
+
+
 @torch.library.custom_op(f"{NAMESPACE}::mask_targets", mutates_args=())
 def _mask_targets(
     boxes: Tensor,
@@ -135,8 +143,7 @@ def _mask_targets(
         from . import kernel
 
         return kernel.mask_targets(boxes, image, matched, valid, bitmaps, how)
-    with torch.autocast(boxes.device.type, enabled=False):  # which would round the products of cpu.py
-        return cpu.mask_targets(boxes, image, matched, valid, bitmaps, how)
+    return in_full_precision(cpu.mask_targets, boxes, image, matched, valid, bitmaps, how)
 
 
 @_mask_targets.register_fake

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._library import NAMESPACE, runs_triton
-from . import cpu
+from .._library import NAMESPACE, chosen, runs_triton, switchable
+from . import cpu, naive
 
 
 class BoxMatches(NamedTuple):
@@ -21,6 +21,7 @@ class BoxMatches(NamedTuple):
     in_crowd: Tensor | None  # (N, B) bool, enough of the box lies in a crowd region
 
 
+@switchable
 def match_boxes(
     boxes: Tensor,
     gt_boxes: Tensor,
@@ -59,7 +60,8 @@ def match_boxes(
         raise ValueError("gt_crowd and crowd_overlap belong together, got only one of them")
     if crowd_overlap is not None and not crowd_overlap > 0:
         raise ValueError(f"crowd_overlap must be above 0, got {crowd_overlap}")
-    best, index, gt_best, is_best, in_crowd = _match_boxes(
+    match = chosen("match_boxes", _match_boxes, _plain)
+    best, index, gt_best, is_best, in_crowd = match(
         boxes.detach(), gt_boxes.detach(), gt_valid, gt_crowd, low_quality, float(crowd_overlap or 0)
     )
     return BoxMatches(
@@ -89,6 +91,10 @@ def _check(boxes: Tensor, gt_boxes: Tensor, gt_valid: Tensor, gt_crowd: Tensor |
     for name, tensor in (("gt_boxes", gt_boxes), *flags.items()):
         if tensor.device != boxes.device:
             raise ValueError(f"{name} must be on {boxes.device} as boxes are, got {tensor.device}")
+
+
+def _plain(boxes: Tensor, gt_boxes: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+    return naive.match_boxes(boxes.float(), gt_boxes.float(), *rest)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::match_boxes", mutates_args=())

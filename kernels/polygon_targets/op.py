@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._library import NAMESPACE, may_look, require_all, runs_triton
+from .._library import NAMESPACE, chosen, may_look, require_all, runs_triton, switchable
 from . import cpu
 
 
+@switchable
 def polygon_mask_targets(
     boxes: Tensor,
     image: Tensor,
@@ -50,7 +51,8 @@ def polygon_mask_targets(
             gives zeros.
     """
     _check(boxes, image, matched, vertices, part_start, first_part, parts, to_input, step, resolution)
-    return _polygon_mask_targets(
+    rasterise = chosen("polygon_mask_targets", _polygon_mask_targets, cpu.polygon_mask_targets)
+    return rasterise(
         boxes.detach().float(),
         image,
         matched,

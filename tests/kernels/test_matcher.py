@@ -28,7 +28,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 def by_matrix(
     boxes: Tensor, gt_boxes: Tensor, gt_valid: Tensor, gt_crowd: Tensor, share: float
 ) -> BoxMatches:
-    return BoxMatches(*naive.match_boxes(boxes, gt_boxes, gt_valid, gt_crowd=gt_crowd, crowd_overlap=share))
+    return BoxMatches(*naive.match_boxes(boxes, gt_boxes, gt_valid, gt_crowd, True, share))
 
 
 def assert_same(found: BoxMatches, expected: BoxMatches) -> None:
@@ -108,7 +108,9 @@ def test_images_without_objects_and_nothing_at_all(device: str) -> None:
     assert found.is_best[1].any()
     assert_same(found, by_matrix(boxes, gt_boxes, gt_valid, gt_crowd, 0.7))
     none = match_boxes(boxes, gt_boxes[:, :0], gt_valid[:, :0], low_quality=True)
-    assert_same(none, BoxMatches(*naive.match_boxes(boxes, gt_boxes[:, :0], gt_valid[:, :0])))
+    assert_same(
+        none, BoxMatches(*naive.match_boxes(boxes, gt_boxes[:, :0], gt_valid[:, :0], None, True, 0.0))
+    )
     assert none.best.eq(-1).all()
     assert none.matched.eq(0).all()
     assert none.gt_best.shape == (2, 0)

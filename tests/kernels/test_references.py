@@ -55,10 +55,10 @@ def test_a_benchmark_defines_nothing_of_its_own(operator: str) -> None:
 
 
 def test_definitions_stand_alone() -> None:
-    """No operator runs a naive.py, and none of them reads what it is to judge."""
+    """No naive.py reads what it is to judge, and none is read but where `by_reference` asks for it."""
     for path in sorted((ROOT / "kernels").rglob("*.py")):
         last = {name.split(".")[-1] for name in imports(path) if name.startswith(".")}
         if path.name == "naive.py":
             assert not last & {"cpu", "kernel", "op"}, path
-        else:
+        elif path.name != "op.py":
             assert "naive" not in last, path

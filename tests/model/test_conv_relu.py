@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from batches import random_batch, small_model
 from torch import Tensor, nn
 
-from fastmrcnn.config_file import parse_config
+from fastmrcnn.config.file import parse_config
 from fastmrcnn.model.conv_relu import conv_relu
 from fastmrcnn.model.convs import Conv2d, fuse_epilogues
 from fastmrcnn.model.norms import FrozenBatchNorm2d, make_norm

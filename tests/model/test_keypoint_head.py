@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from nosync import NoSync
 from torch._dynamo.testing import CompileCounter
 
-from fastmrcnn.config_file import parse_config
-from fastmrcnn.conversion.names import torchvision_names
+from fastmrcnn.config.file import parse_config
+from fastmrcnn.detection.heatmaps import decode_heatmaps
 from fastmrcnn.errors import UserError
-from fastmrcnn.heatmaps import decode_heatmaps
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.keypoint_head import KeypointHead, keypoint_targets, with_keypoints
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.model.roi_sampler import PackedRois
 from fastmrcnn.structures import Batch, Detections, Losses, PackedMasks, SampledRois, Targets
+from fastmrcnn.weights.peers.names import torchvision_names
 
 PEER = Path(__file__).parents[1] / "data" / "torchvision_keypoint_rcnn.npz"
 JOINTS = 5

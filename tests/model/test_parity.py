@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from fastmrcnn import convert
-from fastmrcnn.checkpoint import load_checkpoint
-from fastmrcnn.config_file import parse_config
-from fastmrcnn.conversion.names import detectron2_names, torchvision_names
+from fastmrcnn.config.file import parse_config
+from fastmrcnn.detection.paste import paste_masks
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.model.sampling import SamplingKeys
-from fastmrcnn.paste import paste_masks
 from fastmrcnn.structures import Batch
+from fastmrcnn.weights.peers.names import detectron2_names, torchvision_names
+from fastmrcnn.weights.trained import load_trained
 
 ALL = 10**6  # sample everything, so that nothing is random
 ROIS = 4000  # more than there are proposals
@@ -153,7 +153,7 @@ def test_a_file_of_torchvision_needs_no_words(tmp_path: Path) -> None:
     state["backbone.body.bn1.num_batches_tracked"] = torch.tensor(0)  # as the golden model has it
     torch.save(state, tmp_path / "theirs.pth")
     convert.main([str(tmp_path / "theirs.pth"), str(tmp_path / "ours.pt")])
-    converted = load_checkpoint(tmp_path / "ours.pt", "cpu")
+    converted = load_trained(tmp_path / "ours.pt", "cpu").model
     with torch.no_grad():
         found = converted(batch)
     for image in range(2):

@@ -10,8 +10,8 @@ from batches import SMALL, random_batch
 from nosync import NoSync
 from torch._dynamo.testing import CompileCounter
 
-from fastmrcnn.config import Config
-from fastmrcnn.config_file import load_config, parse_config
+from fastmrcnn.config.file import load_config, parse_config
+from fastmrcnn.config.schema import Config
 from fastmrcnn.errors import UserError
 from fastmrcnn.kernels import (
     multilevel_roi_align,

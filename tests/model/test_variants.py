@@ -11,8 +11,8 @@ from batches import SMALL, random_batch
 from nosync import NoSync
 from torch._dynamo.testing import CompileCounter
 
-from fastmrcnn.config import Config
-from fastmrcnn.config_file import load_config, parse_config
+from fastmrcnn.config.file import load_config, parse_config
+from fastmrcnn.config.schema import Config
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.backbone import ResNet
 from fastmrcnn.model.build import build_model
@@ -20,6 +20,7 @@ from fastmrcnn.model.mask_head import softmax_mask_loss
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.model.norms import make_norm
 from fastmrcnn.structures import Proposals
+from fastmrcnn.weights.start import load_imagenet
 
 RESNEXT = {"backbone": {"name": "resnext50_32x4d"}}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -153,6 +154,7 @@ def test_c4_takes_its_res5_from_an_imagenet_checkpoint(tmp_path: Path, heads: bo
         ]
     ).model
     model = build_model(config, 3)
+    load_imagenet(model, config)
     assert model.backbone.layer3[1].conv2.weight.equal(whole.layer3[1].conv2.weight)
     assert (model.res5 is not None) == heads
     if model.res5 is not None:

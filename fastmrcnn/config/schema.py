@@ -1,0 +1,165 @@
+"""The configuration: typed, documented where it is declared, and closed to unknown keys.
+
+Defaults below, and for the section `model` in model.py, are the COCO recipe of Mask R-CNN R50-FPN.
+A YAML file overrides them, `key=value` on the command line overrides the file (file.py), and the
+resolved tree is written to the output folder. The commands and the build.py of each room read it; modules
+take values.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from fastmrcnn.config.model import ModelConfig
+from fastmrcnn.config.section import Positive, Section, Side
+
+__all__ = [
+    "AugmentConfig",
+    "Config",
+    "DataConfig",
+    "EvaluateConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RuntimeConfig",
+    "SplitConfig",
+    "TrainConfig",
+]
+
+
+class SplitConfig(Section):
+    images: str | None = None
+    """Folder of images; `file_name` in the annotations is relative to it."""
+    annotations: str | None = None
+    """COCO-format JSON file."""
+    proposals: str | None = None
+    """File from `python -m fastmrcnn.propose`, for model.rpn.enabled=false."""
+
+
+class AugmentConfig(Section):
+    """Random changes of a training image. Each is a function of seed and global index alone."""
+
+    flip_horizontal: float = Field(0.5, ge=0, le=1)
+    """Probability. Keypoints swap left and right."""
+    flip_vertical: float = Field(0.0, ge=0, le=1)
+    """Probability. For images without an up, as under a microscope. Keypoints swap left and right here too;
+    both flips together are a half turn, which does not swap them."""
+    rotate90: float = Field(0.0, ge=0, le=1)
+    """Probability of a quarter turn."""
+    brightness: float = Field(0.0, ge=0, le=1)
+    """Factor drawn from 1 - x .. 1 + x."""
+    contrast: float = Field(0.0, ge=0, le=1)
+    """Factor about the image's mean, drawn from 1 - x .. 1 + x."""
+
+
+class DataConfig(Section):
+    shapes: bool = False
+    """Draw the embedded data set of shapes into the run's folder and use it."""
+    train: SplitConfig = SplitConfig()
+    val: SplitConfig = SplitConfig()
+    """Validation set; without it there is no evaluation."""
+    short_side: list[Positive] = Field([800], min_length=1)
+    """Training images are resized to one of these, drawn per image."""
+    short_side_test: int = Field(800, gt=0)
+    long_side_max: int = Field(1333, gt=0)
+    """No image is resized beyond this, whatever its short side."""
+    buckets: list[tuple[Positive, Positive]] | Literal["auto"] = "auto"
+    """Padded (height, width) shapes, multiples of 32. `auto`: chosen from the sizes of the images: for
+    landscape and for portrait one that holds all, and in large sets a smaller one for most."""
+    max_objects: int = Field(512, gt=0)
+    """Most objects an image may have; ground-truth slots come in powers of two up to this."""
+    min_box_side: float = Field(1.0, ge=0)
+    """Objects with a side below this, in annotation pixels after clipping to the image, are skipped."""
+    keypoint_flip_pairs: list[tuple[str, str]] | None = None
+    """Keypoints that swap in a mirror image, such as [[left_eye, right_eye]]; none: those whose names
+    differ in the word left or right."""
+    keypoint_offset: float = 0.5
+    """Added to x and y of annotated keypoints, and taken off again in results: COCO numbers pixels, whose
+    centres lie half a pixel further (detectron2). 0: as they are (torchvision)."""
+    min_keypoints: int = Field(0, ge=0)
+    """Training images with fewer labelled keypoints are left out, where keypoints are learnt."""
+    workers: int = Field(2, ge=0)
+    """Loader processes; 0 loads in the training process."""
+    augment: AugmentConfig = AugmentConfig()
+
+
+class OptimConfig(Section):
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float = Field(0.02, gt=0, allow_inf_nan=False)
+    """At `reference_batch` images a step; scaled linearly with the batch."""
+    reference_batch: int = Field(16, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(1e-4, ge=0)
+    weight_decay_norm: float | None = Field(None, ge=0)
+    """Of normalisation layers; none: the same as of everything else."""
+    schedule: Literal["multistep", "cosine"] = "multistep"
+    milestones: list[Positive] = Field([60_000, 80_000])
+    """Steps at which multistep multiplies the rate by gamma."""
+    gamma: float = Field(0.1, gt=0)
+    warmup_steps: int = Field(1000, ge=0)
+    warmup_factor: float = Field(0.001, ge=0, le=1)
+    clip_norm: float | None = Field(None, gt=0)
+    """Largest norm of the whole gradient; none: not clipped."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay of an exponential moving average of the weights, which is then what is evaluated."""
+
+
+class RuntimeConfig(Section):
+    """Where and how a model runs, in training and evaluation alike."""
+
+    device: str = "auto"
+    """auto: cuda if there is one, else cpu."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 on CUDA, fp32 on CPU. fp16 comes with a gradient scaler."""
+    threads: int | None = Field(None, gt=0)
+    """CPU threads; none: what torch chooses."""
+
+
+class TrainConfig(Section):
+    steps: int = Field(90_000, gt=0)
+    batch: int = Field(16, gt=0)
+    """Images a step."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    compile: Literal["auto", "on", "off", "max-autotune"] = "auto"
+    """Compile the step as one graph. auto: on CUDA, not on CPU. max-autotune: also try out matrix kernels."""
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Record the whole step, update included, as one CUDA graph for each bucket. auto: on CUDA."""
+    fuse_epilogues: bool = False
+    """Let cuDNN's convolutions add bias and residual and apply the ReLU (CUDA only). Not the default, since
+    it has not been measured yet."""
+    log_every: int = Field(20, gt=0)
+    """Steps between reads of the losses. The host does not wait for the device in between."""
+    checkpoint_every: int = Field(5000, gt=0)
+    keep_checkpoints: int = Field(3, gt=0)
+    """Older ones are removed."""
+    evaluate_every: int | None = Field(None, gt=0)
+    """Steps between evaluations; none: only after the last."""
+
+
+class EvaluateConfig(Section):
+    batch: int = Field(1, gt=0)
+    pictures: int = Field(8, ge=0)
+    """Validation images drawn with ground truth beside predictions."""
+    oks_sigmas: list[Side] | None = None
+    """How far each keypoint may be off, in units of the square root of its object's area; none: COCO's own
+    for 17 keypoints, else 0.05 for each."""
+
+
+class Config(Section):
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    output: str = "runs"
+    """Folder under which each run gets a new one."""
+
+
+# Keys of earlier versions. They are still read, from checkpoints for good.
+RENAMED = {
+    "train.device": "runtime.device",
+    "train.precision": "runtime.precision",
+    "train.threads": "runtime.threads",
+}

@@ -1,1 +1,0 @@
-"""Weights of other programs: their files, names and orders of classes."""

@@ -1,0 +1,87 @@
+"""The one place where the configuration's data section becomes sets and loaders."""
+
+from __future__ import annotations
+
+from fastmrcnn.config.checks import SplitName
+from fastmrcnn.config.schema import Config
+from fastmrcnn.data.coco import CocoDataset, check_same_classes, read_coco
+from fastmrcnn.data.keypoints import KeypointOptions, choose_sigmas
+from fastmrcnn.data.loader import EvalLoader, TrainLoader, largest_targets
+from fastmrcnn.data.polygons import largest_polygons
+from fastmrcnn.data.proposals import attach_proposals
+from fastmrcnn.data.transforms import Augment
+
+
+def keypoint_options(config: Config, least: int = 0) -> KeypointOptions | None:
+    """How to read keypoints; None if the model has no head for them."""
+    if not config.model.keypoint_head.enabled:
+        return None
+    return KeypointOptions(config.data.keypoint_flip_pairs, config.data.keypoint_offset, least)
+
+
+def read_split(config: Config, name: SplitName) -> CocoDataset:
+    """The set that data.train or data.val names, with its proposals if it has some."""
+    data, rpn, train = config.data, config.model.rpn, name == "train"
+    split = data.train if train else data.val
+    assert split.images is not None, "the caller checks"
+    assert split.annotations is not None, "the caller checks"
+    dataset = read_coco(
+        split.images,
+        split.annotations,
+        max_objects=data.max_objects,
+        min_box_side=data.min_box_side,
+        require_masks=config.model.mask_head.enabled,
+        keypoints=keypoint_options(config, data.min_keypoints if train else 0),
+        key=f"data.{name}",
+    )
+    if split.proposals is None:
+        return dataset
+    most = rpn.post_nms_top_n if train else rpn.post_nms_top_n_test
+    return attach_proposals(dataset, split.proposals, most)
+
+
+def read_sets(config: Config) -> tuple[CocoDataset, CocoDataset | None]:
+    """Training and validation set of a configuration that `check_trainable` let pass."""
+    train_set = read_split(config, "train")
+    if train_set.num_keypoints is not None:
+        choose_sigmas(train_set.num_keypoints, config.evaluate.oks_sigmas)  # not only after the training
+    if config.data.val.annotations is None:
+        return train_set, None
+    return train_set, check_same_classes(train_set, read_split(config, "val"))
+
+
+def evaluation_loader(dataset: CocoDataset, config: Config) -> EvalLoader:
+    """All images of a set, resized and padded as the configuration says for evaluation."""
+    data = config.data
+    return EvalLoader(
+        dataset,
+        batch=config.evaluate.batch,
+        short_side=data.short_side_test,
+        long_side_max=data.long_side_max,
+        buckets=data.buckets,
+        workers=data.workers,
+    )
+
+
+def train_loader(dataset: CocoDataset, config: Config, start: int, pin_memory: bool) -> TrainLoader:
+    # With the set's largest targets as lower limits, the batches of a bucket share one shape.
+    slots, mask_bytes = largest_targets(dataset, config.train.batch)
+    polygons = config.model.mask_head.reads_polygons
+    data = config.data
+    return TrainLoader(
+        dataset,
+        batch=config.train.batch,
+        short_sides=data.short_side,
+        long_side_max=data.long_side_max,
+        buckets=data.buckets,
+        augment=Augment(**data.augment.model_dump()),
+        seed=config.train.seed,
+        start_step=start,
+        steps=config.train.steps,
+        workers=data.workers,
+        max_objects=data.max_objects,
+        pin_memory=pin_memory,
+        min_slots=slots,
+        min_mask_bytes=mask_bytes,
+        polygons=largest_polygons(dataset, config.train.batch) if polygons else None,
+    )

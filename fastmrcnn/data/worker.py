@@ -1,0 +1,154 @@
+"""What a loader process does: decode, resize, augment, pad."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fastmrcnn.data.coco import CocoDataset
+from fastmrcnn.data.collate import Objects, Sample, affines, collate, make_sample, read_objects
+from fastmrcnn.data.images import read_image
+from fastmrcnn.data.order import BatchPlan
+from fastmrcnn.data.polygons import PolygonSizes
+from fastmrcnn.data.records import ImageProposals
+from fastmrcnn.data.transforms import Augment, Plan, Size, draws, plan_image, resize, resized_size
+from fastmrcnn.errors import UserError
+from fastmrcnn.structures import Batch
+
+CACHE_BYTES = 256 * 2**20  # sets whose resized images fit in here are decoded once per process
+
+
+class LoadedBatch(NamedTuple):
+    batch: Batch
+    image_ids: list[int]  # of the real images
+    real: int  # images that are not repetitions; all of them in training
+    original_sizes: list[Size]  # height and width of the real images as they are
+    to_original: Tensor  # (N, 2, 3) float32, input pixels -> pixels of the original
+
+
+class Failure(NamedTuple):
+    """A worker's UserError. Raised there, it would come out wrapped in a traceback."""
+
+    message: str
+
+
+class SampleStore:
+    """Resized images and rasterised objects of a set, kept if they are few."""
+
+    def __init__(
+        self, dataset: CocoDataset, short_sides: Sequence[int], long_side_max: int, polygons: bool = False
+    ) -> None:
+        self.records = dataset.records
+        self.polygons = polygons
+        self.schema, self.masks = dataset.keypoints, dataset.masks
+        self.proposals, self.proposal_slots = dataset.proposals, dataset.proposal_slots
+        sizes = [
+            resized_size(record.height, record.width, side, long_side_max)
+            for record in dataset.records
+            for side in short_sides
+        ]
+        self.keep_pixels = 3 * sum(h * w for h, w in sizes) <= CACHE_BYTES
+        boxes = (o.box for record in dataset.records for o in record.objects)
+        self.keep_objects = sum((b[2] - b[0]) * (b[3] - b[1]) for b in boxes) <= CACHE_BYTES
+        self._pixels: dict[tuple[int, Size], NDArray[np.uint8]] = {}
+        self._objects: dict[int, Objects] = {}
+
+    def resized(self, index: int, size: Size) -> NDArray[np.uint8]:
+        found = self._pixels.get((index, size))
+        if found is None:
+            found = resize(read_image(self.records[index]), size)
+            if self.keep_pixels:
+                self._pixels[index, size] = found
+        return found
+
+    def proposed(self, index: int) -> ImageProposals | None:
+        return None if self.proposals is None else self.proposals[self.records[index].image_id]
+
+    def objects(self, index: int) -> Objects:
+        found = self._objects.get(index)
+        if found is None:
+            found = read_objects(self.records[index], self.schema, self.polygons, self.masks)
+            if self.keep_objects:
+                self._objects[index] = found
+        return found
+
+
+class TrainSamples(Dataset[LoadedBatch | Failure]):
+    def __init__(
+        self,
+        dataset: CocoDataset,
+        short_sides: Sequence[int],
+        long_side_max: int,
+        augment: Augment,
+        seed: int,
+        min_slots: int,
+        min_mask_bytes: int,
+        min_polygons: PolygonSizes | None,
+    ) -> None:
+        self.store = SampleStore(dataset, short_sides, long_side_max, polygons=min_polygons is not None)
+        self.short_sides, self.long_side_max = list(short_sides), long_side_max
+        self.augment, self.seed = augment, seed
+        self.min_slots, self.min_mask_bytes = min_slots, min_mask_bytes
+        self.min_polygons = min_polygons
+
+    def __getitem__(self, plan: BatchPlan) -> LoadedBatch | Failure:
+        try:
+            samples = [self._sample(index, number) for index, number in plan.samples]
+        except UserError as error:
+            return Failure(str(error))
+        batch = collate(
+            samples,
+            plan.bucket,
+            min_slots=self.min_slots,
+            min_mask_bytes=self.min_mask_bytes,
+            proposal_slots=self.store.proposal_slots,
+            min_polygons=self.min_polygons,
+        )
+        return _loaded(batch, samples, [self.store.records[index].image_id for index, _ in plan.samples])
+
+    def _sample(self, index: int, number: int) -> Sample:
+        record = self.store.records[index]
+        plan = plan_image(
+            record.height,
+            record.width,
+            draws(self.seed, number)[0],
+            self.short_sides,
+            self.long_side_max,
+            self.augment,
+        )
+        resized, objects = self.store.resized(index, plan.resized), self.store.objects(index)
+        size, schema = (record.height, record.width), self.store.schema
+        return make_sample(resized, plan, size, objects, schema, self.store.proposed(index))
+
+
+class EvalSamples(Dataset[LoadedBatch | Failure]):
+    def __init__(self, dataset: CocoDataset, batch: int, short_side: int, long_side_max: int) -> None:
+        self.store = SampleStore(dataset, [short_side], long_side_max)
+        self.batch, self.short_side, self.long_side_max = batch, short_side, long_side_max
+
+    def __getitem__(self, plan: BatchPlan) -> LoadedBatch | Failure:
+        try:
+            samples = [self._sample(index) for index, _ in plan.samples]
+        except UserError as error:
+            return Failure(str(error))
+        ids = [self.store.records[index].image_id for index, _ in plan.samples]
+        filled = [*samples, *[samples[-1]] * (self.batch - len(samples))]
+        return _loaded(collate(filled, plan.bucket, proposal_slots=self.store.proposal_slots), samples, ids)
+
+    def _sample(self, index: int) -> Sample:
+        record = self.store.records[index]
+        plan = Plan(resized_size(record.height, record.width, self.short_side, self.long_side_max))
+        resized, size = self.store.resized(index, plan.resized), (record.height, record.width)
+        return make_sample(resized, plan, size, proposals=self.store.proposed(index))
+
+
+def _loaded(batch: Batch, samples: Sequence[Sample], image_ids: list[int]) -> LoadedBatch:
+    repeated = [*samples, *[samples[-1]] * (batch.pixels.shape[0] - len(samples))]
+    sizes = [sample.annotated for sample in samples]
+    return LoadedBatch(batch, image_ids, len(samples), sizes, torch.from_numpy(affines(repeated)))

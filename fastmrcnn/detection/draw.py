@@ -1,0 +1,223 @@
+"""Pictures for people: objects drawn into an image, ground truth beside predictions, loss curves."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+MIN_LONG_SIDE = 480  # smaller images are enlarged, or their labels would hide them
+FILL, OUTLINE = 0.45, 0.95  # opacity
+KEYPOINT_SCORE = 0.05  # keypoints below it are not drawn
+COLOURS = (
+    (255, 87, 51),
+    (38, 145, 255),
+    (46, 204, 87),
+    (255, 200, 31),
+    (186, 85, 255),
+    (0, 212, 212),
+    (255, 105, 180),
+    (154, 224, 40),
+    (255, 140, 0),
+    (112, 128, 255),
+    (0, 190, 140),
+    (232, 60, 110),
+    (210, 170, 110),
+    (120, 200, 255),
+    (200, 120, 160),
+    (170, 190, 60),
+)
+
+
+class Instances(NamedTuple):
+    """Objects to draw in an image of h x w pixels."""
+
+    boxes: Any  # (n, 4) xyxy
+    masks: Any  # (n, h, w) bool, or None
+    names: Sequence[str]
+    scores: Any = None  # (n,) in 0..1; none: no scores in the labels
+    classes: Sequence[int] | None = None  # objects of a class share its colour; none: each has its own
+    keypoints: Any = None  # (n, J, 3) x, y, and visibility or score
+    skeleton: Sequence[tuple[int, int]] = ()  # keypoints to join
+
+
+def draw_instances(
+    image: NDArray[np.uint8],
+    boxes: Any,
+    masks: Any,
+    names: Sequence[str],
+    scores: Any = None,
+    classes: Sequence[int] | None = None,
+    keypoints: Any = None,
+    skeleton: Sequence[tuple[int, int]] = (),
+) -> NDArray[np.uint8]:
+    """The image with translucent masks, their outlines, boxes, keypoints and labels.
+
+    Args:
+        image: (h, w, 3) uint8 RGB. An image with a long side under 480 is enlarged by a whole factor.
+        boxes, masks, names, scores, classes, keypoints, skeleton: as in `Instances`; arrays or tensors on
+            the host. A keypoint whose visibility or score is under 0.05 is not drawn.
+    Returns:
+        (factor * h, factor * w, 3) uint8 RGB; the input is left as it is.
+    Raises:
+        ValueError: for other shapes.
+    """
+    boxes = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
+    masks = None if masks is None else np.asarray(masks)
+    _check(image, boxes, masks, names)
+    height, width = image.shape[:2]
+    factor = math.ceil(MIN_LONG_SIDE / max(height, width))
+    size = (width * factor, height * factor)
+    canvas = np.array(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+    line = max(2, round(max(size) / 450))
+    colours = [COLOURS[k % len(COLOURS)] for k in (range(len(boxes)) if classes is None else classes)]
+
+    # Large objects first, so that what lies on them stays visible.
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    order = np.argsort(-area, kind="stable").tolist()
+    if masks is not None:
+        for index in order:
+            _blend_mask(canvas, masks[index], colours[index], factor, line)
+    drawn = Image.fromarray(canvas)
+    pen = ImageDraw.Draw(drawn)
+    for index in order:
+        x0, y0, x1, y1 = (boxes[index] * factor).tolist()
+        pen.rectangle(
+            (x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)),
+            outline=colours[index],
+            width=max(1, round(max(size) / 700)),
+        )
+    if keypoints is not None:
+        points = np.asarray(keypoints, dtype=np.float32)
+        if points.ndim != 3 or len(points) != len(boxes) or points.shape[2] != 3:
+            raise ValueError(f"keypoints must be ({len(boxes)}, J, 3), got {points.shape}")
+        points = points * (factor, factor, 1)
+        for index in order:
+            _draw_keypoints(pen, points[index], skeleton, colours[index], line)
+    _draw_labels(pen, boxes * factor, _labels(names, scores), colours, size)
+    return np.array(drawn)
+
+
+def draw_comparison(image: NDArray[np.uint8], truth: Instances, found: Instances) -> NDArray[np.uint8]:
+    """Ground truth on the left, predictions on the right, a caption over each. Returns (h', w', 3) uint8."""
+    panels = [draw_instances(image, *truth), draw_instances(image, *found)]
+    height, width = panels[0].shape[:2]
+    font = _font(round(9 + max(height, width) / 90))
+    bar, gap = round(font.size * 1.8), max(4, round(width / 100))
+    sheet = Image.new("RGB", (2 * width + gap, bar + height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for place, (title, instances, panel) in enumerate(
+        zip(("ground truth", "predictions"), (truth, found), panels, strict=True)
+    ):
+        left = place * (width + gap)
+        caption = f"{title} ({len(instances.names)})"
+        pen.text((left + width / 2, bar / 2), caption, font=font, fill="black", anchor="mm")
+        sheet.paste(Image.fromarray(panel), (left, bar))
+    return np.array(sheet)
+
+
+def _check(image: NDArray[np.uint8], boxes: NDArray[np.float32], masks: Any, names: Sequence[str]) -> None:
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"image must be (h, w, 3) uint8, got {image.shape} {image.dtype}")
+    if masks is not None and masks.shape != (len(boxes), *image.shape[:2]):
+        raise ValueError(f"masks must be {(len(boxes), *image.shape[:2])}, got {masks.shape}")
+    if len(names) != len(boxes):
+        raise ValueError(f"{len(boxes)} boxes need as many names, got {len(names)}")
+
+
+def _blend_mask(
+    canvas: NDArray[np.uint8], mask: NDArray[np.bool_], colour: tuple[int, int, int], factor: int, line: int
+) -> None:
+    """Tint the mask's pixels and trace its outline, both with soft edges, within its own window."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return
+    margin = line + 2
+    y0, x0 = max(rows[0] - margin, 0), max(columns[0] - margin, 0)
+    y1, x1 = rows[-1] + 1 + margin, columns[-1] + 1 + margin
+    # Beyond the border of the image the mask goes on as it was, so that no outline runs along it.
+    part = np.pad(mask[y0:y1, x0:x1], margin, mode="edge").astype(np.uint8) * 255
+    size = (part.shape[1] * factor, part.shape[0] * factor)
+    enlarged = Image.fromarray(part).resize(size, Image.Resampling.BILINEAR)
+    soft = (
+        np.asarray(enlarged.filter(ImageFilter.GaussianBlur(max(0.8 * line, 0.5 * factor))), dtype=np.float32)
+        / 255
+    )
+    cut = margin * factor
+    soft = soft[cut:-cut, cut:-cut, None]
+    inside = np.clip((soft - 0.5) * 4 + 0.5, 0, 1)
+    outline = np.clip(1.6 - np.abs(soft - 0.5) * 5, 0, 1)
+    opacity = np.maximum(FILL * inside, OUTLINE * outline)
+    top, left = y0 * factor, x0 * factor
+    window = canvas[top : top + soft.shape[0], left : left + soft.shape[1]]
+    window[:] = np.round(window + opacity * (np.array(colour, dtype=np.float32) - window))
+
+
+def _draw_keypoints(
+    pen: ImageDraw.ImageDraw,
+    points: NDArray[np.float32],
+    skeleton: Sequence[tuple[int, int]],
+    colour: tuple[int, int, int],
+    line: int,
+) -> None:
+    """Dots of the keypoints that are known, and the lines between them."""
+    known = points[:, 2] >= KEYPOINT_SCORE
+    for a, b in skeleton:
+        if known[a] and known[b]:
+            pen.line((*points[a, :2].tolist(), *points[b, :2].tolist()), fill=colour, width=line)
+    radius = 1.5 * line
+    for x, y in points[known, :2].tolist():
+        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour, outline="white")
+
+
+def _labels(names: Sequence[str], scores: Any) -> list[str]:
+    if scores is None:
+        return list(names)
+    return [f"{name} {float(score):.2f}" for name, score in zip(names, scores, strict=True)]
+
+
+def _draw_labels(
+    pen: ImageDraw.ImageDraw,
+    boxes: NDArray[np.float32],
+    labels: Sequence[str],
+    colours: Sequence[tuple[int, int, int]],
+    size: tuple[int, int],
+) -> None:
+    """Each label at its box, above, below or within, where it hides least of other labels and the box."""
+    crowded = len(labels) > 25
+    font = _font(max(11, round((7 + max(size) / 120) * (0.8 if crowded else 1))))
+    pad = max(1, round(font.size / 6))
+    placed: list[tuple[float, float, float, float]] = []
+    texts = []
+    for (x0, y0, x1, y1), label in zip(boxes.tolist(), labels, strict=True):
+        left, _, right, _ = font.getbbox(label, anchor="ls")
+        w, h = right - left + 2 * pad, font.size + 2 * pad
+        spots = [(x0, y0 - h), (x0, y1), (x1 - w, y0 - h), (x1 - w, y1), (x0, y0), (x0, y1 - h)]
+        fitted = [(min(max(x, 0), size[0] - w), min(max(y, 0), size[1] - h)) for x, y in spots]
+        areas = [(x, y, x + w, y + h) for x, y in fitted]
+        taken = [*placed, (x0, y0, x1, y1)]
+        best = min(areas, key=lambda area: sum(_overlap(area, other) for other in taken))
+        placed.append(best)
+        texts.append((best[0] + pad - left, best[1] + pad + font.size * 0.82))
+    # The first are the best: they end up on top.
+    for area, text, label, colour in reversed(list(zip(placed, texts, labels, colours, strict=True))):
+        pen.rectangle(area, fill=colour)
+        bright = 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2] > 120
+        pen.text(text, label, font=font, fill="black" if bright else "white", anchor="ls")
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+@functools.cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with Matplotlib and knows more scripts than Pillow's own font."""
+    import matplotlib
+
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)

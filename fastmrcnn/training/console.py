@@ -1,0 +1,81 @@
+"""What a run says on the screen."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from pathlib import Path
+from typing import Any
+
+from fastmrcnn.config.schema import Config
+from fastmrcnn.data.coco import CocoDataset
+from fastmrcnn.errors import UserError
+from fastmrcnn.weights.checkpoint import find_checkpoint
+
+
+def mask_slot_advice(config: Config, most_foreground: int, dropped: int) -> str | None:
+    """A line if the mask head had too few slots, or far more than the run has ever filled.
+
+    Args:
+        most_foreground: RoIs of a batch.
+        dropped: RoIs of all batches that found no slot.
+    """
+    head, roi, batch = config.model.mask_head, config.model.roi, config.train.batch
+    if not head.enabled or most_foreground == 0:
+        return None
+    key = "model.mask_head.slots_per_image"
+    enough = math.ceil(most_foreground / batch)
+    if dropped:
+        return (
+            f"{dropped} foreground RoIs found no slot in the mask head and gave it nothing to learn; "
+            f"{key}={enough} would have held them all."
+        )
+    slots = head.slots_per_image or int(roi.batch_per_image * roi.foreground_share)
+    spare = math.ceil(1.25 * enough)
+    if slots < 2 * spare:
+        return None
+    return (
+        f"The mask head ran {slots * batch} slots a step, of which at most {most_foreground} were filled; "
+        f"{key}={spare} would be faster and leave a quarter to spare."
+    )
+
+
+def describe(row: dict[str, Any]) -> str:
+    """A row of metrics on one line of the progress bar."""
+    parts = [f"loss {row['total_loss']:.3f}"]
+    parts += [f"{name.removeprefix('loss_')} {row[name]:.3f}" for name in row if name.startswith("loss_")]
+    parts += [f"lr {row['lr']:.2g}", f"{row['images_per_second']:.1f} img/s"]
+    return ", ".join(parts)
+
+
+def how_to_go_on(folder: Path) -> str:
+    """After an interruption, on one line."""
+    try:
+        checkpoint = find_checkpoint(folder)
+    except UserError:
+        gone = "" if folder.exists() else f", and {folder} has been removed"
+        return f"nothing was saved yet{gone} (train.checkpoint_every: steps between checkpoints)"
+    return f"go on from {checkpoint.name} with: python -m fastmrcnn.train --resume {shlex.quote(str(folder))}"
+
+
+def print_next(folder: Path, checkpoint: Path | None, config: Config, val_set: CocoDataset | None) -> None:
+    checkpoint = checkpoint or find_checkpoint(folder)
+    print(f"\nEverything is in {folder}")
+    parts = config.model
+    if not parts.box_head.enabled:
+        print("Write its proposals to a file, to train heads on them with model.rpn.enabled=false:")
+        print(
+            f"  python -m fastmrcnn.propose --checkpoint {shlex.quote(str(checkpoint))} "
+            "--images DIR --annotations FILE --output proposals.npz"
+        )
+    elif val_set is not None and parts.rpn.enabled:
+        image = val_set.records[0].path
+        print("Look at its pictures, or run the model on an image:")
+        words = [str(image), "--checkpoint", str(checkpoint), "--output", f"{folder}/predictions"]
+        print(f"  python -m fastmrcnn.predict {shlex.join(words)}")
+    if config.data.shapes:
+        print("Train on your own data, any COCO-format annotation file:")
+        print(
+            "  python -m fastmrcnn.train --config configs/small.yaml "
+            "data.train.images=DIR data.train.annotations=FILE data.val.images=DIR data.val.annotations=FILE"
+        )

@@ -1,0 +1,124 @@
+"""The training record. The only place where the host reads device scalars, once every log_every steps."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmrcnn.files import write_text
+from fastmrcnn.structures import Losses
+
+
+class Metrics:
+    """Gathers losses on the device and writes metrics.json (JSON lines, detectron2's keys) and TensorBoard.
+
+    Args:
+        folder: of the run.
+        start_step: lines at or beyond this step, from a run that was cut off, are dropped.
+    """
+
+    def __init__(self, folder: Path, start_step: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = folder / "metrics.json"
+        self._drop_from(start_step)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
+        self._names: list[str] = []
+        self._sums: Tensor | None = None
+        self._most: Tensor | None = None
+        self.most_foreground = 0  # RoIs of a batch so far
+        self.masks_dropped = 0  # of all batches so far
+        self._count = 0
+        self._images = 0
+        self._data_time = 0.0
+        self._since = time.perf_counter()
+
+    def _drop_from(self, step: int) -> None:
+        if not self.path.exists():
+            return
+        kept = [
+            line for line in self.path.read_text(encoding="utf-8").splitlines() if _iteration(line) < step
+        ]
+        write_text(self.path, "".join(line + "\n" for line in kept))
+
+    def add(self, losses: Losses, images: int, data_time: float) -> None:
+        """Take the losses of a step, without waiting for them."""
+        present = losses.present()
+        values = torch.stack([value.detach().float() for value in present.values()])
+        # Steps after a bad one are not trained on; their losses are not to drown the message.
+        self._sums = values if self._sums is None else self._sums + values
+        self._most = values if self._most is None else torch.maximum(self._most, values)
+        self._names = list(present)
+        self._count += 1
+        self._images += images
+        self._data_time += data_time
+
+    def read(
+        self, step: int, first_bad_step: Tensor, lr: float, steps_left: int
+    ) -> tuple[dict[str, Any], int]:
+        """Means since the last read, and the number of the first bad step or -1. Waits for the device."""
+        assert self._sums is not None, "read() before add()"
+        assert self._most is not None
+        # The one host read of the loop: every loss and the flag in a single transfer.
+        *values, bad = torch.cat([self._sums, self._most, first_bad_step.float().reshape(1)]).tolist()
+        count = len(self._names)
+        sums, most = values[:count], dict(zip(self._names, values[count:], strict=True))
+        seconds = time.perf_counter() - self._since
+        means = {name: value / self._count for name, value in zip(self._names, sums, strict=True)}
+        per_step = seconds / self._count
+        row: dict[str, Any] = {
+            "iteration": step,
+            "total_loss": sum(mean for name, mean in means.items() if name.startswith("loss_")),
+            **means,
+            "lr": lr,
+            "time": per_step,
+            "data_time": self._data_time / self._count,
+            "images_per_second": self._images / seconds,
+            "eta_seconds": per_step * steps_left,
+        }
+        if "num_fg" in most:
+            row["num_fg_max"] = most["num_fg"]
+        if torch.cuda.is_available() and first_bad_step.is_cuda:
+            row["max_mem_mb"] = torch.cuda.max_memory_allocated() / 2**20
+        if bad < 0:
+            self.most_foreground = max(self.most_foreground, int(most.get("num_fg", 0)))
+            self.masks_dropped += round(means.get("masks_dropped", 0) * self._count)
+        self._sums, self._most = None, None
+        self._count, self._images, self._data_time = 0, 0, 0.0
+        self._since = time.perf_counter()
+        if bad < 0:
+            self.write(row)
+        return row, int(bad)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a line; `iteration` must be in it. What is not finite becomes null."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+        for name, value in clean.items():
+            if name != "iteration" and value is not None:
+                self._board.add_scalar(name, value, row["iteration"])
+        self._board.flush()
+
+    def exclude(self, seconds: float) -> None:
+        """Leave out of the next row what was not training: an evaluation, a checkpoint."""
+        self._since += seconds
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def _iteration(line: str) -> float:
+    """Of a line of metrics.json; infinite for one that a killed run left unfinished."""
+    try:
+        return float(json.loads(line)["iteration"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -1,0 +1,138 @@
+"""One step of training, from a batch to new weights, without the host waiting for the device.
+
+What changes from step to step (the rate, the step's number, the sampling keys, the loss scale, whether the
+run has gone wrong) lives in tensors on the device. So every step is the same sequence of kernels, and that
+sequence can be recorded once as a CUDA graph and replayed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastmrcnn.config.schema import OptimConfig
+from fastmrcnn.device import Precision
+from fastmrcnn.model.convs import fuse_epilogues
+from fastmrcnn.model.mask_rcnn import MaskRCNN
+from fastmrcnn.model.sampling import SamplingKeys
+from fastmrcnn.structures import Batch, Losses, tree_map
+from fastmrcnn.training.cuda_graph import GraphedStep, Shapes, shapes_of
+from fastmrcnn.training.execution import Execution
+from fastmrcnn.training.optim import Ema, GatedStep, build_optimizer
+
+Forward = Callable[[Batch, SamplingKeys], Losses]
+
+
+class TrainingStep:
+    """
+    Args:
+        model: in training mode, on its device.
+        optim: rate and schedule stay with the caller, who gives the rate of each step.
+        precision: of the forward pass.
+        execution: eager, compiled, replayed.
+        seed: with the step's number, of the sampling keys.
+    """
+
+    def __init__(
+        self,
+        model: MaskRCNN,
+        optim: OptimConfig,
+        precision: Precision,
+        execution: Execution,
+        *,
+        seed: int = 0,
+    ) -> None:
+        self.model = model
+        self.seed = seed
+        fuse_epilogues(model, execution.fuse_epilogues)
+        self.device = next(model.parameters()).device
+        self.optimizer = build_optimizer(model, optim, capturable=execution.cuda_graphs)
+        self.update = GatedStep(
+            model, self.optimizer, clip_norm=optim.clip_norm, loss_scale=precision.loss_scale
+        )
+        self.ema = Ema(model, optim.ema) if optim.ema is not None else None
+        self.generator = torch.Generator(self.device)
+        self.number = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.forward = compiled(forward_of(model, self.device, precision), execution)
+        self.run: Forward = self._run
+        if execution.cuda_graphs:
+            self.run = GraphedStep(self._run, self.update.closed)
+        self.warm: set[Shapes] = set()
+
+    def __call__(self, batch: Batch, step: int, lr: float) -> Losses:
+        """Make step number `step` at the rate `lr`; returns the losses before the update, on the device."""
+        self.number.fill_(step)
+        for group in self.optimizer.param_groups:
+            group["lr"].fill_(lr)
+        return self.run(batch, self.draw_keys(batch, step))
+
+    def draw_keys(self, batch: Batch, step: int) -> SamplingKeys:
+        self.generator.manual_seed((self.seed << 32) + step)
+        return self.model.draw_keys(batch, self.generator)
+
+    def warm_up(self, batch: Batch, buckets: Sequence[tuple[int, int]]) -> None:
+        """Compile and record the step for every bucket. Weights and all other state stay as they are.
+
+        Args:
+            batch: any batch; the others are like it but for the size of the pixels.
+        """
+        for height, width in buckets:
+            pixels = batch.pixels.new_zeros((len(batch.pixels), 3, height, width))
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+            limit = torch.tensor([height, width], device=self.device)
+            example = batch._replace(pixels=pixels, sizes=torch.minimum(batch.sizes, limit))
+            with self.update.closed():
+                self(example, 0, 0.0)
+            self.warm.add(shapes_of(example))
+
+    def is_new(self, batch: Batch) -> bool:
+        """Whether the step has not been warmed up for a batch of these shapes, and would compile now."""
+        return shapes_of(batch) not in self.warm
+
+    def _run(self, batch: Batch, keys: SamplingKeys) -> Losses:
+        self.update.before_forward()
+        losses = self.forward(batch, keys)
+        self.update.backward(losses.total(), self.number)
+        if self.ema is not None:
+            self.ema.update(self.number, self.update.first_bad_step)
+        return tree_map(Tensor.detach, losses)
+
+
+def forward_of(model: MaskRCNN, device: torch.device, precision: Precision) -> Forward:
+    """Pixels to losses, under autocast."""
+
+    def forward(batch: Batch, keys: SamplingKeys) -> Losses:
+        with torch.autocast(device.type, dtype=precision.dtype, enabled=precision.autocast):
+            losses = model(batch, keys)
+        assert isinstance(losses, Losses)
+        return losses
+
+    return forward
+
+
+def compiled(forward: Forward, execution: Execution) -> Forward:
+    """`forward` as one graph for each shape, if `execution` says so."""
+    if not execution.compiled:
+        return forward
+    keep_compile_cache()
+    # Every bucket is a compilation of its own; the default of 8 is for functions that recompile by mistake.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    # The whole step is recorded as a CUDA graph, optimizer included, so Inductor is not to make its own.
+    mode = "max-autotune-no-cudagraphs" if execution.max_autotune else None
+    return torch.compile(forward, fullgraph=True, dynamic=False, mode=mode)
+
+
+def keep_compile_cache() -> None:
+    """Let Inductor's cache outlive the machine's temporary files, unless the user has put it elsewhere."""
+    # Imported here: it takes seconds, which a run that compiles nothing can do without.
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    key = "TORCHINDUCTOR_CACHE_DIR"
+    # Importing torch._dynamo writes torch's own default there, which is not the user's choice.
+    if os.environ.get(key) in (None, os.path.abspath(default_cache_dir())):
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        os.environ[key] = str(Path(home) / "fastmrcnn" / "inductor")
