@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from batches import random_batch, small_config, small_model
+from golden import FIXTURES
 
 from fastmrcnn.config import OptimConfig
 from fastmrcnn.model.mask_rcnn import MaskRCNN
@@ -17,7 +17,7 @@ from fastmrcnn.step import forward_of
 from fastmrcnn.structures import Losses
 
 CPU = torch.device("cpu")
-GOLDEN = Path(__file__).parent / "data" / "step_losses.json"
+GOLDEN = FIXTURES / "step_losses.json"
 
 
 def model_with(norm: str) -> MaskRCNN:

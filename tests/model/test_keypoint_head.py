@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import golden_models as peers
 import numpy as np
 import peer_keypoints
 import pytest
 import torch
 from batches import SMALL, random_batch
+from fill import fill
+from golden import arrays
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nosync import NoSync
@@ -26,7 +26,6 @@ from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.model.roi_sampler import PackedRois
 from fastmrcnn.structures import Batch, Detections, Losses, PackedMasks, SampledRois, Targets
 
-PEER = Path(__file__).parents[1] / "data" / "torchvision_keypoint_rcnn.npz"
 JOINTS = 5
 
 
@@ -246,11 +245,11 @@ def test_missing_keypoints_are_named() -> None:
 
 
 def test_heatmaps_are_read_as_both_peers_read_them() -> None:
-    data = peers.golden("region_ops.npz")
-    heatmaps, boxes = (torch.from_numpy(data[f"keypoints/{name}"]) for name in ("heatmaps", "boxes"))
+    data = arrays("region_ops.npz", "keypoints/")
+    heatmaps, boxes = (torch.from_numpy(data[name]) for name in ("heatmaps", "boxes"))
     found = decode_heatmaps(heatmaps, boxes).numpy()
-    np.testing.assert_allclose(found[..., :2], data["keypoints/tv_xyv"][..., :2], atol=1e-4)
-    np.testing.assert_allclose(found, data["keypoints/d2_xyslogit"], rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(found[..., :2], data["tv_xyv"][..., :2], atol=1e-4)
+    np.testing.assert_allclose(found, data["d2_xyslogit"], rtol=1e-5, atol=1e-4)
 
 
 def test_a_peak_is_found_where_it_is() -> None:
@@ -301,7 +300,6 @@ LOSSES = {
 @pytest.fixture(scope="module")
 def torchvision() -> tuple[MaskRCNN, dict[str, np.ndarray], dict[str, str]]:
     """The model with torchvision's weights, torchvision's numbers, and its names of the parameters."""
-    fill = peers.load_fill()
     model = build_model(parse_config({"model": TORCHVISION}, "the test").model, 1, num_keypoints=17)
     names = {
         ours: theirs or "" for ours, theirs in torchvision_names(model.state_dict(), to_ours=False).items()
@@ -315,8 +313,7 @@ def torchvision() -> tuple[MaskRCNN, dict[str, np.ndarray], dict[str, str]]:
         else:
             filled = fill(names[ours], shape)
         value.copy_(torch.from_numpy(np.ascontiguousarray(filled)))
-    with np.load(PEER) as archive:
-        return model, {key: archive[key] for key in archive.files}, names
+    return model, arrays("torchvision_keypoint_rcnn.npz"), names
 
 
 def peer_batch() -> Batch:
