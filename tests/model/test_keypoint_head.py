@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -344,23 +345,35 @@ def test_number_of_parameters(torchvision: Any) -> None:
 
 
 def test_losses_and_gradients_of_torchvision(torchvision: Any) -> None:
+    """In float64, where no proposal is kept or dropped by rounding."""
     model, data, names = torchvision
-    model.train()
+    model = copy.deepcopy(model).double().train()
     batch = peer_batch()
+    batch = batch._replace(pixels=batch.pixels.double())
     losses: Losses = model(batch, model.draw_keys(batch, torch.Generator().manual_seed(0)))
     assert losses.num_fg is not None
     assert losses.num_fg.item() < 2 * model.sampler.foreground_slots  # so that none was left out
     assert losses.keypoints_dropped == 0
     for ours, theirs in LOSSES.items():
-        assert getattr(losses, ours).item() == pytest.approx(float(data[f"loss.{theirs}"]), rel=1e-4), ours
+        assert getattr(losses, ours).item() == pytest.approx(float(data[f"loss.{theirs}"]), rel=1e-6), ours
     losses.total().backward()
     wrong = []
     for name, parameter in model.named_parameters():
         expected = float(data[f"gradnorm.{names[name]}"])
-        if parameter.grad.norm().item() != pytest.approx(expected, rel=1e-3, abs=1e-7):
+        if parameter.grad.norm().item() != pytest.approx(expected, rel=1e-5, abs=1e-7):
             wrong.append((name, parameter.grad.norm().item(), expected))
     assert not wrong
-    model.zero_grad()
+
+
+def test_losses_of_torchvision_in_float32(torchvision: Any) -> None:
+    """The box head's with room for a few proposals kept otherwise: one or none was, which is 4e-4."""
+    model, data, _ = torchvision
+    batch = peer_batch()
+    with torch.no_grad():
+        losses = model.train()(batch, model.draw_keys(batch, torch.Generator().manual_seed(0)))
+    for ours, theirs in LOSSES.items():
+        room = 2e-3 if ours in ("loss_cls", "loss_box_reg") else 1e-4
+        assert getattr(losses, ours).item() == pytest.approx(float(data[f"loss.{theirs}"]), rel=room), ours
 
 
 def test_detections_of_torchvision(torchvision: Any) -> None:
