@@ -16,7 +16,7 @@ from torch import Tensor
 from workload import STRIDES, Workload, rois
 
 from fastmrcnn.kernels import match_boxes
-from fastmrcnn.kernels.matcher import cpu
+from fastmrcnn.kernels.matcher import cpu, naive
 
 FOREGROUND_IOU, BACKGROUND_IOU = 0.7, 0.3
 MANY = 2  # objects for each RoI of the workload
@@ -42,19 +42,9 @@ def exact(boxes: Tensor, gt_boxes: Tensor, gt_valid: Tensor) -> list[Tensor]:
     return list(cpu.match_boxes(boxes, gt_boxes, gt_valid, None, True, 0.0)[:4])
 
 
-def by_matrix(boxes: Tensor, gt_boxes: Tensor, gt_valid: Tensor) -> tuple[Tensor, ...]:
+def by_matrix(boxes: Tensor, gt_boxes: Tensor, gt_valid: Tensor) -> tuple[Tensor | None, ...]:
     """All overlaps at once; Inductor may keep them out of memory."""
-    a, b = boxes[:, :, None], gt_boxes[:, None]
-    low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
-    width, height = (high - low).clamp(min=0).unbind(-1)
-    inter = width * height
-    area, gt_area = ((t[..., 2] - t[..., 0]) * (t[..., 3] - t[..., 1]) for t in (a, b))
-    overlap = torch.where(inter > 0, inter / (area + gt_area - inter), 0.0)
-    overlap = torch.where(gt_valid[:, None], overlap, -1.0)
-    best, matched = overlap.max(-1)
-    highest = overlap.amax(1)
-    is_best = ((overlap == highest[:, None]) & (highest[:, None] > 0)).any(-1)
-    return best, matched, highest, is_best
+    return naive.match_boxes(boxes, gt_boxes, gt_valid)[:4]
 
 
 def torchvision_matcher(objects: int) -> Callable[..., list[Tensor]] | None:

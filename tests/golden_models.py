@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Sequence
-from pathlib import Path
-
 import numpy as np
-import pytest
 import torch
+from fill import fill, stream
 from torch import Tensor
 
 from fastmrcnn.model.mask_rcnn import MaskRCNN
@@ -17,32 +13,12 @@ from fastmrcnn.weights.detectors import prepared
 from fastmrcnn.weights.peers.programs import export_state, import_state
 from fastmrcnn.weights.states import copy_state
 
-GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
-
-
-def golden(name: str) -> dict[str, np.ndarray]:
-    path = GOLDEN / name
-    if not path.exists():
-        pytest.skip(f"the golden file {name} is not beside this checkout")
-    with np.load(path) as archive:
-        return {key: archive[key] for key in archive.files}
-
-
-def load_fill() -> Callable[[str, Sequence[int]], np.ndarray]:
-    spec = importlib.util.spec_from_file_location("golden_fill", GOLDEN / "fill.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.fill
-
 
 def peer_state(model: MaskRCNN, program: str) -> dict[str, Tensor]:
     """The state dict of the same model in the other program, each parameter filled by its name there."""
-    fill = load_fill()
     category_ids = list(range(1, model.sampler.num_classes + 1))
     return {
-        name: torch.from_numpy(fill(name, list(value.shape))) if value.is_floating_point() else value
+        name: torch.from_numpy(fill(name, value.shape)) if value.is_floating_point() else value
         for name, value in export_state(model.state_dict(), program, "the test", category_ids).items()
     }
 
@@ -57,7 +33,7 @@ def fill_from(model: MaskRCNN, program: str) -> None:
 
 def golden_images(scale: float) -> tuple[Tensor, Tensor]:
     """The two images of the golden files, padded: (2, 3, 256, 288) in 0..scale, and their sizes."""
-    r = np.random.RandomState(__import__("zlib").crc32(b"image") & 0xFFFFFFFF)
+    r = stream("image")
     images = [r.rand(3, 192, 288).astype(np.float32), r.rand(3, 240, 192).astype(np.float32)]
     pixels = torch.zeros(2, 3, 256, 288)
     for index, image in enumerate(images):

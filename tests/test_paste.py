@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from golden import arrays
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
@@ -18,9 +17,8 @@ from fastmrcnn.detection.paste import encode_images, paste_masks, paste_to_host
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, np.ndarray]:
-    """detectron2's and torchvision's bitmaps of 8 masks, bit-packed (from the project's golden numbers)."""
-    with np.load(Path(__file__).parent / "data" / "paste.npz") as archive:
-        return dict(archive)
+    """detectron2's and torchvision's bitmaps of 8 masks, bit-packed."""
+    return arrays("region_ops.npz", "paste/")
 
 
 def smooth_masks(count: int, side: int = 28, seed: int = 0) -> Tensor:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from batches import random_batch, small_config, small_model
+from golden import FIXTURES
 
 from fastmrcnn.config.schema import OptimConfig
 from fastmrcnn.device import choose_precision
@@ -17,7 +17,7 @@ from fastmrcnn.training.optim import GatedStep, build_optimizer
 from fastmrcnn.training.step import forward_of
 
 CPU = torch.device("cpu")
-GOLDEN = Path(__file__).parent / "data" / "step_losses.json"
+GOLDEN = FIXTURES / "step_losses.json"
 
 
 def model_with(norm: str) -> MaskRCNN:

@@ -32,9 +32,14 @@ class Conv2d(nn.Conv2d):
             weight = weight * scale[:, None, None, None]
             bias = shift if bias is None else torch.addcmul(shift, bias, scale)
             norm = None
+        stride = self.stride
+        if self.kernel_size == (1, 1) and self.in_channels < 16 and x.device.type == "cpu":
+            # With fewer channels than a vector holds, oneDNN's gradient of strided 1x1 weights writes beyond
+            # its buffer (uxlfoundation/oneDNN issue 6035).
+            x, stride = x[..., :: stride[0], :: stride[1]], (1, 1)
         if self.fused and relu and norm is None and bias is not None:
-            return conv_relu(x, weight, bias, residual, self.stride, self.padding)  # type: ignore[arg-type]
-        x = self._conv_forward(x, weight, bias)
+            return conv_relu(x, weight, bias, residual, stride, self.padding)  # type: ignore[arg-type]
+        x = F.conv2d(x, weight, bias, stride, self.padding, self.dilation, self.groups)
         if norm is not None:
             x = norm(x)
         if residual is not None:

@@ -5,12 +5,12 @@ CPU tensors run cpu.py, or Triton's kernel if TRITON_INTERPRET=1; the tests are 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from golden import arrays
 from hypothesis import given, settings
 from nosync import NoSync
 from pasted import BOXES, NOTHING, SIZE, corners, random_boxes, random_masks
@@ -43,11 +43,10 @@ def test_definition(side: int, device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_detectron2s_bitmaps(device: str) -> None:
-    with np.load(Path(__file__).parents[1] / "data" / "paste.npz") as golden:
-        height, width = int(golden["height"]), int(golden["width"])
-        masks, boxes = (torch.from_numpy(golden[name]).to(device) for name in ("prob", "boxes"))
-        want = golden["d2"]
-    found = paste_masks(masks, boxes, height, width, packed=True)
+    golden = arrays("region_ops.npz", "paste/")
+    masks, boxes = (torch.from_numpy(golden[name]).to(device) for name in ("prob", "boxes"))
+    want = golden["d2"]
+    found = paste_masks(masks, boxes, int(golden["height"]), int(golden["width"]), packed=True)
     assert want.any(axis=(1, 2)).all()
     np.testing.assert_array_equal(found.cpu().numpy(), want)
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import golden_models as peers
 import numpy as np
 import pytest
 import torch
+from golden import arrays
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
@@ -188,14 +188,14 @@ def test_a_crop_stands_for_the_whole_bitmap() -> None:
 
 
 def golden_case() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    data = peers.golden("region_ops.npz")
-    height, width = int(data["mask/height"]), int(data["mask/width"])
-    bitmaps = np.unpackbits(data["mask/bitmaps"], axis=-1)[..., :width]
+    data = arrays("region_ops.npz", "mask/")
+    height, width = int(data["height"]), int(data["width"])
+    bitmaps = np.unpackbits(data["bitmaps"], axis=-1)[..., :width]
     count = len(bitmaps)
     arguments = {
-        "boxes": torch.from_numpy(data["mask/proposals"]),
-        "image": torch.zeros(len(data["mask/match"]), dtype=torch.int64),
-        "matched": torch.from_numpy(data["mask/match"]),
+        "boxes": torch.from_numpy(data["proposals"]),
+        "image": torch.zeros(len(data["match"]), dtype=torch.int64),
+        "matched": torch.from_numpy(data["match"]),
         "buffer": torch.from_numpy(bitmaps.reshape(-1).copy()),
         "offset": (torch.arange(count) * height * width)[None],
         "window": torch.tensor([0, 0, width, height], dtype=torch.int32).expand(1, count, 4),
@@ -219,7 +219,7 @@ def test_torchvisions_targets(device: str) -> None:
     for name in ("boxes", "image", "matched"):
         arguments[name] = arguments[name][kept]
     found = mask_targets(**{key: moved(value, device) for key, value in arguments.items()}, aligned=False)
-    expected = data["mask/target_bitmap_roialign"][kept]
+    expected = data["target_bitmap_roialign"][kept]
     np.testing.assert_allclose(found.cpu().numpy(), expected, atol=2e-5)
     if device == "cpu" and not interpreting():
         np.testing.assert_array_equal(found.numpy(), expected)  # bit for bit
@@ -229,7 +229,7 @@ def test_torchvisions_targets(device: str) -> None:
 def test_the_two_peers_differ_and_so_do_ours() -> None:
     """detectron2 shifts by half a pixel and then asks for a half: another target, at the borders only."""
     data, arguments = golden_case()
-    soft = torch.from_numpy(data["mask/target_bitmap_roialign"])
+    soft = torch.from_numpy(data["target_bitmap_roialign"])
     hard = mask_targets(**arguments, aligned=True) >= 0.5
     share = ((soft >= 0.5) != hard).float().mean()
     assert 0 < share < 0.05

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import copy
 from typing import Any
 
-import golden_models as peers
 import numpy as np
 import peer_keypoints
 import pytest
 import torch
 from batches import SMALL, random_batch
+from fill import fill
+from golden import arrays
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nosync import NoSync
@@ -27,7 +28,6 @@ from fastmrcnn.model.rois import PackedRois
 from fastmrcnn.structures import Batch, Detections, PackedMasks, SampledRois, Targets
 from fastmrcnn.weights.peers.names import torchvision_names
 
-PEER = Path(__file__).parents[1] / "data" / "torchvision_keypoint_rcnn.npz"
 JOINTS = 5
 
 
@@ -252,11 +252,11 @@ def test_missing_keypoints_are_named() -> None:
 
 
 def test_heatmaps_are_read_as_both_peers_read_them() -> None:
-    data = peers.golden("region_ops.npz")
-    heatmaps, boxes = (torch.from_numpy(data[f"keypoints/{name}"]) for name in ("heatmaps", "boxes"))
+    data = arrays("region_ops.npz", "keypoints/")
+    heatmaps, boxes = (torch.from_numpy(data[name]) for name in ("heatmaps", "boxes"))
     found = decode_heatmaps(heatmaps, boxes).numpy()
-    np.testing.assert_allclose(found[..., :2], data["keypoints/tv_xyv"][..., :2], atol=1e-4)
-    np.testing.assert_allclose(found, data["keypoints/d2_xyslogit"], rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(found[..., :2], data["tv_xyv"][..., :2], atol=1e-4)
+    np.testing.assert_allclose(found, data["d2_xyslogit"], rtol=1e-5, atol=1e-4)
 
 
 def test_a_peak_is_found_where_it_is() -> None:
@@ -307,7 +307,6 @@ LOSSES = {
 @pytest.fixture(scope="module")
 def torchvision() -> tuple[MaskRCNN, dict[str, np.ndarray], dict[str, str]]:
     """The model with torchvision's weights, torchvision's numbers, and its names of the parameters."""
-    fill = peers.load_fill()
     model = build_model(parse_config({"model": TORCHVISION}, "the test").model, 1, num_keypoints=17)
     names = {
         ours: theirs or "" for ours, theirs in torchvision_names(model.state_dict(), to_ours=False).items()
@@ -321,8 +320,7 @@ def torchvision() -> tuple[MaskRCNN, dict[str, np.ndarray], dict[str, str]]:
         else:
             filled = fill(names[ours], shape)
         value.copy_(torch.from_numpy(np.ascontiguousarray(filled)))
-    with np.load(PEER) as archive:
-        return model, {key: archive[key] for key in archive.files}, names
+    return model, arrays("torchvision_keypoint_rcnn.npz"), names
 
 
 def peer_batch() -> Batch:
@@ -353,23 +351,35 @@ def test_number_of_parameters(torchvision: Any) -> None:
 
 
 def test_losses_and_gradients_of_torchvision(torchvision: Any) -> None:
+    """In float64, where no proposal is kept or dropped by rounding."""
     model, data, names = torchvision
-    model.train()
+    model = copy.deepcopy(model).double().train()
     batch = peer_batch()
+    batch = batch._replace(pixels=batch.pixels.double())
     losses, counts = model(batch, model.draw_keys(batch, torch.Generator().manual_seed(0)))
     assert counts.num_fg is not None
     assert counts.num_fg.item() < 2 * model.sampler.foreground_slots  # so that none was left out
     assert counts.keypoints_dropped == 0
     for ours, theirs in LOSSES.items():
-        assert getattr(losses, ours).item() == pytest.approx(float(data[f"loss.{theirs}"]), rel=1e-4), ours
+        assert getattr(losses, ours).item() == pytest.approx(float(data[f"loss.{theirs}"]), rel=1e-6), ours
     losses.total().backward()
     wrong = []
     for name, parameter in model.named_parameters():
         expected = float(data[f"gradnorm.{names[name]}"])
-        if parameter.grad.norm().item() != pytest.approx(expected, rel=1e-3, abs=1e-7):
+        if parameter.grad.norm().item() != pytest.approx(expected, rel=1e-5, abs=1e-7):
             wrong.append((name, parameter.grad.norm().item(), expected))
     assert not wrong
-    model.zero_grad()
+
+
+def test_losses_of_torchvision_in_float32(torchvision: Any) -> None:
+    """The box head's with room for a few proposals kept otherwise: one or none was, which is 4e-4."""
+    model, data, _ = torchvision
+    batch = peer_batch()
+    with torch.no_grad():
+        losses = model.train()(batch, model.draw_keys(batch, torch.Generator().manual_seed(0)))
+    for ours, theirs in LOSSES.items():
+        room = 2e-3 if ours in ("loss_cls", "loss_box_reg") else 1e-4
+        assert getattr(losses, ours).item() == pytest.approx(float(data[f"loss.{theirs}"]), rel=room), ours
 
 
 def test_detections_of_torchvision(torchvision: Any) -> None:

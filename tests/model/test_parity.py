@@ -10,6 +10,7 @@ import golden_models as peers
 import numpy as np
 import pytest
 import torch
+from golden import arrays
 from torch import Tensor
 
 from fastmrcnn import convert
@@ -51,7 +52,7 @@ DETECTRON2: dict[str, Any] = {
 
 
 def build(peer: str, norm: str = "frozen_bn") -> tuple[MaskRCNN, Batch, dict[str, np.ndarray]]:
-    data = peers.golden(f"{peer}_mask_rcnn_r50_fpn.npz")
+    data = arrays(f"{peer}_mask_rcnn_r50_fpn.npz")
     settings = TORCHVISION if peer == "torchvision" else DETECTRON2
     tree = {"model": {**settings, "backbone": {**settings["backbone"], "norm": norm}}}
     model = build_model(parse_config(tree, "the test").model, 7)
@@ -150,7 +151,7 @@ def test_a_file_of_torchvision_needs_no_words(tmp_path: Path) -> None:
     """Converted by command, with the recipe that is found from the weights."""
     model, batch, data = build("torchvision")
     state = peers.peer_state(model, "torchvision")
-    state["backbone.body.bn1.num_batches_tracked"] = torch.tensor(0)  # as the golden model has it
+    state["backbone.body.bn1.num_batches_tracked"] = torch.tensor(0)  # as torchvision's model has it
     torch.save(state, tmp_path / "theirs.pth")
     convert.main([str(tmp_path / "theirs.pth"), str(tmp_path / "ours.pt")])
     converted = load_trained(tmp_path / "ours.pt", "cpu").model
@@ -177,13 +178,14 @@ def test_features_proposals_and_detections(peer: str, run: Callable[[MaskRCNN], 
         found = run(model)(batch)
     for level in range(5):
         name = f"fpn.{level if level < 4 else 'pool'}" if peer == "torchvision" else f"features.p{level + 2}"
-        assert close(features[level][:, ::16], data[name]), name
+        assert close(features[level][:, ::64], data[name]), name
         height, width = features[level].shape[-2:]
         expected = data[f"rpn.objectness.{level}"]
         ours = objectness[level].reshape(2, height, width, 3).permute(0, 3, 1, 2)
         assert close(ours.reshape(expected.shape), expected)
         expected = data[f"rpn.deltas.{level}"]
-        ours = deltas[level].reshape(2, height, width, 12).permute(0, 3, 1, 2)
+        every = 2 if level == 0 else 1  # second row and column: the largest level was thinned out
+        ours = deltas[level].reshape(2, height, width, 12).permute(0, 3, 1, 2)[..., ::every, ::every]
         assert close(ours.reshape(expected.shape), expected)
     for image in range(2):
         expected = data[f"proposals.{image}"]

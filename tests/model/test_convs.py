@@ -1,0 +1,50 @@
+"""Convolutions with what follows them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fastmrcnn.model.convs import Conv2d
+
+ROOT = Path(__file__).parents[2]
+FEW_CHANNELS = """
+import torch
+from fastmrcnn.model.convs import Conv2d
+torch.manual_seed(0)
+for inputs in (2, 4, 8, 12):
+    conv = Conv2d(inputs, 8, 1, stride=2, bias=False)
+    x = torch.randn(3, inputs, 64, 64).to(memory_format=torch.channels_last)
+    conv(x).square().sum().backward()
+    exact = Conv2d(inputs, 8, 1, stride=2, bias=False).double()
+    exact.load_state_dict(conv.state_dict())
+    exact(x.double()).square().sum().backward()
+    torch.testing.assert_close(conv.weight.grad.double(), exact.weight.grad, rtol=1e-4, atol=1e-3)
+"""
+
+
+@pytest.mark.parametrize(("inputs", "kernel", "stride"), [(8, 1, 2), (8, 1, 1), (8, 3, 2), (16, 1, 2)])
+def test_is_a_convolution(inputs: int, kernel: int, stride: int) -> None:
+    conv = Conv2d(inputs, 5, kernel, stride, padding=kernel // 2)
+    plain = nn.Conv2d(inputs, 5, kernel, stride, padding=kernel // 2)
+    plain.load_state_dict(conv.state_dict())
+    x = torch.randn(2, inputs, 11, 8)
+    torch.testing.assert_close(conv(x), plain(x))
+
+
+def test_strided_convolutions_of_few_channels_stay_within_their_memory() -> None:
+    """In a process of its own, which glibc ends if something was written beyond its block."""
+    done = subprocess.run(
+        [sys.executable, "-c", FEW_CHANNELS],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_CHECK_": "3"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
