@@ -34,10 +34,10 @@ RANDOM_WEIGHTS = ["model.weights=null", "model.backbone.weights=null"]
 def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
     config = load_config(arguments.config or RECIPES / RECIPE, RANDOM_WEIGHTS + arguments.overrides)
-    device = choose_device(config.train.device)
+    device = choose_device(config.runtime.device)
     set_up_cuda(device)  # for all rows, torchvision's too: its images are of one size here
-    if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)
+    if config.runtime.threads is not None:
+        torch.set_num_threads(config.runtime.threads)
     check_synthetic(config)
     workload = make_workload(arguments, config, device)
     facts, what = environment(device), report.describe(workload)

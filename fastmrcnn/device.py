@@ -53,7 +53,7 @@ def busy_machine(device: torch.device) -> str | None:
     load = os.getloadavg()[0]
     if load < 1.5 * cores:
         return None
-    return f"This machine is busy (load {load:.0f}, {cores} cores); train.threads=1 is often faster then."
+    return f"This machine is busy (load {load:.0f}, {cores} cores); runtime.threads=1 is often faster then."
 
 
 def choose_precision(name: str, device: torch.device) -> Precision:

@@ -49,8 +49,8 @@ def main(argv: list[str]) -> None:
         model, config = load_recipe(arguments.config, arguments.device, arguments.overrides)
     dataset = read_validation_set(config, model, arguments.checkpoint or arguments.config)
     print(*dataset.summary(), sep="\n")
-    if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)
+    if config.runtime.threads is not None:
+        torch.set_num_threads(config.runtime.threads)
     folder = evaluation_folder(arguments.checkpoint, arguments.output, config.output)
     try:
         values = run_evaluation(model, dataset, config, output=folder)

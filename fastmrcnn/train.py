@@ -105,11 +105,11 @@ def train(
     state: dict[str, Any] | None = None,
 ) -> dict[str, float]:
     """Train to `config.train.steps`, from `state` if given; returns the metrics of the last evaluation."""
-    device = choose_device(config.train.device)
+    device = choose_device(config.runtime.device)
     set_up_cuda(device)
-    precision = choose_precision(config.train.precision, device)
-    if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)
+    precision = choose_precision(config.runtime.precision, device)
+    if config.runtime.threads is not None:
+        torch.set_num_threads(config.runtime.threads)
     card = ModelCard(config, train_set.class_names, train_set.category_ids, train_set.keypoints)
     torch.manual_seed(config.train.seed)
     model = new_model(card, device, imagenet=state is None, detector=state is None)

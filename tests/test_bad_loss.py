@@ -54,7 +54,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, bad_step: int, value: float) -> list
     [
         pytest.param(["optim.ema=0.9"], id="adamw-ema"),
         pytest.param(BN_SGD, id="sgd-bn"),
-        pytest.param([*BN_SGD, "train.precision=fp16", "optim.clip_norm=1.0"], id="fp16-bn"),
+        pytest.param([*BN_SGD, "runtime.precision=fp16", "optim.clip_norm=1.0"], id="fp16-bn"),
     ],
 )
 def test_a_run_stops_with_the_weights_before_the_bad_step(

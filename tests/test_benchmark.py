@@ -54,7 +54,7 @@ TREE: dict[str, Any] = {
         "box_head": {"hidden": 16, "detections": 10},
         "mask_head": {"convs": 1, "channels": 8, "target_sampling_ratio": 1},
     },
-    "train": {"device": "cpu"},
+    "runtime": {"device": "cpu"},
 }
 
 

@@ -272,3 +272,31 @@ def test_on_and_off_are_words(text: str, tmp_path: Path) -> None:
     assert config.model.mask_head.enabled is False
     (tmp_path / "d.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "d.yaml") == config
+
+
+def test_keys_of_earlier_versions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "old.yaml"
+    path.write_text("train: {threads: 3, precision: bf16, steps: 7}\n", encoding="utf-8")
+    config = load_config(path, ["runtime.threads=2", "train.device=cpu"])
+    assert (config.runtime.threads, config.runtime.precision, config.runtime.device) == (2, "bf16", "cpu")
+    assert config.train.steps == 7
+    notes = sorted(capsys.readouterr().err.splitlines())
+    assert notes == [f"note: train.{key} is now runtime.{key}" for key in ("device", "precision", "threads")]
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read_without_a_word(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    old = {"train": {"threads": 3, "device": "cpu"}}
+    assert load_config(base=old).runtime.threads == 3
+    assert parse_config(old, "a checkpoint").runtime.threads == 3
+    assert load_config(base=old, overrides=["runtime.threads=1"]).runtime.threads == 1
+    assert old == {"train": {"threads": 3, "device": "cpu"}}
+    assert capsys.readouterr().err == ""
+
+
+def test_an_old_key_beside_its_new_name(tmp_path: Path) -> None:
+    path = tmp_path / "both.yaml"
+    path.write_text("train: {threads: 3}\nruntime: {threads: 2}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"train\.threads is now runtime\.threads, and both are given"):
+        load_config(path)

@@ -239,7 +239,7 @@ def run_folder(tmp_path: Path) -> Path:
 
 def test_command(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in (1, 2):
-        evaluate.main(["--checkpoint", str(run_folder), "evaluate.pictures=1", "train.threads=1"])
+        evaluate.main(["--checkpoint", str(run_folder), "evaluate.pictures=1", "runtime.threads=1"])
         folder = run_folder / f"evaluation_{number:03d}"
         assert str(folder) in capsys.readouterr().out
         metrics = json.loads((folder / "metrics.json").read_text())

@@ -41,8 +41,8 @@ def _threads() -> Iterator[None]:
     [
         pytest.param([*AUGMENT, "optim.ema=0.9", "train.evaluate_every=2"], True, id="augmented-evaluated"),
         pytest.param([*AUGMENT, *SGD, "data.workers=2", "optim.clip_norm=1.0"], False, id="bn-2-workers"),
-        pytest.param([*SGD, *WIDE, "train.threads=2"], False, id="bn-2-threads"),
-        pytest.param(["train.precision=fp16", "optim.schedule=cosine", "optim.ema=0.9"], False, id="fp16"),
+        pytest.param([*SGD, *WIDE, "runtime.threads=2"], False, id="bn-2-threads"),
+        pytest.param(["runtime.precision=fp16", "optim.schedule=cosine", "optim.ema=0.9"], False, id="fp16"),
         pytest.param(["train.log_every=3"], False, id="saved-between-reads"),
     ],
 )

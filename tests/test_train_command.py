@@ -141,7 +141,7 @@ def test_mistakes_end_in_one_line_and_leave_nothing(
     assert "--config configs/small.yaml" in line(f"output={runs}", base=[data.train[0]])
     bare = line(f"output={runs}", base=["--config", str(data.recipe)])
     assert "data.train.images and data.train.annotations must be given" in bare
-    assert "device 'toaster' is not one" in line("train.device=toaster")
+    assert "device 'toaster' is not one" in line("runtime.device=toaster")
     assert "no such" in line("model.backbone.weights=" + str(tmp_path / "none.pth"))
     assert "data.buckets" in line("data.buckets=[[32, 32]]")
     assert "unrecognized arguments: --epochs" in line(base=["--epochs", "3"])

@@ -31,7 +31,8 @@ TREE: dict[str, Any] = {
         "mask_head": {"convs": 1, "channels": 8, "slots_per_image": 4},
     },
     "optim": {"name": "adamw", "lr": 0.002, "reference_batch": 2, "warmup_steps": 2},
-    "train": {"steps": 8, "batch": 2, "log_every": 2, "checkpoint_every": 4, "device": "cpu"},
+    "train": {"steps": 8, "batch": 2, "log_every": 2, "checkpoint_every": 4},
+    "runtime": {"device": "cpu"},
     "evaluate": {"batch": 2, "pictures": 1},
 }
 TIMES = ("time", "data_time", "images_per_second", "eta_seconds")

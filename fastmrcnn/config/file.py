@@ -6,6 +6,7 @@ import copy
 import difflib
 import functools
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from fastmrcnn.config.schema import Config
+from fastmrcnn.config.schema import RENAMED, Config
 from fastmrcnn.errors import UserError
 
 
@@ -22,33 +23,48 @@ def load_config(
 ) -> Config:
     """Defaults, then the YAML file or the `base` tree, then `key=value` overrides.
 
+    Keys of earlier versions are taken for the new ones; a line on stderr says so, but not of `base`, which
+    is a checkpoint's.
+
     Raises:
         UserError: with every mistake at once, each with its place and the nearest known key.
     """
-    tree: dict[str, Any] = copy.deepcopy(base) if base is not None else {}
+    problems: list[str] = []
+    old_keys: list[str] = []
     if path is not None:
         tree = _read_yaml(Path(path))
-    problems: list[str] = []
+        old_keys += rename_keys(tree, problems)
+    else:
+        tree = copy.deepcopy(base) if base is not None else {}
+        rename_keys(tree, problems)
     for item in overrides:
         key, equals, text = item.partition("=")
-        if not equals or not key.strip():
+        key = key.strip()
+        if not equals or not key:
             problems.append(f"'{item}' is not key=value")
             continue
+        if key in RENAMED:
+            old_keys.append(key)
+            key = RENAMED[key]
         try:
             value = yaml.load(text, Loader=_Loader)
         except (yaml.YAMLError, RecursionError):
             problems.append(f"{key}: '{text}' is not a YAML value (quote it?)")
             continue
-        if not _put(tree, key.strip().split("."), value):
+        if not _put(tree, key.split("."), value):
             problems.append(f"{key}: '{key.rsplit('.', 1)[0]}' is a value, not a section")
+    for key in dict.fromkeys(old_keys):
+        print(f"note: {key} is now {RENAMED[key]}", file=sys.stderr)
     sources = [str(path)] if path else []
     sources += ["the command line"] if overrides or not path else []
     return parse_config(tree, source=" and ".join(sources), problems=problems)
 
 
 def parse_config(tree: dict[str, Any], source: str, problems: Sequence[str] = ()) -> Config:
-    """Validate a nested dictionary. Raises UserError naming `source` and all mistakes."""
+    """Validate a nested dictionary, also of an earlier version; UserError names `source` and all mistakes."""
     found = list(problems)
+    tree = copy.deepcopy(tree)
+    rename_keys(tree, found)
     config = None
     try:
         config = Config.model_validate(tree)
@@ -58,6 +74,23 @@ def parse_config(tree: dict[str, Any], source: str, problems: Sequence[str] = ()
         unique = list(dict.fromkeys(found))
         raise UserError(f"configuration from {source}: " + "; ".join(unique))
     return config
+
+
+def rename_keys(tree: dict[str, Any], problems: list[str]) -> list[str]:
+    """Give the keys of earlier versions their new names, in place; returns those that were there."""
+    found = []
+    for old, new in RENAMED.items():
+        (section, key), (new_section, new_key) = old.split("."), new.split(".")
+        inner, other = tree.get(section), tree.get(new_section)
+        if not isinstance(inner, dict) or key not in inner:
+            continue
+        if isinstance(other, dict) and new_key in other:
+            problems.append(f"{old} is now {new}, and both are given; leave out {old}")
+        else:
+            _put(tree, [new_section, new_key], inner[key])
+        del inner[key]
+        found.append(old)
+    return found
 
 
 def dump_config(config: Config) -> str:

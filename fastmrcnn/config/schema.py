@@ -22,6 +22,7 @@ __all__ = [
     "EvaluateConfig",
     "ModelConfig",
     "OptimConfig",
+    "RuntimeConfig",
     "SplitConfig",
     "TrainConfig",
 ]
@@ -104,15 +105,22 @@ class OptimConfig(Section):
     """Decay of an exponential moving average of the weights, which is then what is evaluated."""
 
 
+class RuntimeConfig(Section):
+    """Where and how a model runs, in training and evaluation alike."""
+
+    device: str = "auto"
+    """auto: cuda if there is one, else cpu."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 on CUDA, fp32 on CPU. fp16 comes with a gradient scaler."""
+    threads: int | None = Field(None, gt=0)
+    """CPU threads; none: what torch chooses."""
+
+
 class TrainConfig(Section):
     steps: int = Field(90_000, gt=0)
     batch: int = Field(16, gt=0)
     """Images a step."""
     seed: int = Field(0, ge=0, lt=2**32)
-    device: str = "auto"
-    """auto: cuda if there is one, else cpu."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 on CUDA, fp32 on CPU. fp16 comes with a gradient scaler."""
     compile: Literal["auto", "on", "off", "max-autotune"] = "auto"
     """Compile the step as one graph. auto: on CUDA, not on CPU. max-autotune: also try out matrix kernels."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
@@ -120,8 +128,6 @@ class TrainConfig(Section):
     fuse_epilogues: bool = False
     """Let cuDNN's convolutions add bias and residual and apply the ReLU (CUDA only). Not the default, since
     it has not been measured yet."""
-    threads: int | None = Field(None, gt=0)
-    """CPU threads; none: what torch chooses."""
     log_every: int = Field(20, gt=0)
     """Steps between reads of the losses. The host does not wait for the device in between."""
     checkpoint_every: int = Field(5000, gt=0)
@@ -144,7 +150,16 @@ class Config(Section):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     output: str = "runs"
     """Folder under which each run gets a new one."""
+
+
+# Keys of earlier versions. They are still read, from checkpoints for good.
+RENAMED = {
+    "train.device": "runtime.device",
+    "train.precision": "runtime.precision",
+    "train.threads": "runtime.threads",
+}

@@ -1,0 +1,1 @@
+"""From an annotation file and its images to padded batches."""

@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 from fastmrcnn.data.buckets import bucket_or_new, choose_buckets, resolve_buckets
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.collate import MIN_MASK_BYTES, MIN_SLOTS, collate, make_sample
+from fastmrcnn.data.order import BatchPlan, TrainSampler
 from fastmrcnn.data.polygons import PolygonSizes
-from fastmrcnn.data.sampler import BatchPlan, TrainSampler
-from fastmrcnn.data.samples import EvalSamples, Failure, LoadedBatch, TrainSamples
 from fastmrcnn.data.transforms import Augment, Plan, Size, resize, resized_size, to_annotation
+from fastmrcnn.data.worker import EvalSamples, Failure, LoadedBatch, TrainSamples
 from fastmrcnn.errors import UserError
 from fastmrcnn.structures import Batch
 

@@ -96,7 +96,7 @@ def detect(model: nn.Module, pixels: NDArray[np.uint8], score: float) -> ImageDe
     config = card_of(model).config
     require_detector(model)
     batch, affine = prepare_image(pixels, config.data.short_side_test, config.data.long_side_max)
-    detections = run_model(model, batch, config.train.precision)
+    detections = run_model(model, batch, config.runtime.precision)
     return split_detections(detections, torch.from_numpy(affine)[None], [pixels.shape[:2]], score)[0]
 
 

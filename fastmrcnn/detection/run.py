@@ -14,7 +14,7 @@ from fastmrcnn.structures import Batch, Detections, to_device
 def run_model(
     model: nn.Module, batch: Batch, precision: str, device: torch.device | None = None
 ) -> Detections:
-    """Detections of a batch, under the autocast that `train.precision` means on the device.
+    """Detections of a batch, under the autocast that `runtime.precision` means on the device.
 
     Args:
         device: of the model; none: that of its first parameter.

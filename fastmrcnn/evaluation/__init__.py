@@ -1,0 +1,1 @@
+"""How good what was found is: COCO's numbers, and pictures."""

@@ -38,11 +38,11 @@ def collect_proposals(
 
     Args:
         model: in eval mode, with an RPN.
-        config: its sections data, evaluate and train.precision are used.
+        config: its sections data, evaluate and runtime.precision are used.
         device: of the model; none: that of its first parameter.
     """
     place = device or next(model.parameters()).device
-    how = choose_precision(config.train.precision, place)
+    how = choose_precision(config.runtime.precision, place)
     found: dict[int, ImageProposals] = {}
     with tqdm(total=len(dataset), unit="img", desc="propose", disable=not progress) as bar:
         for loaded in evaluation_loader(dataset, config):

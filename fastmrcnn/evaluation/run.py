@@ -43,7 +43,7 @@ def run_evaluation(
 
     Args:
         model: in eval mode, its classes those of `dataset`.
-        config: its sections data, evaluate, model and train.precision are used.
+        config: its sections data, evaluate, model and runtime.precision are used.
         output: folder for coco_instances_results.json, and pictures/ with ground truth beside
             predictions; made if it is not there. What an earlier evaluation wrote is replaced.
         pictures: how many to draw; none: `evaluate.pictures`.
@@ -74,7 +74,7 @@ def run_evaluation(
         total=len(dataset), unit="img", desc="evaluate", dynamic_ncols=True, disable=not progress
     ) as bar:
         for loaded in loader:
-            detections = run_model(model, loaded.batch, config.train.precision, device)
+            detections = run_model(model, loaded.batch, config.runtime.precision, device)
             cut += int(detections.cut[: loaded.real].sum())
             found = split_detections(detections, loaded.to_original, loaded.original_sizes)
             ids = loaded.image_ids

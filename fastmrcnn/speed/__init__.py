@@ -1,1 +1,1 @@
-"""Measuring the whole step: what `python -m fastmrcnn.benchmark` is made of."""
+"""How long a step, inference and loading take, and where the time goes."""

@@ -52,7 +52,7 @@ def measure_inference(
             report(f"inference, batch {images}, {way}")
             row: dict[str, Any] = {"batch": images, "way": way}
             try:
-                row |= _measure(model, batch, config.train.precision, way, workload.steps)
+                row |= _measure(model, batch, config.runtime.precision, way, workload.steps)
             except Exception as error:  # that one way breaks is a result too
                 row["failure"] = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
             found.append(row)

@@ -1,0 +1,1 @@
+"""One step, the state around it, and what a run needs before and after."""

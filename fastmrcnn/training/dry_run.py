@@ -29,9 +29,9 @@ def dry_run(config: Config, train_set: CocoDataset) -> None:
     On a CPU the figures are extrapolated by the number of pixels and images, and say so. On a GPU the
     steps are of the real size, and the figures are those of the second one.
     """
-    device = choose_device(config.train.device)
+    device = choose_device(config.runtime.device)
     set_up_cuda(device)
-    precision = choose_precision(config.train.precision, device)
+    precision = choose_precision(config.runtime.precision, device)
     on_cpu = device.type == "cpu"
     half = 2 if on_cpu else 1
     batch = 1 if on_cpu else config.train.batch

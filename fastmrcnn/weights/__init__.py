@@ -1,0 +1,1 @@
+"""What a trained model is on disk: checkpoints, other programs' files, and the model made of them."""

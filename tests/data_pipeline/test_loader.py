@@ -15,12 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmrcnn.data import samples
+from fastmrcnn.data import worker
 from fastmrcnn.data.coco import CocoDataset, read_coco
 from fastmrcnn.data.collate import Objects, power_of_two, read_objects
 from fastmrcnn.data.loader import EvalLoader, LoadedBatch, TrainLoader, largest_targets, prepare_image
+from fastmrcnn.data.order import TrainSampler
 from fastmrcnn.data.records import ImageRecord, ObjectRecord
-from fastmrcnn.data.sampler import TrainSampler
 from fastmrcnn.data.shapes import write_shapes
 from fastmrcnn.data.transforms import Augment
 from fastmrcnn.errors import UserError
@@ -318,7 +318,7 @@ def test_a_killed_worker_is_explained(tmp_path: Path, monkeypatch: pytest.Monkey
         assert os.getpid() != parent
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(samples, "read_image", out_of_memory)
+    monkeypatch.setattr(worker, "read_image", out_of_memory)
     with pytest.raises(UserError, match=r"a loader process died .* lower data\.workers"):
         list(loader(mixed(tmp_path, [(30, 30)]), workers=1))
 
@@ -364,17 +364,17 @@ def test_one_image() -> None:
 
 def test_decoded_images_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: Counter[int] = Counter()
-    real = samples.read_image
+    real = worker.read_image
 
     def counted(record: ImageRecord) -> Any:
         calls[record.image_id] += 1
         return real(record)
 
-    monkeypatch.setattr(samples, "read_image", counted)
+    monkeypatch.setattr(worker, "read_image", counted)
     dataset = mixed(tmp_path, [(30, 30), (30, 30)])
     kept = list(loader(dataset, steps=4, augment=EVERYTHING))
     assert calls == {100: 1, 101: 1}
-    monkeypatch.setattr(samples, "CACHE_BYTES", 100)
+    monkeypatch.setattr(worker, "CACHE_BYTES", 100)
     calls.clear()
     for one, other in zip(kept, loader(dataset, steps=4, augment=EVERYTHING), strict=True):
         assert_equal(one, other)

@@ -14,9 +14,9 @@ from torch.utils.data import Dataset
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.collate import Objects, Sample, affines, collate, make_sample, read_objects
 from fastmrcnn.data.images import read_image
+from fastmrcnn.data.order import BatchPlan
 from fastmrcnn.data.polygons import PolygonSizes
 from fastmrcnn.data.records import ImageProposals
-from fastmrcnn.data.sampler import BatchPlan
 from fastmrcnn.data.transforms import Augment, Plan, Size, draws, plan_image, resize, resized_size
 from fastmrcnn.errors import UserError
 from fastmrcnn.structures import Batch
