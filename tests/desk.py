@@ -63,7 +63,8 @@ def furnish(folder: Path) -> None:
     (folder / "configs").symlink_to(ROOT / "configs")
     (folder / "YOUR_PACKAGE").mkdir()
     (folder / "YOUR_PACKAGE" / "__init__.py").touch()
-    with contextlib.chdir(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
         train.main(["--config", "RECIPE", *DATA, "data.val.images=DIR", "data.val.annotations=FILE"])
         convert.main(["runs/run_001", PUBLISHED, "--to", "detectron2"])
 

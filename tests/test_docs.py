@@ -15,6 +15,7 @@ from desk import HAS_TORCHVISION, Performer, check_options, check_pytest, furnis
 from pages import PAGES, ROOT, Block, anchors, blocks, commands, links, read, sentences, spans
 
 from fastmrcnn.config.file import known_keys
+from fastmrcnn.config.schema import RENAMED
 from fastmrcnn.kernels import unpatch
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
@@ -131,6 +132,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_no_sentence_is_in_two_pages() -> None:
     said = [(page, sentences(page)) for page in PAGES]
+    assert all(found for _, found in said)
     for (one, first), (other, second) in itertools.combinations(said, 2):
         assert not first & second, f"{one.relative_to(ROOT)} and {other.relative_to(ROOT)}"
 
@@ -147,7 +149,7 @@ def test_programs_in_the_text_have_the_options_that_are_named(pytestconfig: pyte
 
 
 def test_settings_in_the_text_are_known() -> None:
-    keys = set(known_keys())
+    keys = {*known_keys(), *RENAMED}
     keys |= {key.rsplit(".", count)[0] for key in keys for count in range(1, key.count(".") + 1)}
     sections = sorted({key.split(".")[0] for key in keys if "." in key})
     setting = re.compile(rf"(?<![\w./])(?:{'|'.join(sections)})(?:\.[a-z]\w*)+(?![\w./])")
@@ -175,4 +177,4 @@ def test_paths_in_the_text_are_there(desk: Path) -> None:
 def test_readme_is_short_and_leads_to_every_page() -> None:
     readme = ROOT / "README.md"
     assert len(read(readme).encode()) < 8_000
-    assert {f"docs/{page.name}" for page in PAGES if page.parent.name == "docs"} <= set(links(readme))
+    assert {f"docs/{page.name}" for page in PAGES if page.parent == ROOT / "docs"} <= set(links(readme))
