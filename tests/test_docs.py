@@ -11,7 +11,7 @@ import types
 from pathlib import Path
 
 import pytest
-from desk import HAS_TORCHVISION, Performer, check_options, check_pytest, furnish, take_tiny_for_published
+from desk import HAS_TORCHVISION, Performer, check_options, check_pytest, furnish
 from pages import PAGES, ROOT, Block, anchors, blocks, commands, links, read, sentences, spans
 
 from fastmrcnn.config.file import known_keys
@@ -37,7 +37,6 @@ def desk(furnished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     """A desk of one's own, where we are."""
     folder = shutil.copytree(furnished, tmp_path / "desk", symlinks=True)
     monkeypatch.chdir(folder)
-    take_tiny_for_published(monkeypatch)
     return folder
 
 
