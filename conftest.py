@@ -1,4 +1,5 @@
-"""The whole suite runs on all cores; anything less runs in one process."""
+"""The whole suite runs on all cores, anything less in one process; what needs torchvision is skipped without
+it."""
 
 from __future__ import annotations
 
@@ -24,3 +25,12 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
         config.option.numprocesses = os.cpu_count() or 1
         config.option.dist = "worksteal"
+
+
+@pytest.hookimpl(tryfirst=True)  # before the fixtures are set up
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("torchvision") is not None:
+        from with_torchvision import torchvision
+
+        if torchvision is None:
+            pytest.skip("torchvision is not here")

@@ -310,10 +310,10 @@ def test_the_compiled_row_is_one_graph(workload: Workload, monkeypatch: pytest.M
     assert (found[1]["graphs"], found[1]["graph_breaks"]) == (1, 0)
 
 
+@pytest.mark.torchvision
 @pytest.mark.slow
 def test_torchvision_starts_from_the_same_losses(config: Config) -> None:
     """Its losses of boxes and proposals are near ours at the same weights; the samples are its own."""
-    pytest.importorskip("torchvision")
     recipe = load_recipe(None, [])
     workload = Workload(recipe, CPU, (96, 128), images=1, steps=1, objects=3)
     theirs = TorchvisionRunner(Row("torchvision", "torchvision"), workload)

@@ -6,19 +6,19 @@ import json
 from pathlib import Path
 
 import pytest
+from real_data import real_data
 from tiny import newest_run
 
 from fastmrcnn import convert, train
 
 ROOT = Path(__file__).parent.parent
-NUCLEI = ROOT.parent / "shared" / "data" / "nuclei"
 RECIPE = str(ROOT / "configs" / "nuclei.yaml")
 SHORT = ["data.short_side=[128]", "data.short_side_test=128", "data.long_side_max=128", "optim.ema=null"]
 
 
-def by_size(folder: Path) -> Path:
+def by_size(nuclei: Path, folder: Path) -> Path:
     """The training nuclei as two classes, the smaller half and the larger."""
-    tree = json.loads((NUCLEI / "train.json").read_text(encoding="utf-8"))
+    tree = json.loads((nuclei / "train.json").read_text(encoding="utf-8"))
     middle = sorted(entry["area"] for entry in tree["annotations"])[len(tree["annotations"]) // 2]
     tree["categories"] = [{"id": 1, "name": "small"}, {"id": 2, "name": "large"}]
     for entry in tree["annotations"]:
@@ -28,12 +28,12 @@ def by_size(folder: Path) -> Path:
     return path
 
 
-def sets(annotations: Path) -> list[str]:
+def sets(nuclei: Path, annotations: Path) -> list[str]:
     return [
-        f"data.train.images={NUCLEI / 'images'}",
+        f"data.train.images={nuclei / 'images'}",
         f"data.train.annotations={annotations}",
-        f"data.val.images={NUCLEI / 'images'}",
-        f"data.val.annotations={NUCLEI / 'val.json'}",
+        f"data.val.images={nuclei / 'images'}",
+        f"data.val.annotations={nuclei / 'val.json'}",
     ]
 
 
@@ -42,9 +42,9 @@ def test_nuclei_from_a_converted_detector_of_other_classes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Weights that went through torchvision's format give a lead that random weights do not have."""
-    if not NUCLEI.exists():
-        pytest.skip("the nuclei data set is not beside this checkout")
-    first = [*sets(by_size(tmp_path))[:2], *SHORT, "train.steps=120", f"output={tmp_path / 'by_size'}"]
+    nuclei = real_data("nuclei")
+    two_classes = sets(nuclei, by_size(nuclei, tmp_path))[:2]
+    first = [*two_classes, *SHORT, "train.steps=120", f"output={tmp_path / 'by_size'}"]
     train.main(["--config", RECIPE, *first])
     theirs, ours = str(tmp_path / "theirs.pth"), str(tmp_path / "ours.pt")
     convert.main([str(newest_run(tmp_path / "by_size")), theirs, "--to", "torchvision"])
@@ -56,7 +56,7 @@ def test_nuclei_from_a_converted_detector_of_other_classes(
         capsys.readouterr()
         changes = [*SHORT, "train.steps=25", "optim.warmup_steps=5", "evaluate.pictures=0", *weights]
         output = f"output={tmp_path / name}"
-        train.main(["--config", RECIPE, *sets(NUCLEI / "train.json"), *changes, output])
+        train.main(["--config", RECIPE, *sets(nuclei, nuclei / "train.json"), *changes, output])
         printed = capsys.readouterr().out
         assert ("Left out, since the file has 2 classes and this model 1" in printed) == bool(weights)
         lines = (newest_run(tmp_path / name) / "metrics.json").read_text(encoding="utf-8").splitlines()

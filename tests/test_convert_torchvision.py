@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from with_torchvision import detection
 
 from fastmrcnn import convert
 from fastmrcnn.structures import Batch, Detections
@@ -15,11 +16,7 @@ from fastmrcnn.weights.peers.programs import import_state
 from fastmrcnn.weights.trained import load_trained
 from fastmrcnn.weights.zoo import architecture_of
 
-# The CPU build of torch cannot load torchvision's operators, and says so as a RuntimeError or worse.
-torchvision = pytest.importorskip("torchvision", exc_type=(ImportError, RuntimeError))
-detection = pytest.importorskip("torchvision.models.detection", exc_type=(ImportError, RuntimeError))
-
-pytestmark = pytest.mark.slow  # a model of full size each
+pytestmark = [pytest.mark.torchvision, pytest.mark.slow]  # a model of full size each
 
 RECIPES = Path(__file__).parent.parent / "configs" / "zoo"
 SIZES = {"min_size": 128, "max_size": 192}

@@ -11,7 +11,7 @@ import types
 from pathlib import Path
 
 import pytest
-from desk import HAS_TORCHVISION, Performer, check_options, check_pytest, furnish
+from desk import Performer, check_options, check_pytest, furnish
 from pages import PAGES, ROOT, Block, anchors, blocks, commands, links, read, sentences, spans
 
 from fastmrcnn.config.file import known_keys
@@ -53,19 +53,13 @@ def test_commands_run(
         performer.perform(words)
 
 
-def needs_torchvision(block: Block) -> bool:
-    return "torchvision" in block.text
-
-
 @pytest.mark.parametrize(
     "block",
     [
         pytest.param(
             block,
             id=str(block),
-            marks=pytest.mark.skipif(
-                needs_torchvision(block) and not HAS_TORCHVISION, reason="torchvision is not here"
-            ),
+            marks=pytest.mark.torchvision if "torchvision" in block.text else (),
         )
         for block in PYTHON
     ],
@@ -165,7 +159,7 @@ def test_settings_in_the_text_are_known() -> None:
 
 def test_paths_in_the_text_are_there(desk: Path) -> None:
     recipes = {path.name for path in (ROOT / "configs").rglob("*.yaml")}
-    places = [ROOT, ROOT / "fastmrcnn", desk, desk / "runs" / "run_001"]
+    places = [ROOT, ROOT / "fastmrcnn", ROOT / "kernels", desk, desk / "runs" / "run_001"]
     path = re.compile(r"[\w./-]*/|[\w.-]+/[\w./-]+\.(?:py|md|yaml|json|pt)|[\w-]+_\w+\.yaml")
     for page in PAGES:
         for span in spans(page):

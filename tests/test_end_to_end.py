@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from real_data import real_data
 from tiny import TinyData, record
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastmrcnn
 
 ROOT = Path(fastmrcnn.__file__).parents[1]
-NUCLEI = ROOT.parent / "shared" / "data" / "nuclei"
 
 
 def command(module: str, *arguments: str, folder: Path) -> tuple[str, float]:
@@ -52,12 +52,11 @@ def train_demo(folder: Path, *changes: str) -> tuple[Path, str]:
 
 
 def train_nuclei(folder: Path, *changes: str) -> dict[str, Any]:
-    if not NUCLEI.exists():
-        pytest.skip("the nuclei data set is not beside this checkout")
+    nuclei = real_data("nuclei")
     sets = [
         f"data.{split}.{kind}={place}"
         for split in ("train", "val")
-        for kind, place in (("images", NUCLEI / "images"), ("annotations", NUCLEI / f"{split}.json"))
+        for kind, place in (("images", nuclei / "images"), ("annotations", nuclei / f"{split}.json"))
     ]
     recipe = str(ROOT / "configs" / "nuclei.yaml")
     _, seconds = command("train", "--config", recipe, *sets, *changes, folder=folder)

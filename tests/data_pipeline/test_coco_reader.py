@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
+from real_data import real_data
 
 from fastmrcnn.data.coco import check_same_classes, read_coco
 from fastmrcnn.data.masks import bitmap, segmentation_problem
 from fastmrcnn.errors import UserError
 
-NUCLEI = Path(__file__).parents[3] / "shared" / "data" / "nuclei"
 SQUARE = [[4, 4, 12, 4, 12, 12, 4, 12]]
 
 
@@ -325,11 +325,11 @@ def test_compressed_rle_is_read_as_pycocotools_writes_it(h: int, w: int, share: 
     assert crop.size == 0 or (crop.any(axis=0)[[0, -1]].all() and crop.any(axis=1)[[0, -1]].all())
 
 
-@pytest.mark.skipif(not NUCLEI.is_dir(), reason="the nuclei set is not beside the checkout")
 def test_nuclei() -> None:
-    dataset = read_coco(NUCLEI / "images", NUCLEI / "train.json")
+    nuclei = real_data("nuclei")
+    dataset = read_coco(nuclei / "images", nuclei / "train.json")
     assert dataset.summary() == ["train.json: 35 images, 349 objects, 1 class"]
-    coco = COCO(NUCLEI / "train.json")
+    coco = COCO(nuclei / "train.json")
     count = 0
     for record in dataset.records:
         for item in record.objects:

@@ -128,11 +128,8 @@ assert copy.roi_align is not original.roi_align
     run(code, copied, ROOT)
 
 
+@pytest.mark.torchvision
 def test_a_copy_and_the_original_patch_torchvision_in_any_order(copied: Path) -> None:
-    try:
-        import torchvision  # noqa: F401
-    except (ImportError, RuntimeError):
-        pytest.skip("torchvision is not here")
     code = """
 import fastmrcnn.kernels as original
 import their_detector.layers.fast_ops as copy

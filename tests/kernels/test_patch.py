@@ -17,17 +17,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
+from with_torchvision import ops, torchvision
 
 from fastmrcnn.kernels import check, patch, unpatch
 from fastmrcnn.kernels.common.library import interpreting
 
-try:
-    import torchvision
-    from torchvision import ops
-except (ImportError, RuntimeError):  # RuntimeError: built for another torch
-    torchvision = None
-
-needs_torchvision = pytest.mark.skipif(torchvision is None, reason="torchvision is not here")
 OPERATORS = ("roi_align", "_roi_align_backward", "nms")
 OURS = "fastmrcnn_kernels::"
 ROIS = torch.tensor([[0.0, 1.0, 2.0, 40.0, 30.0], [1.0, 0.0, 0.0, 15.0, 50.0], [1.0, -9.0, 20.0, 70.0, 90.0]])
@@ -120,14 +114,14 @@ def test_missing_torchvision_is_one_clear_error(
     unpatch("torchvision")  # nothing to do, and no error
 
 
-@needs_torchvision
+@pytest.mark.torchvision
 def test_torchvision_without_operators_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchvision.extension._has_ops", lambda: False)
     with pytest.raises(ImportError, match=r"operators of torchvision .* do not load beside torch"):
         patch("torchvision")
 
 
-@needs_torchvision
+@pytest.mark.torchvision
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(("ratio", "aligned"), [(2, False), (-1, True)])
@@ -150,7 +144,7 @@ def test_roi_align_and_its_gradient(
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 1e-12)
 
 
-@needs_torchvision
+@pytest.mark.torchvision
 def test_lists_of_boxes_modules_and_inference_mode() -> None:
     maps, boxes = features(), [ROIS[:1, 1:], ROIS[1:, 1:]]
     module = ops.RoIAlign(3, 0.25, 2)
@@ -164,7 +158,7 @@ def test_lists_of_boxes_modules_and_inference_mode() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@needs_torchvision
+@pytest.mark.torchvision
 def test_backward_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph that torchvision built before the patch calls the overridden backward operator."""
     module = sys.modules[patch.__module__]
@@ -180,7 +174,7 @@ def test_backward_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-@needs_torchvision
+@pytest.mark.torchvision
 def test_gradients_outlive_the_patch_and_can_be_differentiated() -> None:
     maps = features(torch.float64)
     with patch("torchvision", devices="cpu"):
@@ -198,7 +192,7 @@ def test_gradients_outlive_the_patch_and_can_be_differentiated() -> None:
     torch.testing.assert_close((second * step).sum(), difference, rtol=1e-6, atol=0)
 
 
-@needs_torchvision
+@pytest.mark.torchvision
 @pytest.mark.parametrize("boxes_dtype", [torch.float32, torch.bfloat16])  # detectron2 rounds the boxes
 def test_autocast_keeps_the_dtype_of_the_features(boxes_dtype: torch.dtype) -> None:
     maps, rois = features(torch.bfloat16), ROIS.to(boxes_dtype)
@@ -222,7 +216,7 @@ def test_autocast_keeps_the_dtype_of_the_features(boxes_dtype: torch.dtype) -> N
     assert torch.equal(actual[2], expected[2])
 
 
-@needs_torchvision
+@pytest.mark.torchvision
 def test_nms() -> None:
     boxes, scores = random_boxes(60)
     classes = torch.arange(60) % 3
@@ -234,7 +228,7 @@ def test_nms() -> None:
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(actual, expected, strict=True))
 
 
-@needs_torchvision
+@pytest.mark.torchvision
 def test_cuda_keys_on_fake_tensors_and_no_slow_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under deterministic algorithms, every name that torchvision has bound roi_align to runs the kernel."""
     module = sys.modules["torchvision.ops.roi_align"]
@@ -266,7 +260,7 @@ def test_cuda_keys_on_fake_tensors_and_no_slow_path(monkeypatch: pytest.MonkeyPa
     assert module._roi_align is original
 
 
-@needs_torchvision
+@pytest.mark.torchvision
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiles_to_one_graph(dtype: torch.dtype) -> None:
     maps = features(dtype, channels_last=True)
@@ -283,7 +277,7 @@ def test_compiles_to_one_graph(dtype: torch.dtype) -> None:
     torch.testing.assert_close(actual, expected)
 
 
-@needs_torchvision
+@pytest.mark.torchvision
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_torchscript_comes_along() -> None:
     maps = features()
@@ -295,7 +289,7 @@ def test_torchscript_comes_along() -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-@needs_torchvision
+@pytest.mark.torchvision
 def test_everything_is_put_back() -> None:
     tables, slow = dispatch_tables(), sys.modules["torchvision.ops.roi_align"]._roi_align
     for _ in range(2):
@@ -314,7 +308,7 @@ def test_everything_is_put_back() -> None:
     assert sys.modules["torchvision.ops.roi_align"]._roi_align is slow
 
 
-@needs_torchvision
+@pytest.mark.torchvision
 def test_patching_twice_and_nesting() -> None:
     patch("torchvision", devices="cpu")
     patch("torchvision", devices="cpu")
@@ -343,7 +337,7 @@ def test_patching_twice_and_nesting() -> None:
     assert not runs_ours()
 
 
-@needs_torchvision
+@pytest.mark.torchvision
 @pytest.mark.skipif(interpreting(), reason="takes minutes when interpreted")
 def test_a_detector_of_torchvision_trains_and_predicts_alike() -> None:
     def build() -> torch.nn.Module:
@@ -385,7 +379,7 @@ def test_a_detector_of_torchvision_trains_and_predicts_alike() -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
 
 
-@needs_torchvision
+@pytest.mark.torchvision
 def test_check_reports_every_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = check.Shape(1, 4, 8, 12, 3, 20)
     rows = check.check("cpu", shape, timed=False)
@@ -403,7 +397,7 @@ def test_check_reports_every_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check.table(wrong, timed=False).count("TOO FAR") == 2
 
 
-@needs_torchvision
+@pytest.mark.torchvision
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
 def test_check_says_that_speed_was_not_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
@@ -417,7 +411,7 @@ def test_check_says_that_speed_was_not_measured(
     assert not overrides("CUDA")
 
 
-@needs_torchvision
+@pytest.mark.torchvision
 @pytest.mark.gpu
 def test_check_on_a_gpu() -> None:
     rows = check.check("cuda", check.Shape(2, 64, 50, 84, 64, 500), timed=True)

@@ -376,7 +376,7 @@ def test_losses_of_torchvision_in_float32(torchvision: Any) -> None:
     model, data, _ = torchvision
     batch = peer_batch()
     with torch.no_grad():
-        losses = model.train()(batch, model.draw_keys(batch, torch.Generator().manual_seed(0)))
+        losses, _ = model.train()(batch, model.draw_keys(batch, torch.Generator().manual_seed(0)))
     for ours, theirs in LOSSES.items():
         room = 2e-3 if ours in ("loss_cls", "loss_box_reg") else 1e-4
         assert getattr(losses, ours).item() == pytest.approx(float(data[f"loss.{theirs}"]), rel=room), ours
