@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
+from tolerances import largest_error  # one table, for tests and benchmarks
 from torch import Tensor
 
 from fastmrcnn.speed.timing import call_times, summary, wait
-
-sys.path.append(str(Path(__file__).parents[1] / "tests" / "kernels"))
-from tolerances import largest_error  # one table, for tests and benchmarks
 
 PASSES = ("forward", "backward", "both")
 

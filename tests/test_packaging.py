@@ -18,8 +18,8 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).parent.parent
 INGREDIENTS = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "fastmrcnn", "kernels", "configs")
 
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fastmrcnn"
 COMMANDS = ("train", "evaluate", "predict", "propose", "convert", "benchmark")
 GROUND = ("errors", "structures", "device", "files")

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "kernels"
 ALLOWED = sys.stdlib_module_names | {"torch", "triton"}
 PATCHES_TORCHVISION = {"patch.py", "check.py"}  # torchvision is what they are for; imported when called

@@ -6,7 +6,9 @@ import ast
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-KERNELS = Path(__file__).parents[2] / "kernels"
+from places import ROOT
+
+KERNELS = ROOT / "kernels"
 BUILT_ON: dict[str, set[str]] = {
     "common": set(),
     "mask_predictor": {"mask_loss", "mask_targets"},

@@ -8,10 +8,10 @@ import inspect
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from fastmrcnn import kernels
 
-ROOT = Path(__file__).parents[2]
 OPERATORS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/op.py"))
 BENCHES = sorted(name for name in OPERATORS if (ROOT / "bench" / f"bench_{name}.py").exists())
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from places import ROOT
 
 pytest.importorskip("triton")
 from fastmrcnn.kernels.common.launch import Launch
@@ -31,8 +32,6 @@ from fastmrcnn.kernels.report import (
     specs_of,
     table,
 )
-
-ROOT = Path(__file__).parents[2]
 
 SASS = """
  Resource usage:

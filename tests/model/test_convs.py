@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 from torch import nn
 
 from fastmrcnn.model.convs import Conv2d
 
-ROOT = Path(__file__).parents[2]
 FEW_CHANNELS = """
 import torch
 from fastmrcnn.model.convs import Conv2d

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[1]
+from places import ROOT
+
 PAGES = sorted(
     page
     for folder, pattern in (("", "*.md"), ("docs", "**/*.md"), ("kernels", "**/*.md"), ("bench", "**/*.md"))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from places import CONFIGS
 from torch import Tensor
 from with_torchvision import detection
 
@@ -18,7 +19,7 @@ from fastmrcnn.weights.zoo import architecture_of
 
 pytestmark = [pytest.mark.torchvision, pytest.mark.slow]  # a model of full size each
 
-RECIPES = Path(__file__).parent.parent / "configs" / "zoo"
+RECIPES = CONFIGS / "zoo"
 SIZES = {"min_size": 128, "max_size": 192}
 SHAPE = (128, 160)
 # Only these numbers differ from the published models.

@@ -13,36 +13,19 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from places import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import CrashError, TinyData, assert_same_state, break_at, newest_run, record
+from tiny import CrashError, TinyData, assert_same_state, break_at, newest_run, record, refusal
 
 from fastmrcnn import train
 from fastmrcnn.config.file import load_config, parse_config
-from fastmrcnn.errors import run_main
 from fastmrcnn.evaluation.run import RESULTS
 from fastmrcnn.weights.checkpoint import read_checkpoint
-
-ROOT = Path(train.__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
     return TinyData(tmp_path_factory.mktemp("command"))
-
-
-def refusal(
-    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, code: int = 2
-) -> str:
-    """The one line on which the program ends, as from the shell."""
-    monkeypatch.setattr(sys, "argv", ["train", *arguments])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        run_main(train.main)
-    assert ended.value.code == code
-    text = capsys.readouterr().err.strip()
-    line = text.split("\n")[-1]
-    assert "Traceback" not in text
-    return line
 
 
 def test_a_whole_run(data: TinyData, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

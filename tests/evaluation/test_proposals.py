@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_train_command import refusal
-from tiny import TinyData, record
+from tiny import TinyData, record, refusal
 
 from fastmrcnn import evaluate, propose
 from fastmrcnn.data.coco import read_coco

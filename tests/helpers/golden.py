@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
+from places import FIXTURES
 from torch import Tensor
 
-FIXTURES = Path(__file__).parent / "fixtures"
 OPERATORS = "region_ops.npz"
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from places import CONFIGS
 
 from fastmrcnn.config.file import load_config
 from fastmrcnn.model.build import build_model
@@ -16,7 +17,6 @@ from fastmrcnn.weights.peers.classes import COCO
 from fastmrcnn.weights.peers.programs import export_state, import_state
 from fastmrcnn.weights.zoo import Architecture, architecture_of, other_settings, published_recipe
 
-CONFIGS = Path(__file__).parent.parent / "configs"
 ZOO = sorted((CONFIGS / "zoo").glob("*.yaml"))
 
 

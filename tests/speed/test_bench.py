@@ -11,28 +11,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import bench_mask_loss
+import bench_mask_paste
+import bench_mask_predictor
+import bench_nms
+import bench_roi_align
+import harness
 import pytest
+import record
+import table
 import torch
+import workload
+from harness import Contest, Inputs, NotCloseError, Traffic, measure
+from places import ROOT
 from torch import Tensor
 
-BENCH = Path(__file__).parents[1] / "bench"
-sys.path.insert(0, str(BENCH))
-import bench_mask_loss  # noqa: E402
-import bench_mask_paste  # noqa: E402
-import bench_mask_predictor  # noqa: E402
-import bench_nms  # noqa: E402
-import bench_roi_align  # noqa: E402
-import harness  # noqa: E402
-import record  # noqa: E402
-import table  # noqa: E402
-import workload  # noqa: E402
-from harness import Contest, Inputs, NotCloseError, Traffic, measure  # noqa: E402
+from fastmrcnn.speed.environment import environment
+from fastmrcnn.speed.markdown import origin
+from fastmrcnn.speed.markdown import table as markdown_table
+from fastmrcnn.speed.timing import copy_bandwidth
 
-from fastmrcnn.speed.environment import environment  # noqa: E402
-from fastmrcnn.speed.markdown import origin  # noqa: E402
-from fastmrcnn.speed.markdown import table as markdown_table  # noqa: E402
-from fastmrcnn.speed.timing import copy_bandwidth  # noqa: E402
-
+BENCH = ROOT / "bench"
 CPU = torch.device("cpu")
 SECONDS = 0.001
 FIRST_ROI = [931.3832, 577.1635, 1290.2048, 593.5695]

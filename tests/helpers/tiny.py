@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import yaml
 
 from fastmrcnn import train
 from fastmrcnn.data.shapes import write_shapes
+from fastmrcnn.errors import run_main
 
 TREE: dict[str, Any] = {
     "data": {"short_side": [64], "short_side_test": 64, "long_side_max": 64, "workers": 0},
@@ -112,3 +114,18 @@ def assert_same_state(a: dict[str, Any], b: dict[str, Any]) -> None:
     """All of two checkpoints that is learnt."""
     for part in ("model", "optimizer", "scaler", "ema"):
         assert_same(a[part], b[part], part)
+
+
+def refusal(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, code: int = 2
+) -> str:
+    """The one line on which the program ends, as from the shell."""
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        run_main(train.main)
+    assert ended.value.code == code
+    text = capsys.readouterr().err.strip()
+    line = text.split("\n")[-1]
+    assert "Traceback" not in text
+    return line

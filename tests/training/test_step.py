@@ -52,7 +52,7 @@ def steps(count: int, norm: str) -> list[dict[str, float]]:
 def test_losses_from_a_seed_are_pinned(norm: str) -> None:
     """A change that means to change them writes them anew, and says so in its message:
 
-    python -c "import sys; sys.path.insert(0, 'tests'); import test_step; test_step.write_golden()"
+    PYTHONPATH=tests/helpers:tests/training python -c "import test_step; test_step.write_golden()"
     """
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
     for found, expected in zip(steps(3, norm), golden[norm], strict=True):

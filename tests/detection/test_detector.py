@@ -11,6 +11,7 @@ import pytest
 import torch
 from batches import small_config, small_model
 from PIL import Image
+from places import ROOT
 
 import fastmrcnn
 from fastmrcnn.config.schema import Config
@@ -21,7 +22,6 @@ from fastmrcnn.weights.card import ModelCard
 from fastmrcnn.weights.checkpoint import save_checkpoint
 from fastmrcnn.weights.peers.programs import export_state
 
-ROOT = Path(__file__).parents[1]
 NAMES = ["ant", "bee", "cat"]
 SCORE = 0.06  # below what a model finds that has learnt nothing
 

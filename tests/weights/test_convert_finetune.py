@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from places import ROOT
 from real_data import real_data
 from tiny import newest_run
 
 from fastmrcnn import convert, train
 
-ROOT = Path(__file__).parent.parent
 RECIPE = str(ROOT / "configs" / "nuclei.yaml")
 SHORT = ["data.short_side=[128]", "data.short_side_test=128", "data.long_side_max=128", "optim.ema=null"]
 

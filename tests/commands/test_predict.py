@@ -12,6 +12,7 @@ import pytest
 import torch
 from batches import small_config
 from PIL import Image
+from places import ROOT
 from planted import CATEGORIES, SIZES, PlantedModel, write_set
 from pycocotools import mask as coco_mask
 
@@ -24,8 +25,6 @@ from fastmrcnn.errors import UserError, run_main
 from fastmrcnn.model.build import build_model
 from fastmrcnn.weights.card import ModelCard
 from fastmrcnn.weights.checkpoint import save_checkpoint
-
-ROOT = Path(__file__).parents[1]
 
 
 def config() -> Config:

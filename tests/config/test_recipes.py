@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from places import CONFIGS
 
 from fastmrcnn.config.file import load_config
 from fastmrcnn.training.optim import learning_rate
 
-CONFIGS = Path(__file__).parent.parent / "configs"
 # Those in zoo/, which judge published weights, have a test of their own.
 RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "zoo")
 COCO_RECIPES = [

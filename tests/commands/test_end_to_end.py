@@ -14,13 +14,10 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from places import ROOT
 from real_data import real_data
 from tiny import TinyData, record
 from torch._dynamo.testing import CompileCounterWithBackend
-
-import fastmrcnn
-
-ROOT = Path(fastmrcnn.__file__).parents[1]
 
 
 def command(module: str, *arguments: str, folder: Path) -> tuple[str, float]:
