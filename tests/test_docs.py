@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import os
 import re
 import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -171,3 +173,27 @@ def test_readme_is_short_and_leads_to_every_page() -> None:
     readme = ROOT / "README.md"
     assert len(read(readme).encode()) < 8_000
     assert {f"docs/{page.name}" for page in PAGES if page.parent == ROOT / "docs"} <= set(links(readme))
+
+
+@pytest.mark.slow
+def test_the_new_head_can_be_made_as_the_page_says(tmp_path: Path) -> None:
+    """In a copy of what is tracked: the change applies, touches the files that the page names, and works."""
+    change = ROOT / "docs" / "new-head.diff"
+    touched = re.findall(r"^\+\+\+ b/(.+)$", change.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    page = read(ROOT / "docs" / "design.md")
+    assert f"{len(touched)} files" in page
+    for path in touched:
+        assert f"`{path}`" in page or f"`{Path(path).parent}/`" in page, path
+
+    def run(*words: str) -> None:
+        done = subprocess.run(words, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+    copy = tmp_path / "copy"
+    environment = os.environ | {"PYTHONPATH": str(copy)}
+    shutil.copytree(
+        ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(".git", "__pycache__", "*.egg-info", "runs")
+    )
+    run("git", "apply", str(change))
+    (tests,) = (path for path in touched if path.startswith("tests/"))
+    run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--numprocesses=0", tests)
