@@ -87,9 +87,11 @@ def test_one_graph_without_syncs(name: str) -> None:
         assert ((found.masks >= 0) & (found.masks <= 1)).all()
 
 
-def overfit(model: MaskRCNN, config: Config, steps: int) -> tuple[float, float]:
-    """First and last total loss of training on one batch."""
-    model.train()
+def overfit(name: str, seed: int, steps: int) -> float:
+    """Last over first total loss of training a variant on one batch."""
+    torch.manual_seed(seed)
+    config = config_of(VARIANTS[name])
+    model = build_model(config.model, 3).train()
     batch = batch_for(config, 1, (3, 2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     totals = []
@@ -99,15 +101,13 @@ def overfit(model: MaskRCNN, config: Config, steps: int) -> tuple[float, float]:
         losses.total().backward()
         optimizer.step()
         totals.append(losses.total().item())
-    return totals[0], totals[-1]
+    return totals[-1] / totals[0]
 
 
 @pytest.mark.parametrize("name", ["c4", "softmax", "mlp", "heads alone"])
 def test_a_batch_can_be_learned(name: str) -> None:
-    torch.manual_seed(0)
-    config = config_of(VARIANTS[name])
-    first, last = overfit(build_model(config.model, 3), config, 40)
-    assert last < 0.6 * first
+    """The median of three seeds: 0.25 to 0.41 under two ways of rounding, where single ones came to 0.49."""
+    assert sorted(overfit(name, seed, 40) for seed in range(3))[1] < 0.6
 
 
 def test_c4_reads_res4_and_shares_res5() -> None:

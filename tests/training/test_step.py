@@ -90,11 +90,30 @@ def test_each_precision_gives_the_losses_and_gradients(
         assert (whole / 1024 - other).norm() <= gradient_error * other.norm()
 
 
+# What each loss comes down to, of two seeds in three. Seen in five seeds, rounded in two ways each: 0.001,
+# 0.0094, 0.15, 0.19 and 0.087 at most; a part that does not learn stays near 0.7, 0.03, 1.3, 0.9 and 0.7.
+LEARNT = {
+    "loss_rpn_cls": 0.01,
+    "loss_rpn_loc": 0.015,
+    "loss_cls": 0.2,
+    "loss_box_reg": 0.25,
+    "loss_mask": 0.12,
+}
+
+
 def test_one_batch_is_learnt_by_heart() -> None:
     """Every loss comes down to nearly nothing, so every part of the network learns."""
-    model = small_model().train()
-    batch = random_batch(2, counts=(2, 1), shape=(64, 64))
-    keys = model.draw_keys(batch, torch.Generator().manual_seed(0))
+    runs = [learnt_by_heart(seed) for seed in range(3)]
+    for name, bound in LEARNT.items():
+        values = sorted(last[name] for last in runs)
+        assert values[1] < bound, f"{name}: {values}"
+
+
+def learnt_by_heart(seed: int) -> dict[str, float]:
+    """Losses of one batch after 150 steps on it."""
+    model = small_model(seed=seed).train()
+    batch = random_batch(2 + seed, counts=(2, 1), shape=(64, 64))
+    keys = model.draw_keys(batch, torch.Generator().manual_seed(seed))
     optimizer = build_optimizer(model, OptimConfig(name="adamw"))
     update = GatedStep(model, optimizer, clip_norm=5.0)
     count = 150
@@ -105,8 +124,6 @@ def test_one_batch_is_learnt_by_heart() -> None:
         losses, _ = model(batch, keys)
         update.backward(losses.total(), step)
         first = first or plain(losses)
-    last = plain(losses)
     assert update.first_bad_step == -1
     assert sum(first.values()) > 2.5
-    for name, value in last.items():
-        assert value < 0.12, f"{name}: {first[name]:.3f} -> {value:.3f}"
+    return plain(losses)
