@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from fastmrcnn.data.masks import FARTHEST, mask_area, segmentation_problem
@@ -129,12 +130,7 @@ def annotation_fault(
 
 
 def box_fault(bbox: Any) -> str | None:
-    if (
-        not isinstance(bbox, list)
-        or len(bbox) != 4
-        or not all_finite(bbox)
-        or any(b is True or b is False for b in bbox)
-    ):
+    if not isinstance(bbox, list) or len(bbox) != 4 or not all_finite(bbox) or bool in map(type, bbox):
         return (
             f"bbox {bbox!r} is not four finite numbers [x, y, width, height]; correct it, or take boxes from "
             "the masks (data.boxes=masks)"
@@ -155,7 +151,7 @@ def box_area(bbox: list[float]) -> float:
 
 def usable_area(given: Any) -> float:
     """The area as the file has it, a text taken for its number; NaN if there is none above 0."""
-    found = number(given)
+    found = given if type(given) is float and 0 < given < math.inf else number(given)
     return float(found) if found is not None and found > 0 else float("nan")
 
 

@@ -100,7 +100,8 @@ def boxes_beside_masks(table: Table, considered: Flags, problems: Problems) -> N
     far = apart(seen, meant)
     which = np.zeros(len(known), bool)
     which[np.flatnonzero(known)[off]] = True
-    remedy = f"{reason + '; ' if reason else ''}{TAKE_MASKS}"
+    way_out = "correct them" if reason.startswith("masks look") else TAKE_MASKS
+    remedy = f"{reason + '; ' if reason else ''}{way_out}"
     most = 2 * far.sum() > len(off) or (share >= 0.8 and 2 * off.sum() > len(off))
     if most and off.sum() >= FEW:
         refuse(problems, f"{off.sum()} of {len(off)} objects have a bbox that is not the box of their mask",
