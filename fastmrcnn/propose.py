@@ -43,6 +43,8 @@ def main(argv: list[str]) -> None:
         min_box_side=config.data.min_box_side,
         require_masks=False,
         keep_tree=True,
+        boxes=config.data.boxes,
+        keep_group_classes=config.data.keep_group_classes,
         key="--annotations",
     )
     found = collect_proposals(model, dataset, config)

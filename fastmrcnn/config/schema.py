@@ -71,6 +71,10 @@ class DataConfig(Section):
     """Most objects an image may have; ground-truth slots come in powers of two up to this."""
     min_box_side: float = Field(1.0, ge=0)
     """Objects with a side below this, in annotation pixels after clipping to the image, are skipped."""
+    boxes: Literal["file", "masks"] = "file"
+    """Where boxes come from: `bbox` of the annotations, or the masks, where there are some."""
+    keep_group_classes: bool = False
+    """Keep categories that have no object and that others name as their supercategory, as classes."""
     keypoint_flip_pairs: list[tuple[str, str]] | None = None
     """Keypoints that swap in a mirror image, such as [[left_eye, right_eye]]; none: those whose names
     differ in the word left or right."""
@@ -141,6 +145,9 @@ class EvaluateConfig(Section):
     batch: int = Field(1, gt=0)
     pictures: int = Field(8, ge=0)
     """Validation images drawn with ground truth beside predictions."""
+    max_dets: int | None = Field(None, gt=10)
+    """Best detections that count for each image and class; none: COCO's 100 (keypoints: 20), and where an
+    image has more objects of a class, a second table with as many."""
     oks_sigmas: list[Side] | None = None
     """How far each keypoint may be off, in units of the square root of its object's area; none: COCO's own
     for 17 keypoints, else 0.05 for each."""

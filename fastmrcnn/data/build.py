@@ -33,6 +33,8 @@ def read_split(config: Config, name: SplitName) -> CocoDataset:
         require_masks=config.model.mask_head.enabled,
         keypoints=keypoint_options(config, data.min_keypoints if train else 0),
         keep_tree=not train,
+        boxes=data.boxes,
+        keep_group_classes=data.keep_group_classes,
         key=f"data.{name}",
     )
     if split.proposals is None:

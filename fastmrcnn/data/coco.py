@@ -9,21 +9,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fastmrcnn.data.annotation import annotated_area, annotation_fault, clip, corners, reason_to_skip
-from fastmrcnn.data.coco_json import identifier, read_categories, read_images, read_json
+from fastmrcnn.data.contents import BoxSource, read_contents
 from fastmrcnn.data.images import check_headers
 from fastmrcnn.data.keypoints import (
     KeypointOptions,
     KeypointSchema,
     check_same_keypoints,
     keep_labelled,
-    keypoint_fault,
     labelled_keypoints,
-    pack_keypoints,
-    read_schema,
 )
-from fastmrcnn.data.masks import pack_polygons
-from fastmrcnn.data.records import ImageProposals, ImageRecord, ObjectRecord, Problems
+from fastmrcnn.data.records import Finding, ImageProposals, ImageRecord, ObjectRecord, Problems, count_of
 from fastmrcnn.errors import UserError
 
 __all__ = [
@@ -50,6 +45,8 @@ class CocoDataset:
     """Objects left out, by reason."""
     clipped: int = 0
     """Boxes that reached over the image."""
+    findings: list[Finding] = field(default_factory=list)
+    """What was left out, and what else its user should know."""
     keypoints: KeypointSchema | None = None
     """What the keypoints of the objects are; none: they were not read."""
     unlabelled: int = 0
@@ -70,27 +67,32 @@ class CocoDataset:
     def num_keypoints(self) -> int | None:
         return None if self.keypoints is None else len(self.keypoints.names)
 
+    def left_unlabelled(self) -> str:
+        return f"left out {count_of(self.unlabelled, 'image')} with too few labelled keypoints"
+
     def summary(self) -> list[str]:
-        """One line: what there is, and what was left out."""
+        """What there is and what was left out, in one line; then one for each finding."""
         objects = sum(not item.crowd for record in self.records for item in record.objects)
         crowds = sum(item.crowd for record in self.records for item in record.objects)
         negatives = sum(not record.objects for record in self.records)
         counts = [
-            _count(len(self.records), "image"),
-            _count(objects, "object"),
-            _count(len(self.class_names), "class", "classes"),
+            count_of(len(self.records), "image"),
+            count_of(objects, "object"),
+            count_of(len(self.class_names), "class", "classes"),
         ]
         if crowds:
-            counts.append(_count(crowds, "crowd region"))
+            counts.append(count_of(crowds, "crowd region"))
         if self.keypoints is not None:
             labelled = sum(o.keypoints is not None for record in self.records for o in record.objects)
-            counts.append(f"{len(self.keypoints.names)} keypoints, labelled on {_count(labelled, 'object')}")
+            counts.append(
+                f"{len(self.keypoints.names)} keypoints, labelled on {count_of(labelled, 'object')}"
+            )
         parts = [", ".join(counts)]
-        changes = [f"skipped {_count(n, 'box', 'boxes')} {reason}" for reason, n in self.skipped.items()]
+        changes = [f"skipped {count_of(n, 'box', 'boxes')} {reason}" for reason, n in self.skipped.items()]
         if self.clipped:
-            changes.append(f"clipped {_count(self.clipped, 'box', 'boxes')} to the image")
+            changes.append(f"clipped {count_of(self.clipped, 'box', 'boxes')} to the image")
         if self.unlabelled:
-            changes.append(f"left out {_count(self.unlabelled, 'image')} with too few labelled keypoints")
+            changes.append(self.left_unlabelled())
         if changes:
             parts.append(", ".join(changes))
         if self.clipped >= 10 and 3 * self.clipped > objects:
@@ -98,8 +100,9 @@ class CocoDataset:
         if negatives:
             use = "image without objects is used as a negative"
             many = "images without objects are used as negatives"
-            parts.append(_count(negatives, use, many))
-        return [f"{self.annotations.name}: " + "; ".join(parts)]
+            parts.append(count_of(negatives, use, many))
+        lines = ["; ".join(parts), *(finding.line() for finding in self.findings)]
+        return [f"{self.annotations.name}: {line}" for line in lines]
 
 
 def read_coco(
@@ -112,6 +115,8 @@ def read_coco(
     require_masks: bool = True,
     keypoints: KeypointOptions | None = None,
     keep_tree: bool = False,
+    boxes: BoxSource = "file",
+    keep_group_classes: bool = False,
     key: str = "data.train",
 ) -> CocoDataset:
     """Read and check a data set.
@@ -126,6 +131,8 @@ def read_coco(
         keypoints: read keypoints, and how; none: what the file says of them is not looked at.
         keep_tree: keep the parsed file beside the records, for a set that is to be evaluated on. Training
             has no use for it, and in a large set it is millions of lists and numbers.
+        boxes: where they come from: the file's bbox, or the masks, where there are some.
+        keep_group_classes: keep categories that only group others and have no object.
         key: configuration section that gave the paths, for messages.
     Raises:
         UserError: one line with all mistakes, each naming the file, the id and the remedy.
@@ -134,46 +141,20 @@ def read_coco(
     if not folder.is_dir():
         found = "is a file, not a folder" if folder.exists() else "no such folder"
         raise UserError(f"{folder}: {found}; set {key}.images to the folder of images")
-    tree = read_json(file, key)
     problems = Problems()
-    class_names, category_ids = read_categories(tree["categories"], problems)
-    schema = None
-    if keypoints is not None:
-        schema = read_schema(tree["categories"], keypoints.flip_pairs, file, problems)
-    records = read_images(tree["images"], folder, file, problems)
-    skipped: Counter[str] = Counter()
-    clipped = 0
-    index_of = {category: index for index, category in enumerate(category_ids)}
-    seen: set[int] = set()
-    entries = tree["annotations"]
-    for position, entry in enumerate(entries):
-        if not keep_tree:
-            entries[position] = None  # lets go of millions of numbers as they are packed
-        annotation_id = identifier(entry, "annotation", position, seen, problems)
-        if annotation_id is None:
-            continue
-        fault = annotation_fault(entry, records, index_of, require_masks)
-        if not fault and schema is not None:
-            fault = keypoint_fault(entry, schema)
-        if fault:
-            problems.add("annotation", annotation_id, fault)
-            continue
-        record, class_index = records[entry["image_id"]], index_of[entry["category_id"]]
-        box, crowd = corners(entry["bbox"]), entry.get("iscrowd", 0) == 1
-        shape = entry.get("segmentation") or None
-        inside = clip(box, record.width, record.height)
-        area = annotated_area(entry.get("area"), shape, inside, record)
-        reason = reason_to_skip(box, inside, area, shape, record, min_box_side, crowd)
-        if reason:
-            skipped[reason] += 1
-            continue
-        clipped += max(abs(a - b) for a, b in zip(box, inside, strict=True)) > 0.01
-        points = None
-        if keypoints is not None and not crowd:
-            points = pack_keypoints(entry, keypoints.offset)
-        record.objects.append(
-            ObjectRecord(annotation_id, class_index, inside, crowd, pack_polygons(shape), area, points)
-        )
+    contents = read_contents(
+        file,
+        folder,
+        key,
+        problems,
+        boxes=boxes,
+        min_box_side=min_box_side,
+        require_masks=require_masks,
+        keypoints=keypoints,
+        keep_tree=keep_tree,
+        keep_group_classes=keep_group_classes,
+    )
+    records, schema = contents.records, contents.schema
     for record in records.values():
         if len(record.objects) > max_objects:
             problems.add(
@@ -190,18 +171,22 @@ def read_coco(
     unlabelled = len(records) - len(kept)
     dataset = CocoDataset(
         kept,
-        class_names,
-        category_ids,
+        contents.class_names,
+        contents.category_ids,
         file,
-        skipped,
-        clipped,
+        contents.skipped,
+        contents.clipped,
+        problems.told(),
         keypoints=schema,
         unlabelled=unlabelled,
         masks=require_masks,
-        tree=tree if keep_tree else None,
+        tree=contents.tree if keep_tree else None,
     )
     if require_objects and not any(not o.crowd for record in dataset.records for o in record.objects):
-        why = f" ({dataset.summary()[0].split('; ', 1)[-1]})" if skipped or unlabelled else ""
+        told = [f.line() for f in dataset.findings if f.severity == "left out" or not f.thing]
+        if unlabelled:
+            told.append(dataset.left_unlabelled())
+        why = f" ({'; '.join(told)})" if told else ""
         raise UserError(
             f"{file}: no image has an object to learn{why}; give {key}.annotations a file with objects"
         )
@@ -272,10 +257,6 @@ def _check_files(records: list[ImageRecord], folder: Path, file: Path, key: str)
     if missing:
         some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise UserError(
-            f"{file}: {len(missing)} of {_count(len(records), 'image')} not found in {folder}: {some}; "
+            f"{file}: {len(missing)} of {count_of(len(records), 'image')} not found in {folder}: {some}; "
             f"set {key}.images to their folder, or correct file_name"
         )
-
-
-def _count(number: int, one: str, many: str | None = None) -> str:
-    return f"{number} {one if number == 1 else many or one + 's'}"

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmrcnn.data.masks import FARTHEST, all_finite
+from fastmrcnn.data.masks import FARTHEST
 from fastmrcnn.data.records import ImageRecord, Problems
+from fastmrcnn.data.values import all_finite
 from fastmrcnn.errors import UserError
 
 OPPOSITE = {"left": "right", "right": "left", "l": "r", "r": "l"}

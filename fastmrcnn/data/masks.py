@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
+
+from fastmrcnn.data.values import all_finite
 
 Window = tuple[int, int, int, int]
 
@@ -77,17 +78,9 @@ def mask_area(segmentation: Any, height: int, width: int) -> int:
     return int(coco_mask.area(rasterise(segmentation, height, width))) if segmentation else 0
 
 
-def all_finite(numbers: list[Any]) -> bool:
-    """Whether these are numbers, and none of them infinite or NaN."""
-    try:
-        return math.isfinite(sum(numbers))
-    except (TypeError, OverflowError):
-        return False
-
-
 def _rle_problem(rle: dict[str, Any], height: int, width: int) -> str | None:
     size, counts = rle.get("size"), rle.get("counts")
-    if size != [height, width]:
+    if size != [height, width] or not all(type(side) is int for side in size):
         return f"RLE has size {size}, its image [height, width] = [{height}, {width}]"
     if isinstance(counts, list):
         if not all(isinstance(run, int) and run >= 0 for run in counts):

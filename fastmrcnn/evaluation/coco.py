@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,21 @@ from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
 from fastmrcnn.data.coco import CocoDataset
-from fastmrcnn.data.coco_json import read_json
-from fastmrcnn.data.keypoints import COCO_KEYPOINTS, UNIFORM_SIGMA, choose_sigmas
-from fastmrcnn.data.masks import mask_area
+from fastmrcnn.data.contents import read_contents
+from fastmrcnn.data.keypoints import COCO_KEYPOINTS, UNIFORM_SIGMA, KeypointOptions, choose_sigmas
+from fastmrcnn.data.records import Problems
+from fastmrcnn.data.values import all_finite
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 KEYPOINT_METRICS = ("AP", "AP50", "AP75", "APm", "APl")  # COCO labels no keypoints on small objects
+MAX_DETS = {"bbox": 100, "segm": 100, "keypoints": 20}  # of COCO
 
 
 def evaluate_coco(
     annotations: str | Path | CocoDataset | COCO,
     results: Sequence[dict[str, Any]],
     iou_types: Sequence[str] = ("bbox", "segm"),
-    max_dets: int = 100,
+    max_dets: int | None = None,
     image_ids: Sequence[int] | None = None,
     show: bool = True,
     oks_sigmas: Sequence[float] | None = None,
@@ -44,18 +47,20 @@ def evaluate_coco(
         annotations: what `ground_truth` takes.
         results: entries as `coco_results` makes them; may be empty. They are left as they are.
         iou_types: of "bbox", "segm" and "keypoints".
-        max_dets: best detections that count in each image; more than 10. For keypoints it is 20.
+        max_dets: best detections of a class that count in each image, more than 10; none: COCO's 100, and 20
+            for keypoints.
         image_ids: images that were evaluated; none: all of the file.
         show: print COCO's table of each type.
         oks_sigmas: how far each keypoint may be off, as `choose_sigmas` takes them.
     Returns:
         "bbox/AP", "bbox/AP50", ... "segm/APl" in 0..100, and "bbox/AP-<class>" where there are several
-        classes. NaN where there is no object to find. Keypoints have no APs.
+        classes, with the id behind a name that two of them have. NaN where there is no object to find.
+        Keypoints have no APs.
     Raises:
         UserError: the file is missing or not COCO format; sigmas that do not fit.
     """
-    truth = ground_truth(annotations)
-    names = [category["name"] for category in truth.loadCats(sorted(truth.getCatIds()))]
+    truth = ground_truth(annotations, keypoints="keypoints" in iou_types)
+    names = class_labels(truth)
     values: dict[str, float] = {}
     for kind in iou_types:
         # pycocotools writes into the entries; the masks it only reads.
@@ -65,9 +70,7 @@ def evaluate_coco(
             if oks_sigmas is None and count != COCO_KEYPOINTS:
                 note = f", OKS with a sigma of {UNIFORM_SIGMA} for each keypoint"
             judge.params.kpt_oks_sigmas = choose_sigmas(count, oks_sigmas, judge.params.kpt_oks_sigmas)
-        else:
-            judge.params.maxDets = [1, 10, max_dets]
-        table = _run(judge, image_ids)
+        table = _run(judge, image_ids, max_dets)
         if show:
             what = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}[kind]
             tqdm.write(f"COCO evaluation, {what} ({len(judge.params.imgIds)} images{note})\n{table}")
@@ -75,30 +78,30 @@ def evaluate_coco(
     return values
 
 
-def ground_truth(annotations: str | Path | CocoDataset | COCO) -> COCO:
+def ground_truth(annotations: str | Path | CocoDataset | COCO, keypoints: bool = False) -> COCO:
     """The annotations as pycocotools judges by them.
 
     Args:
         annotations: COCO-format file; or a data set, whose tree is taken if it was kept, else its file is
-            read again; or what this function returned.
+            read again; or what this function returned. What is found in a file that is given by its name goes
+            to stderr.
+        keypoints: check the keypoints of a file, too.
     Raises:
-        UserError: the file is missing or not COCO format.
+        UserError: the file is missing, not COCO format, or has mistakes.
     """
     if isinstance(annotations, COCO):
         return annotations
-    if isinstance(annotations, CocoDataset):
-        path, tree = annotations.annotations, annotations.tree
-    else:
-        path, tree = Path(annotations), None
+    known = isinstance(annotations, CocoDataset)
+    tree = annotations.tree if isinstance(annotations, CocoDataset) else None
     if tree is None:
-        tree = read_json(path, "data.val")
+        path = annotations.annotations if isinstance(annotations, CocoDataset) else Path(annotations)
+        problems = Problems()
+        options = KeypointOptions(flip_pairs=()) if keypoints else None
+        tree = read_contents(path, Path(), "data.val", problems, keypoints=options, keep_tree=True).tree
+        problems.check(path)
+        for finding in () if known else problems.told():
+            print(f"{path.name}: {finding.line()}", file=sys.stderr)
     fill_in(tree)
-    if any(entry["id"] == 0 for entry in tree["annotations"]):
-        print(
-            f"warning: {path}: pycocotools takes annotation id 0 for 'no match' and counts its object as "
-            "missed; number annotations from 1",
-            file=sys.stderr,
-        )
     truth = COCO()
     truth.dataset = tree
     with contextlib.redirect_stdout(io.StringIO()):
@@ -106,30 +109,32 @@ def ground_truth(annotations: str | Path | CocoDataset | COCO) -> COCO:
     return truth
 
 
+def class_labels(truth: COCO) -> list[str]:
+    """The names of the classes by rising id, each with its id behind it where two have the same name."""
+    categories = truth.loadCats(sorted(truth.getCatIds()))
+    times = Counter(category["name"] for category in categories)
+    return [c["name"] if times[c["name"]] == 1 else f"{c['name']} ({c['id']})" for c in categories]
+
+
 def keypoint_count(tree: dict[str, Any]) -> int:
     """J of a COCO file; 0 if its categories name none."""
-    return max((len(category.get("keypoints") or ()) for category in tree["categories"]), default=0)
+    lists = [category.get("keypoints") for category in tree["categories"]]
+    return max((len(names) for names in lists if isinstance(names, list)), default=0)
 
 
 def fill_in(tree: dict[str, Any]) -> None:
-    """Write into a parsed file what pycocotools needs and files often lack. A second time changes nothing.
+    """Write into a tree from `read_contents` what else pycocotools needs. A second time changes nothing.
 
-    `area` is the mask's, or the box's where there is no mask; `iscrowd` is 0; a region without a
-    mask has the mask of its box. Where categories name keypoints, an object without any has them
-    unlabelled.
+    A region without a mask has the mask of its box. Where categories name keypoints, an object without
+    any, or with what no keypoints are, has them unlabelled.
     """
-    sizes = {image["id"]: (image["height"], image["width"]) for image in tree["images"]}
     count = keypoint_count(tree)
     for entry in tree["annotations"]:
-        entry.setdefault("iscrowd", 0)
-        if count:
-            entry["keypoints"] = entry.get("keypoints") or [0] * 3 * count
-            entry.setdefault("num_keypoints", sum(flag > 0 for flag in entry["keypoints"][2::3]))
-        x, y, w, h = entry["bbox"]
-        shape = entry.get("segmentation") or None
-        if entry.get("area") is None:
-            entry["area"] = w * h if shape is None else float(mask_area(shape, *sizes[entry["image_id"]]))
-        if shape is None:
+        points = entry.get("keypoints")
+        if count and not (isinstance(points, list) and len(points) == 3 * count and all_finite(points)):
+            entry["keypoints"], entry["num_keypoints"] = [0] * 3 * count, 0
+        if not entry.get("segmentation"):
+            x, y, w, h = entry["bbox"]
             entry["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
 
 
@@ -145,25 +150,22 @@ def new_judge(truth: COCO, results: list[dict[str, Any]], kind: str) -> COCOeval
         return COCOeval(truth, found, kind)
 
 
-def _run(judge: COCOeval, image_ids: Sequence[int] | None) -> str:
+def _run(judge: COCOeval, image_ids: Sequence[int] | None, max_dets: int | None) -> str:
     """pycocotools' evaluation and its summary; its other chatter is left out."""
     table = io.StringIO()
+    usual = MAX_DETS[judge.params.iouType]
+    limit = max_dets or usual
     with contextlib.redirect_stdout(io.StringIO()):
         if image_ids is not None:
             judge.params.imgIds = sorted(image_ids)
+        judge.params.maxDets[-1] = limit
         judge.evaluate()
         judge.accumulate()
+        judge.params.maxDets[-1] = usual  # the only one of which pycocotools' summary knows
         with contextlib.redirect_stdout(table):
             judge.summarize()
-    lines = table.getvalue().splitlines()
-    max_dets = judge.params.maxDets[-1]
-    # The first line of pycocotools' summary of boxes and masks only knows 100.
-    if judge.params.iouType != "keypoints" and max_dets != 100:
-        value = mean_known(judge.eval["precision"][..., 0, -1]) / 100
-        lines[0] = (
-            lines[0].replace("maxDets=100", f"maxDets={max_dets:>3d}").replace("-1.000", f"{value:0.3f}")
-        )
-    return "\n".join(lines)
+        judge.params.maxDets[-1] = limit
+    return table.getvalue().rstrip().replace(f"maxDets={usual:>3d}", f"maxDets={limit:>3d}")
 
 
 def _metrics(judge: COCOeval, class_names: Sequence[str]) -> dict[str, float]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +24,7 @@ from fastmrcnn.data.records import ImageRecord
 from fastmrcnn.detection.draw import draw_comparison, save_picture
 from fastmrcnn.detection.objects import Objects, coco_results, pasted, split_detections
 from fastmrcnn.detection.run import run_model
-from fastmrcnn.evaluation.coco import evaluate_coco
+from fastmrcnn.evaluation.coco import MAX_DETS, evaluate_coco, ground_truth
 from fastmrcnn.evaluation.proposals import collect_proposals, proposal_recall
 from fastmrcnn.files import make_folder, write_json
 from fastmrcnn.model.mask_rcnn import MaskRCNN
@@ -51,7 +54,7 @@ def run_evaluation(
         device: of the model; none: that of its first parameter.
         progress: show a progress bar and COCO's tables.
     Returns:
-        As `evaluate_coco`, or as `proposal_recall` of a model that is an RPN alone, whose proposals go to
+        As `judge_results`, or as `proposal_recall` of a model that is an RPN alone, whose proposals go to
         proposals.npz instead; and "candidates_cut" if class scores were cut before NMS.
     Raises:
         UserError: an image cannot be read; a file cannot be written.
@@ -86,14 +89,7 @@ def run_evaluation(
             bar.update(loaded.real)
     make_folder(output)
     write_json(output / RESULTS, results)
-    values = evaluate_coco(
-        dataset,
-        results,
-        judged(config),
-        image_ids=[record.image_id for record in dataset.records],
-        show=progress,
-        oks_sigmas=sigmas,
-    )
+    values = judge_results(dataset, results, config, show=progress)
     if cut:
         values["candidates_cut"] = cut
         tqdm.write(
@@ -102,6 +98,51 @@ def run_evaluation(
         )
     for image_id, one in kept.items():
         draw_picture(chosen[image_id], one, dataset, threshold, output / "pictures")
+    return values
+
+
+def judge_results(
+    dataset: CocoDataset, results: list[dict[str, Any]], config: Config, *, show: bool
+) -> dict[str, float]:
+    """COCO's numbers; and, where an image has more objects of a class than they count, numbers that count
+    as many, under keys such as "segm@300/AP". A line says so, and where the model's own limit is lower."""
+    truth = ground_truth(dataset, keypoints=config.model.keypoint_head.enabled)
+    chosen = {record.image_id for record in dataset.records}
+    entries = [e for e in truth.dataset["annotations"] if e["image_id"] in chosen and not e["iscrowd"]]
+    of_class = max(Counter((e["image_id"], e["category_id"]) for e in entries).values(), default=0)
+    in_image = max(Counter(e["image_id"] for e in entries).values(), default=0)
+    detections, given = config.model.box_head.detections, config.evaluate.max_dets
+
+    def judge(kinds: Sequence[str], max_dets: int | None) -> dict[str, float]:
+        return evaluate_coco(
+            truth,
+            results,
+            kinds,
+            max_dets=max_dets,
+            image_ids=sorted(chosen),
+            show=show,
+            oks_sigmas=config.evaluate.oks_sigmas,
+        )
+
+    values = judge(judged(config), given)
+    if in_image > detections:
+        tqdm.write(
+            f"an image has {in_image} objects, but the model gives {detections} detections; raise "
+            f"model.box_head.detections to find them all"
+        )
+    enough = min(of_class, detections)
+    for kind in judged(config):
+        counted = given or MAX_DETS[kind]
+        if of_class <= counted:
+            continue
+        line = f"{kind}/AP counts the best {counted} of a class in an image, which has up to {of_class}"
+        if given is None and enough > counted:
+            more = judge([kind], enough)
+            values |= {name.replace("/", f"@{enough}/", 1): value for name, value in more.items()}
+            line += f" objects; {kind}@{enough}/AP counts {enough}"
+        else:
+            line += " objects; set evaluate.max_dets and model.box_head.detections to count more"
+        tqdm.write(line)
     return values
 
 

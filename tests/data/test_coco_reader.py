@@ -81,15 +81,16 @@ def test_reads_what_the_file_says(tmp_path: Path) -> None:
     )  # fmt: skip
     assert second.objects == []
     assert dataset.summary() == [
-        "set.json: 2 images, 1 object, 2 classes; 1 image without objects is used as a negative"
+        "set.json: 2 images, 1 object, 2 classes; 1 image without objects is used as a negative",
+        "set.json: 1 class without any object (cat); it is not learnt, and has no AP",
     ]
 
 
 def test_corners_in_place_of_width_and_height_are_suspected(tmp_path: Path) -> None:
     content = tree()
     boxes = [[4 + i % 3, 4 + i % 4, 22, 18] for i in range(12)]  # x1, y1, x2, y2
-    content["annotations"] = [annotation(i + 1, bbox=box) for i, box in enumerate(boxes)]
-    assert "is bbox [x1, y1, x2, y2] there?" in read(tmp_path, content).summary()[0]
+    content["annotations"] = [annotation(i + 1, bbox=box, segmentation=[]) for i, box in enumerate(boxes)]
+    assert "is bbox [x1, y1, x2, y2] there?" in read(tmp_path, content, require_masks=False).summary()[0]
     content["annotations"] = [annotation(i + 1) for i in range(12)]
     assert "is bbox" not in read(tmp_path, content).summary()[0]
 
@@ -118,10 +119,19 @@ def test_summary_counts_what_was_left_out(tmp_path: Path) -> None:
     boxes = [item.box for item in dataset.records[0].objects]
     assert boxes == [(4, 4, 12, 12), (0, 4, 6, 12), (25, 15, 30, 20), (4, 4, 12, 12)]
     assert [item.crowd for item in dataset.records[0].objects] == [False, False, False, True]
-    assert dataset.summary() == [
+    assert dataset.summary()[0] == (
         "set.json: 2 images, 3 objects, 2 classes, 1 crowd region; skipped 2 boxes without area, skipped 1 "
         "box outside the image, skipped 1 box with a side under 1 px, skipped 1 box whose mask covers no "
         "pixel, clipped 2 boxes to the image; 1 image without objects is used as a negative"
+    )
+    assert dataset.summary()[1:] == [
+        "set.json: left out 1 object whose mask covers no pixel (annotation 8); correct its segmentation",
+        "set.json: skipped 2 boxes without area (annotations 2, 3); correct or remove them",
+        "set.json: skipped 1 box outside the image (annotation 4); correct or remove it",
+        "set.json: skipped 1 box with a side under 1 px (annotation 7); correct or remove it",
+        "set.json: 2 objects whose bbox is not the box of its mask (annotations 5, 6); correct them, or take "
+        "boxes from the masks (data.boxes=masks)",
+        "set.json: 1 class without any object (cat); it is not learnt, and has no AP",
     ]
 
 
@@ -190,13 +200,13 @@ def test_bad_annotation(tmp_path: Path, changes: dict[str, Any], words: str) -> 
     ("part", "entry", "words"),
     [
         ("annotations", annotation(1), "annotation 1: its id is there twice"),
-        ("annotations", {}, "annotation number 2: its id None is not a whole number"),
+        ("annotations", {}, "annotation number 2: image_id None is not among the images"),
         ("annotations", 5, "annotation number 2: is a int, not an object"),
         ("images", {"id": 7, "file_name": "c", "width": 2, "height": 2}, "image 7: its id is there twice"),
         (
             "images",
-            {"id": "8", "file_name": "c", "width": 2, "height": 2},
-            "its id '8' is not a whole number",
+            {"id": "eight", "file_name": "c", "width": 2, "height": 2},
+            "its id 'eight' is not a whole number",
         ),
         ("images", {"id": 8, "width": 2, "height": 2}, "image 8: no file_name"),
         ("images", {"id": 8, "file_name": "c", "width": 0, "height": 2}, "image 8: width 0, height 2"),
@@ -369,7 +379,9 @@ def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 def test_junk_anywhere_is_accepted_or_a_user_error(tmp_path: Path) -> None:
     rle = annotation(2, segmentation={"size": [20, 30], "counts": [10, 10, 580]})
     counts = coco_mask.encode(np.ones((20, 30), np.uint8, order="F"))["counts"].decode()
-    text = annotation(3, segmentation={"size": [20, 30], "counts": counts}, category_id=3)
+    text = annotation(
+        3, bbox=[0, 0, 30, 20], segmentation={"size": [20, 30], "counts": counts}, category_id=3
+    )
     content = tree()
     content["annotations"] += [rle, text]
     assert len(read(tmp_path, content).records[0].objects) == 3

@@ -1,0 +1,275 @@
+"""What a COCO file holds, checked: for training and for evaluation alike."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from fastmrcnn.data.annotation import (
+    annotation_fault,
+    box_area,
+    corners,
+    count_keypoints,
+    is_empty,
+    number_anew,
+    spell_out,
+    tidy,
+)
+from fastmrcnn.data.checks import (
+    Table,
+    boxes_beside_masks,
+    classes_without_objects,
+    covers_no_pixel,
+    crowd_regions,
+    sensible_areas,
+    unusable_boxes,
+)
+from fastmrcnn.data.coco_json import (
+    drop_groups,
+    no_garbage_collection,
+    read_categories,
+    read_images,
+    read_json,
+)
+from fastmrcnn.data.extents import clip_boxes, mask_extents
+from fastmrcnn.data.keypoints import (
+    KeypointOptions,
+    KeypointSchema,
+    keypoint_fault,
+    pack_keypoints,
+    read_schema,
+)
+from fastmrcnn.data.masks import pack_polygons
+from fastmrcnn.data.records import ImageRecord, ObjectRecord, Problems
+
+BoxSource = Literal["file", "masks"]
+
+NO_MASK = "no segmentation; add one, or train without masks (model.mask_head.enabled=false)"
+
+
+class Contents(NamedTuple):
+    tree: dict[str, list[Any]]
+    """The file, its numbers as COCO has them, without what cannot be found. Without annotations, unless they
+    were to be kept."""
+    records: dict[int, ImageRecord]
+    """By image id, in the order of the file."""
+    class_names: list[str]
+    category_ids: list[int]
+    schema: KeypointSchema | None
+    skipped: Counter[str]
+    """Objects whose box is left out, by reason."""
+    clipped: int
+    """Boxes that reached over the image."""
+
+
+class Entry(NamedTuple):
+    """A valid annotation, on its way to an `ObjectRecord`."""
+
+    label: Any
+    source: dict[str, Any] | None
+    """Its place in the tree, if that is kept."""
+    annotation_id: int
+    record: ImageRecord
+    class_index: int
+    box: tuple[float, ...]
+    crowd: bool
+    shape: Any
+    area: Any
+    points: Any
+
+
+@no_garbage_collection()
+def read_contents(
+    file: Path,
+    folder: Path,
+    key: str,
+    problems: Problems,
+    *,
+    boxes: BoxSource = "file",
+    min_box_side: float = 0.0,
+    require_masks: bool = False,
+    keypoints: KeypointOptions | None = None,
+    keep_tree: bool = False,
+    keep_group_classes: bool = False,
+) -> Contents:
+    """Read a COCO file and check all that can be checked without its images.
+
+    Args:
+        folder: to which each `file_name` is relative.
+        key: configuration section that gave the paths, for messages.
+        problems: takes what is found. Errors in it are still to be raised.
+        boxes, min_box_side, require_masks, keypoints, keep_tree, keep_group_classes: as in `read_coco`.
+    Raises:
+        UserError: the file cannot be read, or is not COCO format.
+    """
+    tree = read_json(file, key, problems)
+    if not keep_group_classes:
+        drop_groups(tree, problems)
+    names, ids = read_categories(tree["categories"], problems)
+    schema = None
+    if keypoints is not None:
+        schema = read_schema(tree["categories"], keypoints.flip_pairs, file, problems)
+    records = read_images(tree["images"], folder, file, problems)
+    index_of = {category: index for index, category in enumerate(ids)}
+    entries, ignored = _valid_entries(
+        tree["annotations"], records, index_of, problems, boxes, require_masks, keypoints, schema, keep_tree
+    )
+    skipped, clipped, kept = _place(entries, problems, min_box_side)
+    tree["annotations"] = kept + ignored
+    classes_without_objects(
+        names, [item.class_index for r in records.values() for item in r.objects], problems
+    )
+    return Contents(tree, records, names, ids, schema, skipped, clipped)
+
+
+def _valid_entries(
+    annotations: list[Any],
+    records: dict[int, ImageRecord],
+    index_of: dict[int, int],
+    problems: Problems,
+    boxes: BoxSource,
+    require_masks: bool,
+    keypoints: KeypointOptions | None,
+    schema: KeypointSchema | None,
+    keep_tree: bool,
+) -> tuple[list[Entry], list[dict[str, Any]]]:
+    """The annotations that are sound one by one; the list itself is emptied as they are packed, which lets go
+    of millions of numbers. And, with `keep_tree`, what an evaluation is to ignore: objects without the mask
+    that they would be judged by."""
+
+    def fault_of(entry: dict[str, Any]) -> str | None:
+        fault = annotation_fault(entry, records, index_of, boxes == "file")
+        return keypoint_fault(entry, schema) if fault is None and schema is not None else fault
+
+    labels = number_anew(annotations, problems)
+    found: list[Entry] = []
+    bare: list[Any] = []
+    ignored: list[dict[str, Any]] = []
+    empty: list[Any] = []
+    masks = 0
+    for position, entry in enumerate(annotations):
+        annotations[position] = None
+        label = labels[position]
+        if not isinstance(entry, dict):
+            problems.add("annotation", label, f"is a {type(entry).__name__}, not an object")
+            continue
+        tidy(entry, label, problems)
+        fault = fault_of(entry)
+        if fault is not None:
+            spell_out(entry, label, problems)
+            fault = fault_of(entry)
+        if fault is not None:
+            problems.add("annotation", label, fault)
+            continue
+        if is_empty(entry):
+            empty.append(label)
+            continue
+        crowd = entry.get("iscrowd", 0) == 1
+        shape = entry.get("segmentation") or None
+        masks += shape is not None
+        if require_masks and shape is None and not crowd:
+            bare.append(label)
+            if keep_tree:
+                ignored.append(entry | {"iscrowd": 1, "area": box_area(entry["bbox"])})
+            continue
+        points = None
+        if keypoints is not None:
+            count_keypoints(entry, label, problems)
+            points = None if crowd else pack_keypoints(entry, keypoints.offset)
+        box = (np.nan,) * 4 if boxes == "masks" and shape else corners(entry["bbox"])
+        found.append(
+            Entry(
+                label,
+                entry if keep_tree else None,
+                entry["id"],
+                records[entry["image_id"]],
+                index_of[entry["category_id"]],
+                box,
+                crowd,
+                pack_polygons(shape),
+                entry.get("area"),
+                points,
+            )
+        )
+    if empty:
+        problems.say(
+            "left out", "object", "with neither box nor mask", "their images count as they are", empty
+        )
+    if bare:
+        if len(bare) >= masks:
+            for label in bare:
+                problems.add("annotation", label, NO_MASK)
+        remedy = "it counts as background; add masks, or train without (model.mask_head.enabled=false)"
+        problems.say("left out", "object", "without a mask", remedy, bare)
+    annotations.clear()
+    return found, ignored
+
+
+def _place(
+    entries: list[Entry], problems: Problems, min_box_side: float
+) -> tuple[Counter[str], int, list[dict[str, Any]]]:
+    """Put each object that can be learnt into its image's record.
+
+    Returns:
+        Objects whose box is left out, by reason; how many boxes were clipped; and the entries to judge by, if
+        the tree is kept: all but those that nothing could be found of.
+    """
+    if not entries:
+        return Counter(), 0, []
+    records = [entry.record for entry in entries]
+    shapes = [entry.shape for entry in entries]
+    sizes = np.array([(record.width, record.height) for record in records], np.float64)
+    given = np.array([entry.box for entry in entries], np.float64)
+    crowd = np.array([entry.crowd for entry in entries])
+    extents, covered = mask_extents(shapes, [r.height for r in records], [r.width for r in records])
+    table = Table([entry.label for entry in entries], records, shapes, given, extents, covered, sizes, crowd)
+
+    from_mask = np.isnan(given[:, 0])
+    box = np.where(np.isnan(given), clip_boxes(extents, sizes), given)
+    inside = clip_boxes(box, sizes)
+    sides = inside[:, 2:] - inside[:, :2]
+    flat = (box[:, 2:] <= box[:, :2]).any(1) & ~from_mask
+    outside = (sides <= 0).any(1) & ~from_mask & ~flat
+    small = (sides.min(1) < min_box_side) & ~flat & ~outside
+    empty = covers_no_pixel(table, ~(flat | outside | (small & ~from_mask)), problems)
+    small &= ~empty
+    by_reason = {
+        "without area": flat,
+        "outside the image": outside,
+        f"with a side under {min_box_side:g} px": small,
+        "whose mask covers no pixel": empty,
+    }
+    unusable_boxes(table, dict(list(by_reason.items())[:3]), problems)
+    skipped = Counter({reason: int(which.sum()) for reason, which in by_reason.items() if which.any()})
+    used = ~(flat | outside | small | empty)
+    boxes_beside_masks(table, used, problems)
+    crowd_regions(table, problems)
+    areas = sensible_areas(table, [entry.area for entry in entries], inside, problems)
+    clipped = int((abs(box - inside).max(1) > 0.01)[used].sum())
+    # Too small to learn from, an object can still be found: it is judged.
+    judged = used | small
+    kept = []
+    for index, (entry, corners_inside) in enumerate(zip(entries, inside.tolist(), strict=True)):
+        if judged[index] and entry.source is not None:
+            entry.source["area"] = float(areas[index])
+            entry.source.setdefault("iscrowd", 0)
+            if from_mask[index]:
+                x1, y1, x2, y2 = corners_inside
+                entry.source["bbox"] = [x1, y1, x2 - x1, y2 - y1]
+            kept.append(entry.source)
+        if used[index]:
+            entry.record.objects.append(
+                ObjectRecord(
+                    entry.annotation_id,
+                    entry.class_index,
+                    tuple(corners_inside),
+                    entry.crowd,
+                    entry.shape,
+                    float(areas[index]),
+                    entry.points,
+                )
+            )
+    return skipped, clipped, kept

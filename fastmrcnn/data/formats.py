@@ -1,0 +1,78 @@
+"""What an annotation file is that is not COCO's, and how to go on with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+PARTS = ("images", "annotations", "categories")
+SUFFIXES = {
+    ".txt": "looks like YOLO labels, a text file for each image; export the set as COCO JSON",
+    ".yaml": "looks like the description of a YOLO set; export the set as COCO JSON",
+    ".yml": "looks like the description of a YOLO set; export the set as COCO JSON",
+    ".xml": "looks like Pascal VOC or CVAT XML; export the set as COCO JSON",
+    ".csv": "is a table; export the set as COCO JSON",
+}
+
+
+def other_file(file: Path) -> str | None:
+    """What a file is by its name, and the way out; None if it may be JSON."""
+    return SUFFIXES.get(file.suffix.lower())
+
+
+def other_format(tree: Any) -> str | None:
+    """What a parsed file is, and the way out; None for what may be COCO's instances."""
+    if isinstance(tree, list):
+        return _other_list(tree)
+    if not isinstance(tree, dict):
+        return None
+    annotations = tree.get("annotations")
+    entries = list(annotations.values()) if isinstance(annotations, dict) else annotations
+    first = (
+        next((entry for entry in entries if isinstance(entry, dict)), {}) if isinstance(entries, list) else {}
+    )
+    if "segments_info" in first:
+        return (
+            "looks like panoptic annotations, with masks in PNG files; take the instances file of the set, "
+            "or convert it with panopticapi's panoptic2detection_coco_format.py"
+        )
+    if "caption" in first and "bbox" not in first:
+        return "looks like captions, which have no boxes and masks; take the instances file of the set"
+    if all(part in tree for part in PARTS):
+        return None
+    if "_via_img_metadata" in tree or any(isinstance(v, dict) and "regions" in v for v in tree.values()):
+        return "looks like a project of the VGG Image Annotator (VIA); export it as COCO JSON there"
+    if "shapes" in tree and "imagePath" in tree:
+        return "looks like a file of labelme, one for each image; convert them with labelme2coco"
+    if tree.get("type") == "FeatureCollection":
+        return "looks like GeoJSON; convert its shapes to pixels, as COCO JSON"
+    if "images" in tree and "annotations" not in tree:
+        return (
+            "has images but no annotations, like the files of COCO's test sets; take a file with annotations"
+        )
+    if "bbox" in tree and "image_id" in tree:
+        return "looks like one annotation; put it into a list, beside lists of images and categories"
+    return None
+
+
+def one_entry(part: Any) -> bool:
+    """Whether there is a single entry where a list of entries is expected."""
+    return isinstance(part, dict) and ("id" in part or "file_name" in part or "name" in part)
+
+
+def by_id(part: Any) -> bool:
+    """Whether entries stand in an object, by id, as LIVECell's annotations do."""
+    return isinstance(part, dict) and bool(part) and all(isinstance(entry, dict) for entry in part.values())
+
+
+def _other_list(tree: list[Any]) -> str | None:
+    first = tree[0] if tree and isinstance(tree[0], dict) else {}
+    if "image_id" in first and "score" in first:
+        return (
+            "looks like results, which a model found; give the annotations that they are to be compared with"
+        )
+    if "image_id" in first and "bbox" in first:
+        return "looks like annotations alone; put them into an object, beside lists of images and categories"
+    if "image" in first and "annotations" in first:
+        return "looks like Create ML's format; export the set as COCO JSON"
+    return None
