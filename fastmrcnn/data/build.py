@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from fastmrcnn.config.checks import SplitName
 from fastmrcnn.config.schema import Config
-from fastmrcnn.data.coco import CocoDataset, check_same_classes, read_coco
+from fastmrcnn.data.coco import CocoDataset, read_coco
 from fastmrcnn.data.keypoints import KeypointOptions, choose_sigmas
 from fastmrcnn.data.loader import EvalLoader, TrainLoader, largest_targets
 from fastmrcnn.data.polygons import largest_polygons
 from fastmrcnn.data.proposals import attach_proposals
+from fastmrcnn.data.same_classes import check_same_classes
 from fastmrcnn.data.transforms import Augment
 
 
