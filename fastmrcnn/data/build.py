@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from fastmrcnn.config.checks import SplitName
 from fastmrcnn.config.schema import Config
 from fastmrcnn.data.coco import CocoDataset, read_coco
@@ -42,9 +44,17 @@ def read_split(config: Config, name: SplitName) -> CocoDataset:
     return attach_proposals(dataset, split.proposals, most)
 
 
-def read_sets(config: Config) -> tuple[CocoDataset, CocoDataset | None]:
-    """Training and validation set of a configuration that `check_trainable` let pass."""
+def read_sets(
+    config: Config, settle: Callable[[CocoDataset], CocoDataset] | None = None
+) -> tuple[CocoDataset, CocoDataset | None]:
+    """Training and validation set of a configuration that `check_trainable` let pass.
+
+    Args:
+        settle: gives the training set the class indices that both are to have.
+    """
     train_set = read_split(config, "train")
+    if settle is not None:
+        train_set = settle(train_set)
     if train_set.num_keypoints is not None:
         choose_sigmas(train_set.num_keypoints, config.evaluate.oks_sigmas)  # not only after the training
     if config.data.val.annotations is None:

@@ -199,6 +199,15 @@ def judged_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     return state
 
 
+def require_optimizer(checkpoint: Mapping[str, Any]) -> None:
+    """UserError if a run cannot go on from a checkpoint, but only start."""
+    if checkpoint["optimizer"] is None:
+        raise UserError(
+            f"{_called(checkpoint)}: holds weights without an optimizer's state (it was converted); start a "
+            "new run from it with model.weights=FILE"
+        )
+
+
 def restore(
     checkpoint: Mapping[str, Any],
     model: nn.Module,
@@ -216,13 +225,9 @@ def restore(
     Raises:
         UserError: the weights or the optimizer's state belong to another model.
     """
-    source = f"checkpoint of step {checkpoint['step']}"
+    source = _called(checkpoint)
+    require_optimizer(checkpoint)
     saved = checkpoint["optimizer"]
-    if saved is None:
-        raise UserError(
-            f"{source}: holds weights without an optimizer's state (it was converted); start a new run from "
-            "it with model.weights=FILE"
-        )
     copy_state(model, checkpoint["model"], source)
     if ema is not None:
         copy_state(ema, judged_weights(checkpoint), f"{source}, ema")
@@ -243,6 +248,10 @@ def restore(
     if scaler is not None and checkpoint["scaler"] is not None:
         scaler.load_state_dict(checkpoint["scaler"])
     return int(checkpoint["step"])
+
+
+def _called(checkpoint: Mapping[str, Any]) -> str:
+    return f"checkpoint of step {checkpoint['step']}"
 
 
 def _steps(folder: Path) -> dict[int, Path]:
