@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastmrcnn.errors import UserError
 from fastmrcnn.files import TEMPORARY_SUFFIX, replacing, write_text
+from fastmrcnn.weights.archives import objects_in, refuse_code
 from fastmrcnn.weights.card import ModelCard
 from fastmrcnn.weights.sources import read_weights
 from fastmrcnn.weights.states import copy_state
@@ -181,7 +182,7 @@ def is_checkpoint(tree: Any) -> bool:
 
 
 def check_format(tree: dict[str, Any], file: Path) -> dict[str, Any]:
-    """The same tree; UserError if its format is newer or a part is not there."""
+    """The same tree; UserError if its format is newer, a part is not there, or one would run code."""
     version = tree.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise UserError(
@@ -190,6 +191,8 @@ def check_format(tree: dict[str, Any], file: Path) -> dict[str, Any]:
         )
     if absent := [key for key in _KEYS if key not in tree]:
         raise UserError(f"{file}: lacks {', '.join(absent)}; it is not whole")
+    if found := next(objects_in(tree), None):
+        raise refuse_code(file, found)
     return tree
 
 

@@ -59,7 +59,8 @@ def load_imagenet(model: MaskRCNN, config: ModelConfig) -> None:
         for name, child in model.backbone.named_children():
             backbone.add_module(name, child)
         backbone.add_module("layer4", model.res5 or last_stage(config))
-    load_backbone(backbone, config.backbone.weights, config.backbone.weights_sha256)
+    for line in load_backbone(backbone, config.backbone.weights, config.backbone.weights_sha256):
+        print(line)
 
 
 def load_weights(
@@ -111,7 +112,8 @@ def load_weights(
     what = f"{imported.program}, {architecture_of(state)}"
     whole = len(fitting) + len(predictors.given.keys() - predictors.partly)
     part = f" and {len(predictors.partly)} in part" if predictors.partly else ""
-    lines = [f"Starting from {path}: {whole} of {len(own)} tensors{part} ({what})", *predictors.lines]
+    lines = [f"Starting from {path}: {whole} of {len(own)} tensors{part} ({what})", *file.lines]
+    lines += predictors.lines
     if mismatch:
         lines.append(
             f"Left out, since they do not fit: {describe_mismatch(mismatch, rest, wanted, imported.names)}"
