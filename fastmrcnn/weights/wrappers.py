@@ -59,9 +59,9 @@ def unwrap(tree: Any, path: str | Path) -> tuple[dict[str, Any], list[str]]:
         plain = _only_one(tree, path)
     state: dict[str, Any] = {}
     if plain is not None:
-        state = _without_prefixes(plain, notes)
+        state = _without_prefixes(plain, path, notes)
     if averaged is not None:
-        own = _without_prefixes(averaged, notes)
+        own = _without_prefixes(averaged, path, notes)
         state = {**state, **own} if own.keys() < state.keys() else own
         notes.append(f"The averaged weights ({key}) are taken")
     odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
@@ -128,20 +128,30 @@ def _only_one(tree: Any, path: str | Path) -> Mapping[Any, Any]:
     return tree
 
 
-def _without_prefixes(state: Mapping[Any, Any], notes: list[str]) -> dict[str, Any]:
+def _without_prefixes(state: Mapping[Any, Any], path: str | Path, notes: list[str]) -> dict[str, Any]:
     own = _stripped({str(key): value for key, value in state.items() if key not in _COUNTERS})
     if program_of(own) is not None:
         return own
-    for prefix in (*_AVERAGED_PREFIXES, *_PREFIXES):
-        inner = _stripped({k.removeprefix(prefix): v for k, v in own.items() if k.startswith(prefix)})
-        if program_of(inner) is None:
-            continue
-        others = [key for key in own if not key.startswith(prefix)]
+    firsts = dict.fromkeys(f"{key.partition('.')[0]}." for key in own if "." in key)
+    models = {first: inner for first in firsts if program_of(inner := _within(own, first)) is not None}
+    prefix = next((known for known in (*_AVERAGED_PREFIXES, *_PREFIXES) if known in models), None)
+    if prefix is None and len(models) > 1:
+        raise UserError(
+            f"{path}: holds several models ({', '.join(models)}); save the state_dict() of one alone"
+        )
+    if prefix is None:
+        prefix = next(iter(models), None)
+    if prefix is None:
+        return own
+    if others := [key for key in own if not key.startswith(prefix)]:
         notes.append(
             f"The weights under '{prefix}' are taken; {len(others)} others are left out ({others[0]}, ...)"
         )
-        return inner
-    return own
+    return models[prefix]
+
+
+def _within(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return _stripped({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
 
 
 def _stripped(state: dict[str, Any]) -> dict[str, Any]:

@@ -142,6 +142,18 @@ def test_usual_keys_and_prefixes(folder: Folder, key: str, prefix: str) -> None:
     assert lines == []
 
 
+@pytest.mark.parametrize("others", [{}, {"loss.weight": torch.ones(2), "step": torch.tensor(3)}])
+def test_a_prefix_that_no_program_is_known_for(folder: Folder, others: dict[str, Tensor]) -> None:
+    theirs = {f"student.{name}": value for name, value in folder.export("detectron2").items()}
+    state, lines = opened(folder, {"model": theirs | others})
+    assert same(state, dict(folder.state))
+    told = "The weights under 'student.' are taken; 2 others are left out (loss.weight, ...)"
+    assert lines == ([told] if others else [])
+    twice = theirs | {name.replace("student", "teacher"): value for name, value in theirs.items()}
+    text = refusal(folder.save(twice))
+    assert "holds several models (student., teacher.); save the state_dict() of one alone" in text
+
+
 def test_wrappings_within_wrappings(folder: Folder) -> None:
     theirs = folder.export("torchvision")
     assert same(opened(folder, {"model": {"state_dict": theirs, "step": 3}})[0], dict(folder.state))
