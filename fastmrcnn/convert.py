@@ -100,7 +100,7 @@ def to_program(file: WeightsFile, output: Path, program: str, classes: ClassTabl
             pickle.dump({"model": arrays, "__author__": "fastmrcnn"}, stream, protocol=4)
     else:
         write_tensors(output, {"model": theirs} if program == "detectron2" else theirs)
-    print(f"{file.path}: {imported.program}, {count} classes")
+    print(f"{file.path}: {imported.program}, {count} classes", *file.lines, sep="\n")
     print(f"Written: {output}, {len(theirs)} tensors under {program}'s names")
     for line in remarks(program, file, theirs):
         print(line)

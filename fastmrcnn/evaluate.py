@@ -10,8 +10,9 @@ import torch
 
 from fastmrcnn.config.checks import proposals_problem
 from fastmrcnn.data.build import read_split
-from fastmrcnn.data.coco import CocoDataset, align_classes
+from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.keypoints import check_same_keypoints
+from fastmrcnn.data.same_classes import align_classes
 from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.evaluation.run import RESULTS, run_evaluation
 from fastmrcnn.files import make_folder, new_run_folder, write_json

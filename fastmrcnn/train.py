@@ -32,8 +32,14 @@ from fastmrcnn.training.metrics import Metrics
 from fastmrcnn.training.optim import learning_rate
 from fastmrcnn.training.run import discarding_unstarted, prepare_run, run_folder_of
 from fastmrcnn.training.step import TrainingStep
-from fastmrcnn.weights.card import ModelCard
-from fastmrcnn.weights.checkpoint import find_checkpoint, read_checkpoint, restore, save_checkpoint
+from fastmrcnn.weights.card import ModelCard, read_card
+from fastmrcnn.weights.checkpoint import (
+    find_checkpoint,
+    read_checkpoint,
+    require_optimizer,
+    restore,
+    save_checkpoint,
+)
 from fastmrcnn.weights.start import load_start, new_model
 
 
@@ -48,15 +54,22 @@ def main(argv: list[str]) -> None:
         checkpoint = find_checkpoint(arguments.resume)
         folder = run_folder_of(checkpoint)
         state = read_checkpoint(checkpoint)
+        require_optimizer(state)
+        before = read_card(state, checkpoint)
         config = load_config(overrides=arguments.overrides, base=state["config"])
+        if config.model.weights not in (None, before.config.model.weights):
+            raise UserError(
+                "model.weights starts a new run and goes with --config; --resume goes on with the weights of "
+                "the checkpoint"
+            )
     else:
-        state, folder = None, None
+        state, folder, before = None, None, None
         config = starting_config(arguments.config, arguments.overrides)
     check_trainable(config)
     if arguments.dry_run:
-        check_only(config)
+        check_only(config, before)
         return
-    config, folder, train_set, val_set = prepare_run(config, folder)
+    config, folder, train_set, val_set = prepare_run(config, folder, before)
     try:
         with discarding_unstarted(folder, new=state is None):
             write_text(folder / "config.yaml", dump_config(config))
@@ -69,10 +82,10 @@ def main(argv: list[str]) -> None:
         raise SystemExit(130) from None
 
 
-def check_only(config: Config) -> None:
+def check_only(config: Config, before: ModelCard | None = None) -> None:
     """--dry-run: nothing is kept."""
     with tempfile.TemporaryDirectory() as folder:
-        config, _, train_set, val_set = prepare_run(config, Path(folder))
+        config, _, train_set, val_set = prepare_run(config, Path(folder), before)
         for line in train_set.summary() + (val_set.summary() if val_set else []):
             print(line)
         dry_run(config, train_set)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from fastmrcnn.config.checks import SplitName
 from fastmrcnn.config.schema import Config
-from fastmrcnn.data.coco import CocoDataset, check_same_classes, read_coco
+from fastmrcnn.data.coco import CocoDataset, read_coco
 from fastmrcnn.data.keypoints import KeypointOptions, choose_sigmas
 from fastmrcnn.data.loader import EvalLoader, TrainLoader, largest_targets
 from fastmrcnn.data.polygons import largest_polygons
 from fastmrcnn.data.proposals import attach_proposals
+from fastmrcnn.data.same_classes import check_same_classes
 from fastmrcnn.data.transforms import Augment
 
 
@@ -43,9 +46,17 @@ def read_split(config: Config, name: SplitName) -> CocoDataset:
     return attach_proposals(dataset, split.proposals, most)
 
 
-def read_sets(config: Config) -> tuple[CocoDataset, CocoDataset | None]:
-    """Training and validation set of a configuration that `check_trainable` let pass."""
+def read_sets(
+    config: Config, settle: Callable[[CocoDataset], CocoDataset] | None = None
+) -> tuple[CocoDataset, CocoDataset | None]:
+    """Training and validation set of a configuration that `check_trainable` let pass.
+
+    Args:
+        settle: gives the training set the class indices that both are to have.
+    """
     train_set = read_split(config, "train")
+    if settle is not None:
+        train_set = settle(train_set)
     if train_set.num_keypoints is not None:
         choose_sigmas(train_set.num_keypoints, config.evaluate.oks_sigmas)  # not only after the training
     if config.data.val.annotations is None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from fastmrcnn.data.images import check_headers
 from fastmrcnn.data.keypoints import (
     KeypointOptions,
     KeypointSchema,
-    check_same_keypoints,
     keep_labelled,
     labelled_keypoints,
 )
@@ -25,8 +24,6 @@ __all__ = [
     "CocoDataset",
     "ImageRecord",
     "ObjectRecord",
-    "align_classes",
-    "check_same_classes",
     "read_coco",
 ]
 
@@ -39,7 +36,7 @@ class CocoDataset:
     """In the order of the file."""
     class_names: list[str]
     category_ids: list[int]
-    """COCO id of each class index, ascending."""
+    """COCO id of each class index: ascending, unless the classes were put into another file's order."""
     annotations: Path
     skipped: Counter[str] = field(default_factory=Counter)
     """Objects left out, by reason."""
@@ -196,53 +193,6 @@ def read_coco(
             "keypoints, or train without (model.keypoint_head.enabled=false)"
         )
     return dataset
-
-
-def check_same_classes(train: CocoDataset, val: CocoDataset) -> CocoDataset:
-    """The validation set, its class indices those of the training set. It may lack some classes.
-
-    Raises:
-        UserError: it has a category that the training set does not have, or has under another name; or
-            other keypoints.
-    """
-    check_same_keypoints(val.keypoints, train.keypoints, val.annotations, str(train.annotations))
-    return align_classes(val, train.class_names, train.category_ids, str(train.annotations))
-
-
-def align_classes(
-    dataset: CocoDataset, class_names: Sequence[str], category_ids: Sequence[int], source: str
-) -> CocoDataset:
-    """The data set with the class indices of `source`, a training set or a checkpoint.
-
-    Raises:
-        UserError: it has a category that `source` does not have, or has under another name.
-    """
-    known = dict(zip(category_ids, class_names, strict=True))
-    ids_by_name = {name: category for category, name in known.items()}
-    faults = []
-    for category, name in zip(dataset.category_ids, dataset.class_names, strict=True):
-        if known.get(category) == name:
-            continue
-        if category in known:
-            faults.append(f"category {category} is '{name}' here, but '{known[category]}' there")
-        elif name in ids_by_name:
-            faults.append(f"category '{name}' has id {category} here, but {ids_by_name[name]} there")
-        else:
-            faults.append(f"category {category} '{name}' is not there")
-    if faults:
-        raise UserError(
-            f"{dataset.annotations}: its categories do not match {source}: {'; '.join(faults)}; "
-            "give both files the same ids and names"
-        )
-    if dataset.category_ids == list(category_ids):
-        return dataset
-    index_of = {category: index for index, category in enumerate(category_ids)}
-    moved = [index_of[category] for category in dataset.category_ids]
-    records = [
-        replace(r, objects=[replace(o, class_index=moved[o.class_index]) for o in r.objects])
-        for r in dataset.records
-    ]
-    return replace(dataset, records=records, class_names=list(class_names), category_ids=list(category_ids))
 
 
 def _check_files(records: list[ImageRecord], folder: Path, file: Path, key: str) -> None:

@@ -5,24 +5,34 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from fastmrcnn.config.schema import Config
 from fastmrcnn.data.build import read_sets
 from fastmrcnn.data.coco import CocoDataset
+from fastmrcnn.data.keypoints import check_same_keypoints
+from fastmrcnn.data.same_classes import align_classes, class_faults, match_classes
 from fastmrcnn.data.shapes import write_shapes
 from fastmrcnn.errors import UserError
 from fastmrcnn.files import new_run_folder
+from fastmrcnn.weights.card import ModelCard
 
 
-def prepare_run(config: Config, folder: Path | None) -> tuple[Config, Path, CocoDataset, CocoDataset | None]:
+def prepare_run(
+    config: Config, folder: Path | None, before: ModelCard | None = None
+) -> tuple[Config, Path, CocoDataset, CocoDataset | None]:
     """The run's folder, training and validation set, and the configuration with the paths of both.
 
     A new folder is made if none is given, and only once the data that was asked for is known to be
     there. The embedded set is drawn into the folder.
+
+    Args:
+        before: of the checkpoint that the run goes on from, whose class numbers stay.
     """
+    settle = None if before is None else partial(with_classes_of, before)
     if not config.data.shapes:
-        train_set, val_set = read_sets(config)
+        train_set, val_set = read_sets(config, settle)
         return config, folder or new_run_folder(config.output), train_set, val_set
     folder = folder or new_run_folder(config.output)
     paths = write_shapes(folder / "data", seed=0)
@@ -31,7 +41,36 @@ def prepare_run(config: Config, folder: Path | None) -> tuple[Config, Path, Coco
         images, annotations = paths[f"{split}_images"], paths[f"{split}_annotations"]
         tree["data"][split] |= {"images": str(images), "annotations": str(annotations)}
     config = Config.model_validate(tree)
-    return config, folder, *read_sets(config)
+    return config, folder, *read_sets(config, settle)
+
+
+def with_classes_of(before: ModelCard, dataset: CocoDataset) -> CocoDataset:
+    """A training set, its class indices those of the checkpoint that the run goes on from.
+
+    Raises:
+        UserError: it has other classes or keypoints than the run had.
+    """
+    own, known = (dataset.class_names, dataset.category_ids), (before.class_names, before.category_ids)
+    faults = class_faults(*own, *known)
+    found = match_classes(*known, *own)
+    gone = [repr(name) for name, match in zip(before.class_names, found, strict=True) if match is None]
+    if gone and not faults:
+        faults.append(f"the file lacks {', '.join(gone)}")
+    anew = (
+        "--resume goes on with the same ones; leave it out and give --config and model.weights=RUN to start "
+        "anew from its weights"
+    )
+    if faults:
+        raise UserError(
+            f"{dataset.annotations}: its {len(own[0])} classes do not match the {len(known[0])} of the run: "
+            f"{'; '.join(faults)}; {anew}"
+        )
+    source = "the checkpoint"
+    try:
+        check_same_keypoints(dataset.keypoints, before.keypoints, dataset.annotations, source)
+    except UserError as error:
+        raise UserError(f"{error}; {anew}") from None
+    return align_classes(dataset, *known, source)
 
 
 @contextlib.contextmanager

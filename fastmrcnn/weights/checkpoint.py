@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastmrcnn.errors import UserError
 from fastmrcnn.files import TEMPORARY_SUFFIX, replacing, write_text
+from fastmrcnn.weights.archives import objects_in, refuse_code
 from fastmrcnn.weights.card import ModelCard
 from fastmrcnn.weights.sources import read_weights
 from fastmrcnn.weights.states import copy_state
@@ -181,7 +182,7 @@ def is_checkpoint(tree: Any) -> bool:
 
 
 def check_format(tree: dict[str, Any], file: Path) -> dict[str, Any]:
-    """The same tree; UserError if its format is newer or a part is not there."""
+    """The same tree; UserError if its format is newer, a part is not there, or one would run code."""
     version = tree.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise UserError(
@@ -190,6 +191,8 @@ def check_format(tree: dict[str, Any], file: Path) -> dict[str, Any]:
         )
     if absent := [key for key in _KEYS if key not in tree]:
         raise UserError(f"{file}: lacks {', '.join(absent)}; it is not whole")
+    if found := next(objects_in(tree), None):
+        raise refuse_code(file, found)
     return tree
 
 
@@ -197,6 +200,15 @@ def judged_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state dict that detects: the average if the run kept one, else the weights of its last step."""
     state: dict[str, Tensor] = checkpoint["model"] if checkpoint["ema"] is None else checkpoint["ema"]
     return state
+
+
+def require_optimizer(checkpoint: Mapping[str, Any]) -> None:
+    """UserError if a run cannot go on from a checkpoint, but only start."""
+    if checkpoint["optimizer"] is None:
+        raise UserError(
+            f"{_called(checkpoint)}: holds weights without an optimizer's state (it was converted); start a "
+            "new run from it with model.weights=FILE"
+        )
 
 
 def restore(
@@ -216,13 +228,9 @@ def restore(
     Raises:
         UserError: the weights or the optimizer's state belong to another model.
     """
-    source = f"checkpoint of step {checkpoint['step']}"
+    source = _called(checkpoint)
+    require_optimizer(checkpoint)
     saved = checkpoint["optimizer"]
-    if saved is None:
-        raise UserError(
-            f"{source}: holds weights without an optimizer's state (it was converted); start a new run from "
-            "it with model.weights=FILE"
-        )
     copy_state(model, checkpoint["model"], source)
     if ema is not None:
         copy_state(ema, judged_weights(checkpoint), f"{source}, ema")
@@ -243,6 +251,10 @@ def restore(
     if scaler is not None and checkpoint["scaler"] is not None:
         scaler.load_state_dict(checkpoint["scaler"])
     return int(checkpoint["step"])
+
+
+def _called(checkpoint: Mapping[str, Any]) -> str:
+    return f"checkpoint of step {checkpoint['step']}"
 
 
 def _steps(folder: Path) -> dict[int, Path]:

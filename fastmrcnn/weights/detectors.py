@@ -30,6 +30,7 @@ class WeightsFile(NamedTuple):
     imported: Imported
     card: ModelCard | None  # of our own checkpoints
     step: int
+    lines: list[str]  # that say what was chosen of what the file holds
 
 
 def open_weights(
@@ -56,13 +57,13 @@ def open_weights(
     path = find_weights(source, sha256, "model.weights")
     tree = read_weights(path)
     if not is_checkpoint(tree):
-        state = as_state(tree, path, cast=cast)
-        return WeightsFile(path, import_state(state, path, num_classes, strict=strict), None, 0)
+        state, lines = as_state(tree, path, cast=cast)
+        return WeightsFile(path, import_state(state, path, num_classes, strict=strict), None, 0, lines)
     checkpoint = check_format(tree, path)
-    state = as_state(judged_weights(checkpoint), path, cast=cast)
+    state, lines = as_state(judged_weights(checkpoint), path, cast=cast)
     imported = import_state(state, path, strict=strict)
     imported = imported._replace(spare=dict(checkpoint["extra"].get(SPARE) or {}))
-    return WeightsFile(path, imported, read_card(checkpoint, path), int(checkpoint["step"]))
+    return WeightsFile(path, imported, read_card(checkpoint, path), int(checkpoint["step"]), lines)
 
 
 def prepared(imported: Imported, own: Mapping[str, Tensor]) -> dict[str, Tensor]:

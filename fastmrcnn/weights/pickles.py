@@ -92,8 +92,8 @@ class _Array:
         self.value = _build(raw, dtype, shape, "F" if fortran else "C")
 
 
-class _Dict(dict[Any, Any]):
-    """Stands in for OrderedDict; attributes that come with it (torch's _metadata) are dropped."""
+class DictStandIn(dict[Any, Any]):
+    """Stands in for OrderedDict; attributes that an object has (torch's _metadata) are dropped."""
 
     def __setstate__(self, state: Any) -> None:
         pass
@@ -146,7 +146,8 @@ _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("_codecs", "encode"): _encode,
     ("builtins", "bytes"): _no_bytes,
     ("__builtin__", "bytes"): _no_bytes,
-    ("collections", "OrderedDict"): _Dict,
+    ("collections", "OrderedDict"): DictStandIn,
+    ("argparse", "Namespace"): DictStandIn,  # options of a command line: plain data, but no weights
 }
 for _core in ("numpy.core", "numpy._core"):  # before and since numpy 2
     _ALLOWED[f"{_core}.multiarray", "_reconstruct"] = _reconstruct

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import pickle
 import re
@@ -14,6 +15,7 @@ from urllib.parse import urlparse
 import torch
 
 from fastmrcnn.errors import UserError
+from fastmrcnn.weights.archives import read_archive
 from fastmrcnn.weights.pickles import read_pickle
 
 # How torch.save began its files before they were zip archives: its magic number, as a pickle.
@@ -49,8 +51,11 @@ def find_weights(source: str | Path, sha256: str | None = None, key: str = "weig
 def read_weights(path: Path) -> Any:
     """What stands in a file of torch.save or a pickle of numpy arrays: tensors, containers and plain values.
 
+    In what torch.save wrote there may be a `Left` in place of an object that only running code could
+    restore.
+
     Raises:
-        UserError: missing, incomplete, or with anything else in it.
+        UserError: missing, incomplete, or a pickle with anything else in it.
     """
     try:
         with path.open("rb") as stream:
@@ -65,22 +70,26 @@ def read_weights(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     # A zip archive begins with PK even if its end, by which zipfile knows it, has not arrived.
     if start.startswith(b"PK") or start == _LEGACY_TORCH or not start:
-        return read_tensors(path)
+        return read_tensors(path, leave_objects=True)
     if start.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8")):
         raise UserError(f"{path}: is an image, not a file of weights")
     return read_pickle(path)
 
 
-def read_tensors(path: Path) -> Any:
+def read_tensors(path: Path, *, leave_objects: bool = False) -> Any:
     """What `torch.save` wrote, as tensors and plain containers on the CPU; no code of the file runs.
 
+    Args:
+        leave_objects: put a `Left` in place of other objects.
     Raises:
         UserError: missing, incomplete, not written by torch.save, or with objects other than those.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about formats that are refused below in one line
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # Options of a command line are plain data, which torchvision's scripts save with the weights.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
@@ -88,6 +97,9 @@ def read_tensors(path: Path) -> Any:
     except PermissionError:
         raise UserError(f"{path}: may not be read (no permission)") from None
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError, ValueError) as error:
+        whole = zipfile.is_zipfile(path) and "TorchScript" not in str(error)
+        if leave_objects and whole and isinstance(error, pickle.UnpicklingError):
+            return read_archive(path)
         # torch's own text advises to load it all the same; nobody should.
         foreign = re.search(r"\bGLOBAL ([\w.]+)", str(error))
         # Only of an archive is it known that it is whole, and the name not one that was cut off.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastmrcnn.config.schema import ModelConfig
 from fastmrcnn.errors import UserError
@@ -15,13 +13,10 @@ from fastmrcnn.weights.card import ModelCard
 from fastmrcnn.weights.detectors import open_weights, prepared, require_constants
 from fastmrcnn.weights.peers.class_rows import class_count
 from fastmrcnn.weights.peers.programs import grouped
+from fastmrcnn.weights.predictors import take_predictors
 from fastmrcnn.weights.states import compare_states, describe_mismatch, load_backbone
 from fastmrcnn.weights.trained import untrained_model
 from fastmrcnn.weights.zoo import architecture_of
-
-# What depends on the number of classes, or of keypoints.
-_OF_CLASSES = ("box_head.classes.", "box_head.deltas.", "mask_head.predictor.")
-_OF_KEYPOINTS = "keypoint_head.deconv."
 
 
 def new_model(card: ModelCard, device: torch.device) -> MaskRCNN:
@@ -43,7 +38,7 @@ def load_start(model: MaskRCNN, card: ModelCard) -> None:
             config.weights,
             config.weights_sha256,
             strict=config.weights_strict,
-            class_names=card.class_names,
+            card=card,
         )
         print(*lines, sep="\n")
     else:
@@ -64,7 +59,8 @@ def load_imagenet(model: MaskRCNN, config: ModelConfig) -> None:
         for name, child in model.backbone.named_children():
             backbone.add_module(name, child)
         backbone.add_module("layer4", model.res5 or last_stage(config))
-    load_backbone(backbone, config.backbone.weights, config.backbone.weights_sha256)
+    for line in load_backbone(backbone, config.backbone.weights, config.backbone.weights_sha256):
+        print(line)
 
 
 def load_weights(
@@ -73,16 +69,16 @@ def load_weights(
     sha256: str | None = None,
     *,
     strict: bool = True,
-    class_names: Sequence[str] | None = None,
+    card: ModelCard | None = None,
 ) -> list[str]:
     """Start a model from another one's weights.
 
-    With another number of classes (or of keypoints) the last predictors stay as they are, and everything
-    else is loaded.
+    Classes and keypoints take over what belongs to those of the same name in the last predictors, as
+    `take_predictors` has it, and everything else is loaded.
 
     Args:
         strict: whatever else does not fit is an error that lists every key; else it is left out.
-        class_names: of the model's classes.
+        card: of the model; none: its classes and keypoints have no names.
     Returns:
         Lines that say what was loaded and what was left out.
     Raises:
@@ -96,9 +92,10 @@ def load_weights(
         require_constants(imported.constants, model, path)
     state = prepared(imported, own)
 
-    predictors = [key for key in state if key in own and _is_predictor(key) and _other_count(key, state, own)]
-    rest = {key: value for key, value in state.items() if key not in predictors}
-    wanted = {key: value for key, value in own.items() if key not in predictors}
+    predictors = take_predictors(state, model, card, file.card)
+    settled = {*predictors.given, *predictors.left}
+    rest = {key: value for key, value in state.items() if key not in settled}
+    wanted = {key: value for key, value in own.items() if key not in settled}
     mismatch = compare_states(rest, wanted)
     if mismatch and strict:
         found, built = architecture_of(state), architecture_of(own)
@@ -110,18 +107,13 @@ def load_weights(
         text = describe_mismatch(mismatch, rest, wanted, imported.names)
         raise UserError(f"{path}: does not fit the model: {text}; model.weights_strict=false leaves them out")
     fitting = {k: v for k, v in rest.items() if k in wanted and k not in mismatch.reshaped}
-    model.load_state_dict({**own, **fitting})
+    model.load_state_dict({**own, **fitting, **predictors.given})
 
     what = f"{imported.program}, {architecture_of(state)}"
-    lines = [f"Starting from {path}: {len(fitting)} of {len(own)} tensors ({what})"]
-    if predictors:
-        theirs = class_count(state)
-        reason = f"has {theirs} classes and this model {num_classes}"
-        if theirs == num_classes:
-            reason = "has another number of keypoints"
-        lines.append(f"Left out, since the file {reason}: {grouped(predictors)}")
-    elif file.card is not None and class_names not in (None, file.card.class_names):
-        lines.append(f"Its classes were, in this order: {', '.join(file.card.class_names)}")
+    whole = len(fitting) + len(predictors.given.keys() - predictors.partly)
+    part = f" and {len(predictors.partly)} in part" if predictors.partly else ""
+    lines = [f"Starting from {path}: {whole} of {len(own)} tensors{part} ({what})", *file.lines]
+    lines += predictors.lines
     if mismatch:
         lines.append(
             f"Left out, since they do not fit: {describe_mismatch(mismatch, rest, wanted, imported.names)}"
@@ -129,17 +121,3 @@ def load_weights(
     if imported.homeless:
         lines.append(f"Left out, since no model here has them: {grouped(imported.homeless)}")
     return lines
-
-
-def _is_predictor(key: str) -> bool:
-    return key.startswith((*_OF_CLASSES, _OF_KEYPOINTS))
-
-
-def _other_count(key: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
-    """Whether two predictors differ by their number of classes or keypoints, and by nothing else."""
-    axis = 1 if key == f"{_OF_KEYPOINTS}weight" else 0
-    ours, theirs = list(own[key].shape), list(state[key].shape)
-    if len(ours) != len(theirs) or ours == theirs:
-        return False
-    del ours[axis], theirs[axis]
-    return ours == theirs

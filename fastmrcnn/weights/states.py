@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastmrcnn.errors import UserError
 from fastmrcnn.weights.peers.programs import grouped, import_backbone, program_of
 from fastmrcnn.weights.sources import find_weights, read_weights
+from fastmrcnn.weights.wrappers import unwrap
 
 COUNTER = ".num_batches_tracked"
 
@@ -31,7 +32,7 @@ _NETWORKS: dict[tuple[tuple[int, ...], bool, int, int], str] = {
 }
 
 
-def load_backbone(backbone: nn.Module, source: str, sha256: str | None = None) -> None:
+def load_backbone(backbone: nn.Module, source: str, sha256: str | None = None) -> list[str]:
     """Copy an ImageNet checkpoint (ResNet or ResNeXt) into a backbone, its classifier left out.
 
     Args:
@@ -40,12 +41,14 @@ def load_backbone(backbone: nn.Module, source: str, sha256: str | None = None) -
             torch.hub's cache.
         sha256: expected hash or its first digits (8 or more). None: what the file's name says of its hash.
 
+    Returns:
+        Lines that say what was chosen of the file and what left out, if anything was.
     Raises:
         UserError: missing, incomplete, of another hash or of another architecture. The backbone is
             unchanged then.
     """
     path = find_weights(source, sha256, "model.backbone.weights")
-    given = as_state(read_weights(path), path)
+    given, lines = as_state(read_weights(path), path)
     state = {key: value for key, value in import_backbone(given).items() if not key.startswith("fc.")}
     own = backbone.state_dict()
     state = with_counters(state, own)
@@ -64,6 +67,7 @@ def load_backbone(backbone: nn.Module, source: str, sha256: str | None = None) -
             "statistics; use frozen_bn, bn or sync_bn, or leave out model.backbone.weights"
         )
     copy_state(backbone, state, path)
+    return [f"{path}: {line}" for line in lines]
 
 
 def backbone_of(state: Mapping[str, Tensor]) -> str | None:
@@ -82,29 +86,15 @@ def backbone_of(state: Mapping[str, Tensor]) -> str | None:
     return name if width == 64 else f"{name} with a stem of {width} channels"
 
 
-def as_state(tree: Any, path: str | Path, *, cast: bool = False) -> dict[str, Tensor]:
-    """A dict of float32 tensors by name, on the CPU, from what a file holds.
-
-    Takes the dict out of what training programs wrap around it ("model", "state_dict", "blobs", and the
-    prefixes of DistributedDataParallel and torch.compile).
+def as_state(tree: Any, path: str | Path, *, cast: bool = False) -> tuple[dict[str, Tensor], list[str]]:
+    """A dict of float32 tensors by name, on the CPU, from what a file holds; and lines as `unwrap` has them.
 
     Args:
         cast: turn other floating-point types into float32.
     Raises:
         UserError: it is something else; what, is said.
     """
-    for key in ("model", "state_dict", "model_state_dict", "blobs"):
-        if isinstance(tree, Mapping) and isinstance(tree.get(key), Mapping):
-            tree = tree[key]
-    if not isinstance(tree, Mapping):
-        raise UserError(f"{path}: expected a dict of tensors by name, got a {type(tree).__name__}")
-    odd = [str(key) for key, value in tree.items() if not isinstance(value, Tensor)]
-    if odd:
-        raise UserError(f"{path}: expected a dict of tensors by name; not a tensor: {', '.join(odd)}")
-    state = {str(key): value for key, value in tree.items()}
-    for prefix in ("module.", "_orig_mod."):
-        if state and all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    state, lines = unwrap(tree, path)
 
     def require(faulty: Iterable[str], what: str, remedy: str) -> None:
         if keys := list(faulty):
@@ -118,7 +108,8 @@ def as_state(tree: Any, path: str | Path, *, cast: bool = False) -> dict[str, Te
     packed = (k for k, v in state.items() if v.layout != torch.strided or v.is_quantized or v.is_complex())
     require(packed, "are sparse, quantised or complex", "save plain float32 tensors")
     if cast:
-        return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+        state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+        return state, lines
     other = {k: v.dtype for k, v in state.items() if v.is_floating_point() and v.dtype != torch.float32}
     types = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in other.values()}))
     require(
@@ -126,7 +117,7 @@ def as_state(tree: Any, path: str | Path, *, cast: bool = False) -> dict[str, Te
         f"are {types}, expected float32",
         "save them as float32, as python -m fastmrcnn.convert IN OUT --cast does",
     )
-    return state
+    return state, lines
 
 
 class Mismatch(NamedTuple):

@@ -90,7 +90,7 @@ def load_trained(path: str | Path, device: str | torch.device = "auto") -> Train
         tree = read_weights(file)
         if is_checkpoint(tree):
             checkpoint = check_format(tree, file)
-            weights = as_state(judged_weights(checkpoint), file)
+            weights, _ = as_state(judged_weights(checkpoint), file)
             return restored_model(read_card(checkpoint, file), weights, file).to(place)
     trained, lines = as_trained(open_weights(path))
     print(*lines, sep="\n")
@@ -141,7 +141,7 @@ def as_trained(
     """
     path, imported, known = file.path, file.imported, file.card
     architecture = architecture_of(imported.state)
-    lines = [f"{path}: {imported.program}, {architecture}"]
+    lines = [f"{path}: {imported.program}, {architecture}", *file.lines]
     if known is not None:
         config = config or known.config
         classes = classes or ClassTable(known.class_names, known.category_ids)

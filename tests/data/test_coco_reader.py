@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from real_data import real_data
 
-from fastmrcnn.data.coco import check_same_classes, read_coco
+from fastmrcnn.data.coco import read_coco
 from fastmrcnn.data.masks import bitmap, segmentation_problem
 from fastmrcnn.errors import UserError
 
@@ -279,25 +279,6 @@ def test_area_is_counted_where_the_file_has_none(tmp_path: Path) -> None:
     del content["annotations"][0]["area"]
     content["annotations"][0]["segmentation"] = [[4, 4, 12, 4, 12, 8, 4, 8]]
     assert read(tmp_path, content).records[0].objects[0].area == 32
-
-
-def test_classes_of_the_validation_set(tmp_path: Path) -> None:
-    train = read(tmp_path, tree())
-    part = read(tmp_path, tree() | {"categories": [{"id": 90, "name": "dog"}]})
-    assert part.records[0].objects[0].class_index == 0
-    aligned = check_same_classes(train, part)
-    assert aligned.records[0].objects[0].class_index == 1
-    assert aligned.class_names == train.class_names
-    assert check_same_classes(train, train) is train
-    for category, words in [
-        ({"id": 4, "name": "cow"}, "category 4 'cow' is not there"),
-        ({"id": 3, "name": "cow"}, "category 3 is 'cow' here, but 'cat' there"),
-        ({"id": 4, "name": "cat"}, "category 'cat' has id 4 here, but 3 there"),
-    ]:
-        other = read(tmp_path, tree() | {"categories": [{"id": 90, "name": "dog"}, category]})
-        with pytest.raises(UserError, match=r"set\.json: its categories do not match") as caught:
-            check_same_classes(train, other)
-        assert words in str(caught.value)
 
 
 def test_holes_parts_and_rle_become_the_same_bitmap() -> None:

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastmrcnn.data.coco import CocoDataset, check_same_classes, read_coco
+from fastmrcnn.data.coco import CocoDataset, read_coco
 from fastmrcnn.data.keypoints import COCO_PERSON, KeypointOptions, mirror_of
 from fastmrcnn.data.loader import TrainLoader
+from fastmrcnn.data.same_classes import check_same_classes
 from fastmrcnn.data.transforms import Augment, Plan, apply_plan, transform_keypoints
 from fastmrcnn.errors import UserError
 
