@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fastmrcnn.data.build import image_options
 from fastmrcnn.data.coco import read_coco
 from fastmrcnn.data.proposals import write_proposals
 from fastmrcnn.errors import Parser, UserError, run_main
@@ -43,8 +44,10 @@ def main(argv: list[str]) -> None:
         min_box_side=config.data.min_box_side,
         require_masks=False,
         keep_tree=True,
+        image_options=image_options(config),
         key="--annotations",
     )
+    print(*dataset.summary(), sep="\n")
     found = collect_proposals(model, dataset, config)
     write_proposals(output, found)
     print(

@@ -54,9 +54,9 @@ def main(argv: list[str]) -> None:
         config = starting_config(arguments.config, arguments.overrides)
     check_trainable(config)
     if arguments.dry_run:
-        check_only(config)
+        check_only(config, resumed=state is not None)
         return
-    config, folder, train_set, val_set = prepare_run(config, folder)
+    config, folder, train_set, val_set = prepare_run(config, folder, resumed=state is not None)
     try:
         with discarding_unstarted(folder, new=state is None):
             write_text(folder / "config.yaml", dump_config(config))
@@ -69,10 +69,10 @@ def main(argv: list[str]) -> None:
         raise SystemExit(130) from None
 
 
-def check_only(config: Config) -> None:
+def check_only(config: Config, resumed: bool) -> None:
     """--dry-run: nothing is kept."""
     with tempfile.TemporaryDirectory() as folder:
-        config, _, train_set, val_set = prepare_run(config, Path(folder))
+        config, _, train_set, val_set = prepare_run(config, Path(folder), resumed)
         for line in train_set.summary() + (val_set.summary() if val_set else []):
             print(line)
         dry_run(config, train_set)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +10,7 @@ from typing import Any
 
 from fastmrcnn.data.annotation import annotated_area, annotation_fault, clip, corners, reason_to_skip
 from fastmrcnn.data.coco_json import identifier, read_categories, read_images, read_json
-from fastmrcnn.data.images import check_headers
+from fastmrcnn.data.image_check import ImageOptions, look_at_images
 from fastmrcnn.data.keypoints import (
     KeypointOptions,
     KeypointSchema,
@@ -23,6 +22,7 @@ from fastmrcnn.data.keypoints import (
     read_schema,
 )
 from fastmrcnn.data.masks import pack_polygons
+from fastmrcnn.data.pixel_range import AS_IT_IS, Reading
 from fastmrcnn.data.records import ImageProposals, ImageRecord, ObjectRecord, Problems
 from fastmrcnn.errors import UserError
 
@@ -34,8 +34,6 @@ __all__ = [
     "check_same_classes",
     "read_coco",
 ]
-
-HEADERS_CHECKED = 10_000  # image files opened to compare sizes before training; others are when read
 
 
 @dataclass(frozen=True)
@@ -63,6 +61,11 @@ class CocoDataset:
     tree: dict[str, list[Any]] | None = field(default=None, repr=False, compare=False)
     """All that the file says, for an evaluation to judge by; none: it was not kept."""
 
+    reading: Reading = AS_IT_IS
+    """How the images become pixels."""
+    image_lines: list[str] = field(default_factory=list)
+    """What there is to tell of the image files."""
+
     def __len__(self) -> int:
         return len(self.records)
 
@@ -71,7 +74,7 @@ class CocoDataset:
         return None if self.keypoints is None else len(self.keypoints.names)
 
     def summary(self) -> list[str]:
-        """One line: what there is, and what was left out."""
+        """A line on what there is and what was left out, and some on the image files if need be."""
         objects = sum(not item.crowd for record in self.records for item in record.objects)
         crowds = sum(item.crowd for record in self.records for item in record.objects)
         negatives = sum(not record.objects for record in self.records)
@@ -99,7 +102,7 @@ class CocoDataset:
             use = "image without objects is used as a negative"
             many = "images without objects are used as negatives"
             parts.append(_count(negatives, use, many))
-        return [f"{self.annotations.name}: " + "; ".join(parts)]
+        return [f"{self.annotations.name}: {line}" for line in ("; ".join(parts), *self.image_lines)]
 
 
 def read_coco(
@@ -112,6 +115,7 @@ def read_coco(
     require_masks: bool = True,
     keypoints: KeypointOptions | None = None,
     keep_tree: bool = False,
+    image_options: ImageOptions | None = None,
     key: str = "data.train",
 ) -> CocoDataset:
     """Read and check a data set.
@@ -126,6 +130,7 @@ def read_coco(
         keypoints: read keypoints, and how; none: what the file says of them is not looked at.
         keep_tree: keep the parsed file beside the records, for a set that is to be evaluated on. Training
             has no use for it, and in a large set it is millions of lists and numbers.
+        image_options: how the image files are found and read; none: as `ImageOptions` has it.
         key: configuration section that gave the paths, for messages.
     Raises:
         UserError: one line with all mistakes, each naming the file, the id and the remedy.
@@ -183,11 +188,9 @@ def read_coco(
                 f"{max_objects}; set data.max_objects={len(record.objects)} or cut the image into tiles",
             )
     problems.check(file)
-    _check_files(list(records.values()), folder, file, key)
-    check_headers(list(records.values())[:HEADERS_CHECKED], problems)
-    problems.check(file)
-    kept = keep_labelled(records.values(), keypoints)
-    unlabelled = len(records) - len(kept)
+    seen_images = look_at_images(list(records.values()), folder, file, key, image_options or ImageOptions())
+    kept = keep_labelled(seen_images.records, keypoints)
+    unlabelled = len(seen_images.records) - len(kept)
     dataset = CocoDataset(
         kept,
         class_names,
@@ -199,6 +202,8 @@ def read_coco(
         unlabelled=unlabelled,
         masks=require_masks,
         tree=tree if keep_tree else None,
+        reading=seen_images.reading,
+        image_lines=seen_images.lines,
     )
     if require_objects and not any(not o.crowd for record in dataset.records for o in record.objects):
         why = f" ({dataset.summary()[0].split('; ', 1)[-1]})" if skipped or unlabelled else ""
@@ -258,23 +263,6 @@ def align_classes(
         for r in dataset.records
     ]
     return replace(dataset, records=records, class_names=list(class_names), category_ids=list(category_ids))
-
-
-def _check_files(records: list[ImageRecord], folder: Path, file: Path, key: str) -> None:
-    listings: dict[Path, set[str]] = {}
-    missing = []
-    for record in records:
-        parent = record.path.parent
-        if parent not in listings:  # one listing is far cheaper than a look at each file
-            listings[parent] = set(os.listdir(parent)) if parent.is_dir() else set()
-        if record.path.name not in listings[parent] and not record.path.exists():
-            missing.append(record.file_name)
-    if missing:
-        some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise UserError(
-            f"{file}: {len(missing)} of {_count(len(records), 'image')} not found in {folder}: {some}; "
-            f"set {key}.images to their folder, or correct file_name"
-        )
 
 
 def _count(number: int, one: str, many: str | None = None) -> str:

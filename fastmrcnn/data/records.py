@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fastmrcnn.data.pixel_range import AS_IT_IS, Reading
 from fastmrcnn.errors import UserError
 
 Box = tuple[float, float, float, float]
@@ -40,6 +41,7 @@ class ImageRecord:
     objects: list[ObjectRecord]
     annotations: Path
     """The file that lists this image, for messages."""
+    reading: Reading = AS_IT_IS
 
 
 class ImageProposals(NamedTuple):

@@ -8,22 +8,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastmrcnn.config.schema import Config
-from fastmrcnn.data.build import read_sets
+from fastmrcnn.data.build import read_sets, with_pixel_range
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.shapes import write_shapes
 from fastmrcnn.errors import UserError
 from fastmrcnn.files import new_run_folder
 
 
-def prepare_run(config: Config, folder: Path | None) -> tuple[Config, Path, CocoDataset, CocoDataset | None]:
-    """The run's folder, training and validation set, and the configuration with the paths of both.
+def prepare_run(
+    config: Config, folder: Path | None, resumed: bool = False
+) -> tuple[Config, Path, CocoDataset, CocoDataset | None]:
+    """The run's folder, training and validation set, and the configuration with what was decided on them.
 
     A new folder is made if none is given, and only once the data that was asked for is known to be
     there. The embedded set is drawn into the folder.
     """
     if not config.data.shapes:
-        train_set, val_set = read_sets(config)
-        return config, folder or new_run_folder(config.output), train_set, val_set
+        # A run that began without a range of values goes on without one.
+        train_set, val_set = read_sets(config, choose_range=not resumed)
+        folder = folder or new_run_folder(config.output)
+        return with_pixel_range(config, train_set), folder, train_set, val_set
     folder = folder or new_run_folder(config.output)
     paths = write_shapes(folder / "data", seed=0)
     tree = config.model_dump()
