@@ -8,7 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fastmrcnn.data.images import read_pixels
+from fastmrcnn.data.images import read_noted
+from fastmrcnn.data.pixel_range import RangeNote, note_lines
 from fastmrcnn.detection.detector import load
 from fastmrcnn.detection.objects import coco_results
 from fastmrcnn.detection.prediction import as_prediction
@@ -32,6 +33,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", required=True, help="folder for the overlays and predictions.json")
     parser.add_argument("--score", type=float, default=0.5, help="least score of an object, in 0..1 (0.5)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:0")
+    parser.add_argument(
+        "--max-pixels", type=int, help="larger images are refused (default: the model's data.max_pixels)"
+    )
     arguments = parser.parse_intermixed_args(argv)
     if not 0 <= arguments.score <= 1:
         raise UserError(f"--score {arguments.score:g}: must be in 0..1")
@@ -39,10 +43,18 @@ def main(argv: list[str]) -> None:
     output = Path(arguments.output)
     overlays = name_overlays(images, output)
     check_output(output, overlays)
-    for path in images:  # so that a broken image stops the run before anything is written
-        read_pixels(path)
     detector = load(arguments.checkpoint, arguments.device)
-    card = detector.card
+    card, reading = detector.card, detector.reading
+    if arguments.max_pixels is not None:
+        reading = reading._replace(max_pixels=arguments.max_pixels)
+    notes: list[tuple[str, RangeNote]] = []
+    for path in images:  # so that a broken image stops the run before anything is written
+        _, note = read_noted(path, reading)
+        if note is not None:
+            notes.append((str(path), note))
+    untrained = "" if reading.pixel_range else "; the model was not trained with a data.pixel_range"
+    for line in note_lines(notes):
+        print(line + untrained)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -52,7 +64,7 @@ def main(argv: list[str]) -> None:
     for number, (path, overlay) in enumerate(
         zip(tqdm(images, unit="img", desc="predict", dynamic_ncols=True), overlays, strict=True), start=1
     ):
-        pixels = read_pixels(path)
+        pixels, _ = read_noted(path, reading)
         found = detector.detect(pixels, arguments.score)
         as_prediction(found, pixels, card).save(overlay)
         names = [card.class_names[label] for label in found.classes.tolist()]

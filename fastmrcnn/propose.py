@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fastmrcnn.data.build import image_options
 from fastmrcnn.data.coco import read_coco
 from fastmrcnn.data.proposals import write_proposals
 from fastmrcnn.errors import Parser, UserError, run_main
@@ -45,8 +46,10 @@ def main(argv: list[str]) -> None:
         keep_tree=True,
         boxes=config.data.boxes,
         keep_group_classes=config.data.keep_group_classes,
+        image_options=image_options(config),
         key="--annotations",
     )
+    print(*dataset.summary(), sep="\n")
     found = collect_proposals(model, dataset, config)
     write_proposals(output, found)
     print(

@@ -8,9 +8,10 @@ take values.
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fastmrcnn.config.model import ModelConfig
 from fastmrcnn.config.section import Positive, Section, Side
@@ -83,9 +84,29 @@ class DataConfig(Section):
     centres lie half a pixel further (detectron2). 0: as they are (torchvision)."""
     min_keypoints: int = Field(0, ge=0)
     """Training images with fewer labelled keypoints are left out, where keypoints are learnt."""
+    pixel_range: Literal["auto"] | tuple[float, float] = "auto"
+    """[black, white]: the values that become 0 and 255 in images that are not 8-bit. auto: chosen when the
+    training set is read, by a sample of its images, and kept with the model; in a model that was trained
+    on 8-bit images it means [0, 65535]."""
+    max_pixels: int = Field(178_956_970, gt=0)
+    """Larger images are refused; the default is Pillow's own limit."""
+    missing: Literal["error", "skip"] = "error"
+    """Of images whose file is not there; skip: they are left out and counted."""
     workers: int = Field(2, ge=0)
     """Loader processes; 0 loads in the training process."""
     augment: AugmentConfig = AugmentConfig()
+
+    @field_validator("pixel_range", mode="before")
+    @classmethod
+    def _check_range(cls, value: Any) -> Any:
+        pair = isinstance(value, list | tuple) and len(value) == 2
+        numbers = pair and not any(isinstance(one, bool | str) for one in value)
+        try:
+            if value == "auto" or (numbers and -math.inf < float(value[0]) < float(value[1]) < math.inf):
+                return value
+        except (TypeError, ValueError, OverflowError):
+            pass
+        raise ValueError("expected auto or [black, white], two numbers of which the second is larger")
 
 
 class OptimConfig(Section):

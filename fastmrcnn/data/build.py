@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from fastmrcnn.config.checks import SplitName
 from fastmrcnn.config.schema import Config
 from fastmrcnn.data.coco import CocoDataset, read_coco
+from fastmrcnn.data.image_check import ImageOptions, shared_line
 from fastmrcnn.data.keypoints import KeypointOptions, choose_sigmas
 from fastmrcnn.data.loader import EvalLoader, TrainLoader, largest_targets
 from fastmrcnn.data.polygons import largest_polygons
@@ -22,8 +24,31 @@ def keypoint_options(config: Config, least: int = 0) -> KeypointOptions | None:
     return KeypointOptions(config.data.keypoint_flip_pairs, config.data.keypoint_offset, least)
 
 
-def read_split(config: Config, name: SplitName) -> CocoDataset:
-    """The set that data.train or data.val names, with its proposals if it has some."""
+def image_options(config: Config, choose_range: bool = False) -> ImageOptions:
+    """How to find and read images.
+
+    Args:
+        choose_range: choose the range of their values if the configuration does not say it.
+    """
+    data = config.data
+    given = None if data.pixel_range == "auto" else data.pixel_range
+    return ImageOptions(given, choose_range and given is None, data.max_pixels, data.missing == "skip")
+
+
+def with_pixel_range(config: Config, dataset: CocoDataset) -> Config:
+    """The configuration with the range of values that a set's images are read with, if any need one."""
+    if dataset.reading.pixel_range is None:
+        return config
+    data = config.data.model_copy(update={"pixel_range": dataset.reading.pixel_range})
+    return config.model_copy(update={"data": data})
+
+
+def read_split(config: Config, name: SplitName, choose_range: bool = False) -> CocoDataset:
+    """The set that data.train or data.val names, with its proposals if it has some.
+
+    Args:
+        choose_range: as in `image_options`.
+    """
     data, rpn, train = config.data, config.model.rpn, name == "train"
     split = data.train if train else data.val
     assert split.images is not None, "the caller checks"
@@ -38,6 +63,7 @@ def read_split(config: Config, name: SplitName) -> CocoDataset:
         keep_tree=not train,
         boxes=data.boxes,
         keep_group_classes=data.keep_group_classes,
+        image_options=image_options(config, choose_range),
         key=f"data.{name}",
     )
     if split.proposals is None:
@@ -47,21 +73,29 @@ def read_split(config: Config, name: SplitName) -> CocoDataset:
 
 
 def read_sets(
-    config: Config, settle: Callable[[CocoDataset], CocoDataset] | None = None
+    config: Config,
+    settle: Callable[[CocoDataset], CocoDataset] | None = None,
+    *,
+    choose_range: bool = True,
 ) -> tuple[CocoDataset, CocoDataset | None]:
     """Training and validation set of a configuration that `check_trainable` let pass.
 
     Args:
         settle: gives the training set the class indices that both are to have.
+        choose_range: choose the range of images that are not 8-bit by the training set, if the configuration
+            does not say it; false: of a run that began without one.
     """
-    train_set = read_split(config, "train")
+    train_set = read_split(config, "train", choose_range)
     if settle is not None:
         train_set = settle(train_set)
     if train_set.num_keypoints is not None:
         choose_sigmas(train_set.num_keypoints, config.evaluate.oks_sigmas)  # not only after the training
     if config.data.val.annotations is None:
         return train_set, None
-    return train_set, check_same_classes(train_set, read_split(config, "val"))
+    val_set = read_split(with_pixel_range(config, train_set), "val")
+    if (line := shared_line(val_set.records, train_set.records)) is not None:
+        val_set = replace(val_set, image_lines=[*val_set.image_lines, line])
+    return train_set, check_same_classes(train_set, val_set)
 
 
 def evaluation_loader(dataset: CocoDataset, config: Config) -> EvalLoader:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from fastmrcnn.data.contents import BoxSource, read_contents
-from fastmrcnn.data.images import check_headers
+from fastmrcnn.data.image_check import ImageOptions, look_at_images
 from fastmrcnn.data.keypoints import (
     KeypointOptions,
     KeypointSchema,
     keep_labelled,
     labelled_keypoints,
 )
+from fastmrcnn.data.pixel_range import AS_IT_IS, Reading
 from fastmrcnn.data.records import Finding, ImageProposals, ImageRecord, ObjectRecord, Problems, count_of
 from fastmrcnn.errors import UserError
 
@@ -26,8 +26,6 @@ __all__ = [
     "ObjectRecord",
     "read_coco",
 ]
-
-HEADERS_CHECKED = 10_000  # image files opened to compare sizes before training; others are when read
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,11 @@ class CocoDataset:
     """P: most proposals of an image."""
     tree: dict[str, list[Any]] | None = field(default=None, repr=False, compare=False)
     """All that the file says, for an evaluation to judge by; none: it was not kept."""
+
+    reading: Reading = AS_IT_IS
+    """How the images become pixels."""
+    image_lines: list[str] = field(default_factory=list)
+    """What there is to tell of the image files."""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -98,7 +101,7 @@ class CocoDataset:
             use = "image without objects is used as a negative"
             many = "images without objects are used as negatives"
             parts.append(count_of(negatives, use, many))
-        lines = ["; ".join(parts), *(finding.line() for finding in self.findings)]
+        lines = ["; ".join(parts), *(finding.line() for finding in self.findings), *self.image_lines]
         return [f"{self.annotations.name}: {line}" for line in lines]
 
 
@@ -114,6 +117,7 @@ def read_coco(
     keep_tree: bool = False,
     boxes: BoxSource = "file",
     keep_group_classes: bool = False,
+    image_options: ImageOptions | None = None,
     key: str = "data.train",
 ) -> CocoDataset:
     """Read and check a data set.
@@ -130,6 +134,7 @@ def read_coco(
             has no use for it, and in a large set it is millions of lists and numbers.
         boxes: where they come from: the file's bbox, or the masks, where there are some.
         keep_group_classes: keep categories that only group others and have no object.
+        image_options: how the image files are found and read; none: as `ImageOptions` has it.
         key: configuration section that gave the paths, for messages.
     Raises:
         UserError: one line with all mistakes, each naming the file, the id and the remedy.
@@ -161,11 +166,9 @@ def read_coco(
                 f"{max_objects}; set data.max_objects={len(record.objects)} or cut the image into tiles",
             )
     problems.check(file)
-    _check_files(list(records.values()), folder, file, key)
-    check_headers(list(records.values())[:HEADERS_CHECKED], problems)
-    problems.check(file)
-    kept = keep_labelled(records.values(), keypoints)
-    unlabelled = len(records) - len(kept)
+    seen_images = look_at_images(list(records.values()), folder, file, key, image_options or ImageOptions())
+    kept = keep_labelled(seen_images.records, keypoints)
+    unlabelled = len(seen_images.records) - len(kept)
     dataset = CocoDataset(
         kept,
         contents.class_names,
@@ -178,6 +181,8 @@ def read_coco(
         unlabelled=unlabelled,
         masks=require_masks,
         tree=contents.tree if keep_tree else None,
+        reading=seen_images.reading,
+        image_lines=seen_images.lines,
     )
     if require_objects and not any(not o.crowd for record in dataset.records for o in record.objects):
         told = [f.line() for f in dataset.findings if f.severity == "left out" or not f.thing]
@@ -193,20 +198,3 @@ def read_coco(
             "keypoints, or train without (model.keypoint_head.enabled=false)"
         )
     return dataset
-
-
-def _check_files(records: list[ImageRecord], folder: Path, file: Path, key: str) -> None:
-    listings: dict[Path, set[str]] = {}
-    missing = []
-    for record in records:
-        parent = record.path.parent
-        if parent not in listings:  # one listing is far cheaper than a look at each file
-            listings[parent] = set(os.listdir(parent)) if parent.is_dir() else set()
-        if record.path.name not in listings[parent] and not record.path.exists():
-            missing.append(record.file_name)
-    if missing:
-        some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise UserError(
-            f"{file}: {len(missing)} of {count_of(len(records), 'image')} not found in {folder}: {some}; "
-            f"set {key}.images to their folder, or correct file_name"
-        )

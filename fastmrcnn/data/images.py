@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
+import threading
+import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from fastmrcnn.data.depth import CHANNELS, HEIGHT, WIDTH, Depth, depth_of, grey_numbers, read_numbers
+from fastmrcnn.data.pixel_range import (
+    AS_IT_IS,
+    FULL,
+    Extent,
+    PixelRange,
+    RangeNote,
+    Reading,
+    extent_of,
+    range_note,
+    to_bytes,
+)
 from fastmrcnn.data.records import ImageRecord, Problems
 from fastmrcnn.errors import UserError
 
 _ORIENTATION = 0x0112  # EXIF tag
-_FLOATING_POINT = "its pixels are floating-point numbers, whose white is unknown; save it with 8 or 16 bits"
+_WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
+FLOATING_POINT = (
+    "its pixels are floating-point numbers, whose white is unknown; save it with 8 or 16 bits, or train with "
+    "data.pixel_range=[black, white]"
+)
 _DAMAGE = (  # what Pillow's decoders raise on damaged files
     OSError,
     SyntaxError,
@@ -26,6 +46,39 @@ _DAMAGE = (  # what Pillow's decoders raise on damaged files
     zlib.error,
     Image.DecompressionBombError,
 )
+_pillow_limit = threading.Lock()
+
+
+class ImageError(Exception):
+    """Why an image file cannot be used. Its kind: missing, unreadable, damaged or large."""
+
+    def __init__(self, kind: str, message: str = "") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class Decoded(NamedTuple):
+    pixels: NDArray[np.uint8]  # (H, W, 3)
+    swapped: bool  # EXIF swapped width and height
+    extent: Extent | None  # of the values of a file that is not 8-bit
+
+
+class Header(NamedTuple):
+    """What is known of an image file before it is decoded."""
+
+    size: tuple[int, int]
+    """Width and height, once it is upright."""
+    swapped: bool
+    """EXIF swaps width and height."""
+    turned: bool
+    """EXIF turns or mirrors it."""
+    pages: bool
+    """It has several, of which the first is read."""
+    alpha: bool
+    extra_channels: bool
+    """It has some beside colour and alpha, which are not read."""
+    depth: Depth | None
+    """None: 8 bits a channel, or fewer."""
 
 
 def read_image(record: ImageRecord) -> NDArray[np.uint8]:
@@ -35,71 +88,165 @@ def read_image(record: ImageRecord) -> NDArray[np.uint8]:
         UserError: the file cannot be decoded, or its size is not the one in the annotations.
     """
     where = f"image {record.image_id} of {record.annotations}"
-    pixels, turned = _decode(record.path, f"replace the file or remove {where}")
-    fault = _size_fault(record, pixels.shape[1], pixels.shape[0], turned)
+    decoded = _decode(record.path, record.reading, f"replace the file or remove {where}")
+    fault = _size_fault(record, decoded.pixels.shape[1], decoded.pixels.shape[0], decoded.swapped)
     if fault:
         raise UserError(f"{where}: {fault}")
+    return decoded.pixels
+
+
+def read_pixels(path: str | Path, reading: Reading = AS_IT_IS) -> NDArray[np.uint8]:
+    """Pixels of any image file, (H, W, 3) uint8, turned as its EXIF orientation says.
+
+    Grey and palette images become RGB. Transparent pixels are laid on white. What is not 8-bit is scaled
+    from `reading.pixel_range`, without one from 0..65535, to 0..255; a warning tells of values that reach
+    beyond it, or that are dark in it.
+
+    Raises:
+        UserError: the file is missing, too large, or cannot be decoded.
+    """
+    pixels, note = read_noted(path, reading)
+    if note is not None:
+        warnings.warn(f"{path}: {note.text}", stacklevel=2)
     return pixels
 
 
-def check_headers(records: Sequence[ImageRecord], problems: Problems) -> None:
-    """Compare the sizes in the files' headers with the annotations; no pixel is decoded."""
+def read_noted(path: str | Path, reading: Reading = AS_IT_IS) -> tuple[NDArray[np.uint8], RangeNote | None]:
+    """As `read_pixels`, but what it warns of is returned; None: nothing."""
+    decoded = _decode(Path(path), reading, "replace the file")
+    extent = decoded.extent
+    return decoded.pixels, None if extent is None else range_note(extent, reading.pixel_range)
+
+
+def read_extent(path: Path, max_pixels: int) -> Extent | None:
+    """Of the values of an image; None if they fit into 8 bits. Raises ImageError."""
+    with opened(path, max_pixels) as image:
+        depth = depth_of(image)
+        if depth is None:
+            return None
+        with opened(path, max_pixels) as again:
+            return extent_of(read_numbers(image, again, depth), depth.kind)
+
+
+def read_header(path: Path, max_pixels: int) -> Header:
+    """Look at an image file without decoding it. Raises ImageError."""
+    with opened(path, max_pixels) as image:
+        depth = depth_of(image)
+        orientation = image.getexif().get(_ORIENTATION, 1)
+        swapped = _swaps_sides(image)
+        tags, (width, height) = getattr(image, "tag_v2", {}), image.size
+        done = (width, height) != (tags.get(WIDTH, width), tags.get(HEIGHT, height))  # newer Pillows, in TIFF
+        return Header(
+            size=(height, width) if swapped and not done else (width, height),
+            swapped=swapped,
+            turned=orientation in range(2, 9),
+            pages=bool(getattr(image, "is_animated", False)),
+            alpha=image.mode in _WITH_ALPHA or "transparency" in image.info,
+            extra_channels=tags.get(CHANNELS, 1) > len(image.getbands()),
+            depth=depth,
+        )
+
+
+def check_headers(records: Iterable[ImageRecord], problems: Problems) -> list[tuple[ImageRecord, Header]]:
+    """Compare the sizes in the files' headers with the annotations; no pixel is decoded.
+
+    Returns:
+        The headers that could be read.
+    """
+    headers = []
     for record in records:
         try:
-            with Image.open(record.path) as image:
-                turned, (width, height), mode = _turns_sides(image), image.size, image.mode
-        except UnidentifiedImageError:
-            fault = f"{record.file_name} is not an image file that can be read"
-            problems.add("image", record.image_id, fault, "unreadable")
-        except _DAMAGE as error:
-            problems.add("image", record.image_id, f"{record.file_name}: {_reason(error)}", "damaged")
-        else:
-            if turned:
-                width, height = height, width
-            if mode == "F":
-                problems.add("image", record.image_id, f"{record.file_name}: {_FLOATING_POINT}", "mode")
-            found = _size_fault(record, width, height, turned)
-            if found:
-                problems.add("image", record.image_id, found, f"size {turned}")
+            header = read_header(record.path, record.reading.max_pixels)
+        except ImageError as fault:
+            told = {
+                "missing": f"{record.file_name} is gone",
+                "unreadable": f"{record.file_name} is not an image file that can be read{fault}",
+                "large": f"{record.file_name} {fault}",
+            }
+            problems.add(
+                "image", record.image_id, told.get(fault.kind, f"{record.file_name}: {fault}"), fault.kind
+            )
+            continue
+        found = _size_fault(record, *header.size, header.swapped)
+        if found:
+            problems.add("image", record.image_id, found, f"size {header.swapped}")
+        headers.append((record, header))
+    return headers
 
 
-def read_pixels(path: str | Path) -> NDArray[np.uint8]:
-    """Pixels of any image file, (H, W, 3) uint8, turned as its EXIF orientation says.
+@contextlib.contextmanager
+def opened(path: Path, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
+    """The open image, not decoded yet. What goes wrong in the block too is an ImageError.
 
-    Grey and palette images become RGB. Transparent pixels are laid on white. 16-bit grey is scaled
-    from 0..65535 to 0..255, as a viewer does.
-
-    Raises:
-        UserError: the file is missing or cannot be decoded.
+    Pillow's own limit of pixels, an error and before it a warning, is not in effect.
     """
-    return _decode(Path(path), "replace the file")[0]
-
-
-def _decode(path: Path, remedy: str) -> tuple[NDArray[np.uint8], bool]:
-    """Pixels, and whether EXIF swapped width and height."""
     try:
-        with Image.open(path) as image:
-            turned = _turns_sides(image)
-            image.load()
-            return to_rgb(ImageOps.exif_transpose(image)), turned
+        with _pillow_limit:
+            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            try:
+                image = Image.open(path)
+            finally:
+                Image.MAX_IMAGE_PIXELS = limit
+        with image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise ImageError(
+                    "large",
+                    f"has {width} x {height} = {width * height:,} pixels, more than data.max_pixels = "
+                    f"{max_pixels:,}; cut it into tiles, or set data.max_pixels={width * height} "
+                    f"(of predict: --max-pixels {width * height})",
+                )
+            yield image
     except FileNotFoundError:
-        raise UserError(f"{path}: no such image file; {remedy}") from None
+        raise ImageError("missing") from None
     except UnidentifiedImageError:
-        raise UserError(f"{path}: not an image file that can be read; {remedy}") from None
+        raise ImageError("unreadable", _unread_tiff(path)) from None
     except _DAMAGE as error:
-        raise UserError(f"{path}: cannot be decoded ({_reason(error)}); {remedy}") from None
+        raise ImageError("damaged", " ".join(str(error).split()) or type(error).__name__) from None
 
 
-def _turns_sides(image: Image.Image) -> bool:
+def _decode(path: Path, reading: Reading, remedy: str) -> Decoded:
+    try:
+        with opened(path, reading.max_pixels) as image:
+            depth = depth_of(image)  # first: on looking for an orientation Pillow decodes a PNG
+            swapped = _swaps_sides(image)
+            if depth is None or (depth.kind == "signed 8-bit" and reading.pixel_range is None):
+                image.load()
+                return Decoded(to_rgb(ImageOps.exif_transpose(image)), swapped, None)
+            if depth.colour and reading.pixel_range in (None, FULL):  # the upper half of the bits will do
+                image.load()
+                pixels = to_rgb(ImageOps.exif_transpose(image))
+                extent = Extent(int(pixels.min()) << 8, int(pixels.max()) << 8 | 255, depth.kind, False)
+                return Decoded(pixels, swapped, extent)
+            with opened(path, reading.max_pixels) as again:
+                numbers = read_numbers(image, again, depth)
+            return Decoded(_scaled(numbers, reading.pixel_range), swapped, extent_of(numbers, depth.kind))
+    except ImageError as fault:
+        told = {
+            "missing": f"no such image file; {remedy}",
+            "unreadable": f"not an image file that can be read{fault}; {remedy}",
+            "damaged": f"cannot be decoded ({fault}); {remedy}",
+        }
+        raise UserError(f"{path}: {told.get(fault.kind, str(fault))}") from None
+
+
+def _swaps_sides(image: Image.Image) -> bool:
     return image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
 
 
-def _size_fault(record: ImageRecord, width: int, height: int, turned: bool) -> str | None:
+def _unread_tiff(path: Path) -> str:
+    with contextlib.suppress(OSError), path.open("rb") as stream:
+        if stream.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+            return " (a TIFF whose channels, bits or compression Pillow does not know)"
+    return ""
+
+
+def _size_fault(record: ImageRecord, width: int, height: int, swapped: bool) -> str | None:
     """How the size of the upright image differs from the annotations, and what to do."""
     if (width, height) == (record.width, record.height):
         return None
     given = f"the annotations say width {record.width}, height {record.height}"
-    if turned and (height, width) == (record.width, record.height):
+    if swapped and (height, width) == (record.width, record.height):
         return (
             f"{record.file_name} is turned by its EXIF orientation to width {width}, height {height}, but "
             f"{given}, as before turning; remove the orientation from the file if it was annotated so, or "
@@ -111,37 +258,47 @@ def _size_fault(record: ImageRecord, width: int, height: int, turned: bool) -> s
     )
 
 
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    """Pixels of an upright image of any mode, (H, W, 3) uint8. Raises ValueError for floating point."""
-    if image.mode.startswith("I;16") or image.mode == "I":
-        return _from_16_bit(np.asarray(image))
-    if image.mode == "F":
-        raise ValueError(_FLOATING_POINT)
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    """Pixels of an upright 8-bit image of any mode, (H, W, 3) uint8."""
+    if image.mode in _WITH_ALPHA or "transparency" in image.info:
         coloured = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, coloured)
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def _from_16_bit(grey: NDArray[np.integer]) -> NDArray[np.uint8]:
-    wide = grey.astype(np.int64)
-    if wide.min() < 0 or wide.max() > 65535:
-        raise ValueError(f"its pixels range over {wide.min()}..{wide.max()}, more than 16 bits")
-    byte = ((wide + 128) // 257).astype(np.uint8)
-    return np.repeat(byte[:, :, None], 3, axis=2)
+def _scaled(numbers: NDArray[Any], pixel_range: PixelRange | None) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 of an image that is not 8-bit. Raises ValueError if its range is not known."""
+    if pixel_range is None:
+        if numbers.dtype.kind == "f":
+            raise ValueError(FLOATING_POINT)
+        if numbers.min() < FULL[0] or numbers.max() > FULL[1]:
+            raise ValueError(f"its pixels range over {numbers.min()}..{numbers.max()}, more than 16 bits")
+    scaled = to_bytes(numbers, pixel_range or FULL)
+    if scaled.ndim == 2:
+        return np.repeat(scaled[:, :, None], 3, axis=2)
+    if scaled.shape[2] == 4:
+        scaled[:, :, 3] = to_bytes(numbers[:, :, 3], FULL)  # opaque is opaque in any range
+        return to_rgb(Image.fromarray(scaled))
+    return scaled
 
 
-def rgb_pixels(image: str | Path | NDArray[np.uint8] | Image.Image) -> NDArray[np.uint8]:
+def rgb_pixels(
+    image: str | Path | NDArray[np.uint8] | Image.Image, reading: Reading = AS_IT_IS
+) -> NDArray[np.uint8]:
     """(h, w, 3) uint8 RGB of whatever `predict` takes."""
     if isinstance(image, str | Path):
-        return read_pixels(image)
+        return read_pixels(image, reading)
     if isinstance(image, Image.Image):
-        return to_rgb(ImageOps.exif_transpose(image))
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode != "F" and not upright.mode.startswith("I"):
+            return to_rgb(upright)
+        numbers = grey_numbers(upright)
+        kind = "floating-point" if upright.mode == "F" else "16-bit" if numbers.itemsize == 2 else "32-bit"
+        note = range_note(extent_of(numbers, kind), reading.pixel_range)
+        if note is not None:
+            warnings.warn(f"the image's {note.text}", stacklevel=2)
+        return _scaled(numbers, reading.pixel_range)
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
         raise ValueError(f"pixels must be (h, w, 3) or (h, w) uint8, got {image.shape} {image.dtype}")
     return np.repeat(image[:, :, None], 3, axis=2) if image.ndim == 2 else image

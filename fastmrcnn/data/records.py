@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fastmrcnn.data.pixel_range import AS_IT_IS, Reading
 from fastmrcnn.errors import UserError
 
 Box = tuple[float, float, float, float]
@@ -41,6 +42,7 @@ class ImageRecord:
     objects: list[ObjectRecord]
     annotations: Path
     """The file that lists this image, for messages."""
+    reading: Reading = AS_IT_IS
 
 
 class ImageProposals(NamedTuple):

@@ -10,8 +10,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from fastmrcnn.data.build import image_options
 from fastmrcnn.data.images import rgb_pixels
 from fastmrcnn.data.loader import prepare_image
+from fastmrcnn.data.pixel_range import Reading
 from fastmrcnn.detection.objects import Objects, split_detections
 from fastmrcnn.detection.prediction import Prediction, as_prediction
 from fastmrcnn.detection.run import run_model
@@ -37,6 +39,12 @@ class Detector(TrainedModel):
         """Of classes 0..K-1."""
         return self.card.class_names
 
+    @property
+    def reading(self) -> Reading:
+        """How image files become pixels: as in its training."""
+        options = image_options(self.card.config)
+        return Reading(options.pixel_range, options.max_pixels)
+
     def __call__(self, image: str | Path | NDArray[np.uint8] | Image.Image, score: float = 0.5) -> Prediction:
         """Find the objects in an image.
 
@@ -48,7 +56,7 @@ class Detector(TrainedModel):
             UserError: the file is missing or not an image.
             ValueError: pixels of another shape or dtype.
         """
-        pixels = rgb_pixels(image)
+        pixels = rgb_pixels(image, self.reading)
         return as_prediction(self.detect(pixels, score), pixels, self.card)
 
     def detect(self, pixels: NDArray[np.uint8], score: float) -> Objects:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from fastmrcnn.config.schema import Config
-from fastmrcnn.data.build import read_sets
+from fastmrcnn.data.build import read_sets, with_pixel_range
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.keypoints import check_same_keypoints
 from fastmrcnn.data.same_classes import align_classes, class_faults, match_classes
@@ -22,7 +22,7 @@ from fastmrcnn.weights.card import ModelCard
 def prepare_run(
     config: Config, folder: Path | None, before: ModelCard | None = None
 ) -> tuple[Config, Path, CocoDataset, CocoDataset | None]:
-    """The run's folder, training and validation set, and the configuration with the paths of both.
+    """The run's folder, training and validation set, and the configuration with what was decided on them.
 
     A new folder is made if none is given, and only once the data that was asked for is known to be
     there. The embedded set is drawn into the folder.
@@ -32,8 +32,10 @@ def prepare_run(
     """
     settle = None if before is None else partial(with_classes_of, before)
     if not config.data.shapes:
-        train_set, val_set = read_sets(config, settle)
-        return config, folder or new_run_folder(config.output), train_set, val_set
+        # A run that began without a range of values goes on without one.
+        train_set, val_set = read_sets(config, settle, choose_range=before is None)
+        folder = folder or new_run_folder(config.output)
+        return with_pixel_range(config, train_set), folder, train_set, val_set
     folder = folder or new_run_folder(config.output)
     paths = write_shapes(folder / "data", seed=0)
     tree = config.model_dump()

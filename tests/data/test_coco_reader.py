@@ -52,7 +52,7 @@ def read(folder: Path, content: Any, **options: Any) -> Any:
     images = folder / "images"
     images.mkdir(exist_ok=True)
     for name in ("a.png", "b.png"):
-        Image.new("RGB", (30, 20)).save(images / name)
+        Image.new("RGB", (30, 20), (0, 0, ord(name[0]))).save(images / name)
     file = folder / "set.json"
     file.write_text(content if isinstance(content, str) else json.dumps(content))
     return read_coco(images, file, **options)
