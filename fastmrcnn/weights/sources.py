@@ -14,6 +14,7 @@ from urllib.parse import urlparse
 import torch
 
 from fastmrcnn.errors import UserError
+from fastmrcnn.files import expanded
 from fastmrcnn.weights.pickles import read_pickle
 
 # How torch.save began its files before they were zip archives: its magic number, as a pickle.
@@ -41,7 +42,7 @@ def find_weights(source: str | Path, sha256: str | None = None, key: str = "weig
     """
     source = str(source)
     expected = _expected_digits(source, sha256, key)
-    path = _fetch(source, expected) if is_url(source) else Path(source).expanduser()
+    path = _fetch(source, expected) if is_url(source) else expanded(source)
     _check_digits(path, expected)
     return path
 
