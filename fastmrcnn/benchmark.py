@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 from fastmrcnn.config.schema import Config
 from fastmrcnn.errors import Parser, UserError, run_main
-from fastmrcnn.files import write_text
+from fastmrcnn.files import to_write, write_text
 from fastmrcnn.speed.environment import environment
 from fastmrcnn.speed.inference_rows import inference_table, measure_inference
 from fastmrcnn.speed.ladder import MASK_SLOTS, broken, climb, ladder_table
@@ -47,7 +46,7 @@ def main(argv: list[str]) -> None:
         tell(f"profile: {row.name}")
         runner = OurRunner(row, workload, slots or MASK_SLOTS)
         runner.warm_up()
-        found["profile"] = profile_step(runner, Path(arguments.profile))
+        found["profile"] = profile_step(runner, to_write(arguments.profile))
         del runner
         print(profile_table(found["profile"]) + "\n")
     if arguments.inference:
@@ -59,7 +58,7 @@ def main(argv: list[str]) -> None:
         found["loader"] = measure_loading(config, device, workload.images, workload.steps)
         print(loading_table(found["loader"]) + "\n")
     if arguments.json is not None:
-        write_text(Path(arguments.json), json.dumps(found, indent=1) + "\n")
+        write_text(to_write(arguments.json), json.dumps(found, indent=1) + "\n")
     if broken(found.get("ladder", [])):
         print("error: a row failed or does not agree with the first of ours; see the table", file=sys.stderr)
         raise SystemExit(1)

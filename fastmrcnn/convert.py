@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastmrcnn.config.file import load_config
 from fastmrcnn.errors import Parser, UserError, run_main
-from fastmrcnn.files import replacing
+from fastmrcnn.files import replacing, to_write
 from fastmrcnn.weights.checkpoint import pack, write_tensors
 from fastmrcnn.weights.detectors import SPARE, WeightsFile, open_weights
 from fastmrcnn.weights.peers.class_rows import class_count
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--cast", action="store_true", help="turn float16, bfloat16 or float64 into float32")
     arguments = parser.parse_args(argv)
-    output = Path(arguments.output)
+    output = to_write(arguments.output)
     if output.exists():
         raise UserError(f"{output}: is already there; choose another OUT or remove it")
     classes = read_classes(arguments.classes) if arguments.classes else None

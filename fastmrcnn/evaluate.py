@@ -15,7 +15,7 @@ from fastmrcnn.data.keypoints import check_same_keypoints
 from fastmrcnn.data.same_classes import align_classes
 from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.evaluation.run import RESULTS, run_evaluation
-from fastmrcnn.files import make_folder, new_run_folder, write_json
+from fastmrcnn.files import make_folder, new_run_folder, to_write, write_json
 from fastmrcnn.weights.card import ModelCard
 from fastmrcnn.weights.checkpoint import find_checkpoint
 from fastmrcnn.weights.sources import is_url
@@ -88,7 +88,7 @@ def evaluation_folder(checkpoint: str | None, output: str | None, root: str = "r
             return new_run_folder(root, "evaluation")
         parent = find_checkpoint(checkpoint).parent
         return new_run_folder(parent.parent if parent.name == "checkpoints" else parent, "evaluation")
-    folder = Path(output)
+    folder = to_write(output)
     if (folder / RESULTS).exists():
         raise UserError(f"{folder}: holds the results of an earlier evaluation; choose another --output")
     make_folder(folder)

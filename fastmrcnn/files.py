@@ -15,6 +15,25 @@ from fastmrcnn.errors import UserError
 TEMPORARY_SUFFIX = ".tmp"
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with `~` and `~name` as home folders, as in a shell; one that is nobody's stays as it is."""
+    return Path(os.path.expanduser(path))
+
+
+def to_write(path: str | Path) -> Path:
+    """The path likewise, of something that is to be made.
+
+    Raises:
+        UserError: it begins with the home folder of nobody, and would become a folder of that name.
+    """
+    found = expanded(path)
+    if str(path).startswith("~") and found.parts[0].startswith("~"):
+        raise UserError(
+            f"{path}: there is no user {found.parts[0][1:]} here; for a folder of that name write ./{path}"
+        )
+    return found
+
+
 def new_run_folder(root: str | Path, name: str = "run") -> Path:
     """Make and return `root/name_001`, or the next number that nobody has taken.
 
@@ -23,7 +42,7 @@ def new_run_folder(root: str | Path, name: str = "run") -> Path:
     Raises:
         UserError: `root` cannot be made or written to.
     """
-    root = Path(root)
+    root = to_write(root)
     try:
         root.mkdir(parents=True, exist_ok=True)
         taken = (re.fullmatch(re.escape(name) + r"_(\d+)", entry.name) for entry in root.iterdir())

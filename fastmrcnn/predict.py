@@ -2,26 +2,111 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
+from fastmrcnn.data.image_files import image_suffixes, looks_like_image
+from fastmrcnn.data.image_ids import CocoIds, KnownImage, match_categories, match_images, read_ids, size_fault
 from fastmrcnn.data.images import read_noted
-from fastmrcnn.data.pixel_range import RangeNote, note_lines
-from fastmrcnn.detection.detector import load
-from fastmrcnn.detection.objects import coco_results
+from fastmrcnn.data.pixel_range import RangeNote, Reading, note_lines
+from fastmrcnn.detection.detector import Detector, load
+from fastmrcnn.detection.objects import Objects, coco_results
 from fastmrcnn.detection.prediction import as_prediction
 from fastmrcnn.errors import Parser, UserError, run_main
-from fastmrcnn.files import write_json
+from fastmrcnn.files import expanded, make_folder, to_write, write_json
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 RESULTS = "predictions.json"
+UNREAD = (".heic", ".heif", ".jxl")  # images that Pillow cannot read: not to be passed over in silence
+
+
+class Task(NamedTuple):
+    """An image to predict in."""
+
+    path: Path
+    overlay: Path
+    image_id: int
+    known: KnownImage | None  # what --annotations says of it
+
+
+class Left(NamedTuple):
+    """What was asked for and is left out."""
+
+    path: Path
+    reason: str
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser("predict", "Find objects in images; write overlays as PNG and one COCO results file.")
+    arguments = parse_arguments(argv)
+    output = to_write(arguments.output)
+    images, left = find_images(arguments.images)
+    coco = None if arguments.annotations is None else read_ids(expanded(arguments.annotations))
+    tasks = make_tasks(images, output, coco, left)
+    if not tasks:
+        refuse(left)
+    check_output(output, [task.overlay for task in tasks])
+    detector = load(arguments.checkpoint, arguments.device)
+    category_ids = detector.card.category_ids
+    if coco is not None:
+        category_ids = match_categories(detector.class_names, category_ids, coco, arguments.checkpoint)
+    reading = detector.reading
+    if arguments.max_pixels is not None:
+        reading = reading._replace(max_pixels=arguments.max_pixels)
+    entries: list[dict[str, Any]] = []
+    notes: list[tuple[str, RangeNote]] = []
+    done = 0
+    try:
+        for task in tqdm(tasks, unit="img", desc="predict", dynamic_ncols=True):
+            try:
+                pixels, note = read_task(task, coco, reading)
+            except UserError as error:
+                left.append(Left(task.path, str(error).removeprefix(f"{task.path}: ")))
+                continue
+            if note is not None:
+                notes.append((str(task.path), note))
+            found = detector.detect(pixels, arguments.score)
+            make_folder(output)
+            as_prediction(found, pixels, detector.card).save(task.overlay)
+            entries += as_entries(found, task, detector, category_ids)
+            done += 1
+    except KeyboardInterrupt:
+        kept = f"; what was found in them is in {output}" if done else ""
+        print(f"\nstopped after {done} of {count(len(tasks), 'image')}{kept}", file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:  # what was found is not lost if the rest fails
+        if done:
+            write_json(output / RESULTS, entries)
+    untrained = "" if reading.pixel_range else "; the model was not trained with a data.pixel_range"
+    for line in note_lines(notes):
+        print(line + untrained)
+    if not done:
+        refuse(left)
+    if not entries:
+        print(f"Nothing with a score of {arguments.score:g} or more; try a lower --score")
+    print(f"{count(done, 'image')}, {count(len(entries), 'object')}")
+    print(f"Overlays and {RESULTS} are in {output}")
+    print(what_ids_mean(coco, done))
+    if left:
+        unique = dict.fromkeys(left)
+        print(f"Left out: {len(unique)}", file=sys.stderr)
+        for path, reason in unique:
+            print(f"  {path}: {reason}", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        "predict",
+        "Find objects in images; write overlays as PNG and one COCO results file. Exit code 1: some images "
+        "were left out, and are listed with the reason; 2: nothing was done.",
+    )
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE_OR_FOLDER", help="image files, and folders of them"
     )
@@ -30,8 +115,14 @@ def main(argv: list[str]) -> None:
         required=True,
         help="checkpoint, run folder (its last one), or file or URL of a torchvision or detectron2 model",
     )
-    parser.add_argument("--output", required=True, help="folder for the overlays and predictions.json")
+    parser.add_argument("--output", required=True, help=f"folder for the overlays and {RESULTS}")
     parser.add_argument("--score", type=float, default=0.5, help="least score of an object, in 0..1 (0.5)")
+    parser.add_argument(
+        "--annotations",
+        metavar="FILE",
+        help="COCO file whose ids the results get, its images found by file_name; with --score 0 they are "
+        "ready for pycocotools (default: images are numbered from 1)",
+    )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:0")
     parser.add_argument(
         "--max-pixels", type=int, help="larger images are refused (default: the model's data.max_pixels)"
@@ -39,62 +130,72 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_intermixed_args(argv)
     if not 0 <= arguments.score <= 1:
         raise UserError(f"--score {arguments.score:g}: must be in 0..1")
-    images = find_images(arguments.images)
-    output = Path(arguments.output)
-    overlays = name_overlays(images, output)
-    check_output(output, overlays)
-    detector = load(arguments.checkpoint, arguments.device)
-    card, reading = detector.card, detector.reading
-    if arguments.max_pixels is not None:
-        reading = reading._replace(max_pixels=arguments.max_pixels)
-    notes: list[tuple[str, RangeNote]] = []
-    for path in images:  # so that a broken image stops the run before anything is written
-        _, note = read_noted(path, reading)
-        if note is not None:
-            notes.append((str(path), note))
-    untrained = "" if reading.pixel_range else "; the model was not trained with a data.pixel_range"
-    for line in note_lines(notes):
-        print(line + untrained)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{output}: cannot be made ({error.strerror}); choose another --output") from None
-    threshold, offset = card.config.model.mask_head.threshold, card.config.data.keypoint_offset
-    entries: list[dict[str, Any]] = []
-    for number, (path, overlay) in enumerate(
-        zip(tqdm(images, unit="img", desc="predict", dynamic_ncols=True), overlays, strict=True), start=1
-    ):
-        pixels, _ = read_noted(path, reading)
-        found = detector.detect(pixels, arguments.score)
-        as_prediction(found, pixels, card).save(overlay)
-        names = [card.class_names[label] for label in found.classes.tolist()]
-        results = coco_results([found], [number], card.category_ids, threshold, offset)
-        for entry, name in zip(results, names, strict=True):
-            entries.append({**entry, "category_name": name, "file_name": str(path), "overlay": overlay.name})
-    write_json(output / RESULTS, entries)
-    if not entries:
-        print(f"Nothing with a score of {arguments.score:g} or more; try a lower --score")
-    counts = (len(images), "image"), (len(entries), "object")
-    print(", ".join(f"{number} {thing}{'' if number == 1 else 's'}" for number, thing in counts))
-    print(f"Overlays and {RESULTS} are in {output}")
+    return arguments
 
 
-def find_images(inputs: Sequence[str]) -> list[Path]:
-    """The files, and those in the folders that look like images, each once."""
+def find_images(inputs: Sequence[str]) -> tuple[list[Path], list[Left]]:
+    """The files, and those in the folders that look like images, each once; and what cannot be taken."""
     found: dict[Path, Path] = {}
+    left: list[Left] = []
     for name in inputs:
-        path = Path(name)
-        if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-            if not inside:
-                raise UserError(f"{path}: no image in this folder (looked for {', '.join(SUFFIXES)})")
-        elif path.exists():
-            inside = [path]
+        path = expanded(name)
+        try:
+            if path.is_dir():
+                images = look_into(path, left)
+            else:
+                path.stat()
+                images = [path]
+        except FileNotFoundError:
+            left.append(Left(path, "no such image file or folder"))
+        except OSError as error:
+            left.append(Left(path, f"cannot be read ({error.strerror})"))
         else:
-            raise UserError(f"{path}: no such image file or folder")
-        for file in inside:
-            found.setdefault(file.resolve(), file)
-    return list(found.values())
+            for file in images:
+                found.setdefault(file.resolve(), file)
+    return list(found.values()), left
+
+
+def look_into(folder: Path, left: list[Left]) -> list[Path]:
+    """The images of a folder. What has an image's name and is none is added to `left`, the rest is told."""
+    images = []
+    hidden, folders, others = 0, 0, Counter[str]()
+    before = len(left)
+    for path in sorted(folder.iterdir()):
+        suffix = path.suffix.lower()
+        if path.name.startswith("."):
+            hidden += 1
+        elif looks_like_image(path) or (suffix in UNREAD and path.is_file()):
+            images.append(path)
+        elif suffix in image_suffixes() or suffix in UNREAD:
+            left.append(Left(path, "is a folder" if path.is_dir() else "is no file, or a link to none"))
+        elif path.is_dir():
+            folders += 1
+        else:
+            others[suffix or "no suffix"] += 1
+    rest = [count(hidden, "hidden file")] if hidden else []
+    rest += [count(folders, "folder")] if folders else []
+    if others:
+        some = ", ".join(sorted(others)[:5]) + (", ..." if len(others) > 5 else "")
+        rest.append(f"{count(others.total(), 'file')} without the name of an image ({some})")
+    passed = f"passed over {', '.join(rest)}" if rest else ""
+    if images and passed:
+        print(f"{folder}: {passed}")
+    if not images and len(left) == before:
+        left.append(Left(folder, "no image in this folder" + (f"; {passed}" if passed else "")))
+    return images
+
+
+def make_tasks(images: Sequence[Path], output: Path, coco: CocoIds | None, left: list[Left]) -> list[Task]:
+    """What is to be done, in order. Images that `coco` does not know are added to `left`."""
+    if coco is None:
+        overlays = name_overlays(images, output)
+        pairs = enumerate(zip(images, overlays, strict=True), start=1)
+        return [Task(path, overlay, number, None) for number, (path, overlay) in pairs]
+    matches = list(zip(images, match_images(images, coco), strict=True))
+    left += [Left(path, match) for path, match in matches if isinstance(match, str)]
+    known = [(path, match) for path, match in matches if isinstance(match, KnownImage)]
+    overlays = name_overlays([path for path, _ in known], output)
+    return [Task(path, at, one.image_id, one) for (path, one), at in zip(known, overlays, strict=True)]
 
 
 def name_overlays(images: Sequence[Path], output: Path) -> list[Path]:
@@ -118,6 +219,58 @@ def check_output(output: Path, overlays: Sequence[Path]) -> None:
     for path in (output / RESULTS, *overlays):
         if path.exists():
             raise UserError(f"{path}: is already there; choose another --output or remove it")
+
+
+def read_task(
+    task: Task, coco: CocoIds | None, reading: Reading
+) -> tuple[NDArray[np.uint8], RangeNote | None]:
+    """(h, w, 3) pixels, and what there is to say of their values.
+
+    Raises:
+        UserError: they cannot be had, or are not of the image that `coco` means.
+    """
+    pixels, note = read_noted(task.path, reading)
+    if coco is not None and task.known is not None:
+        height, width = pixels.shape[:2]
+        if fault := size_fault(task.known, width, height, coco.file):
+            raise UserError(fault)
+    return pixels, note
+
+
+def as_entries(
+    found: Objects, task: Task, detector: Detector, category_ids: Sequence[int]
+) -> list[dict[str, Any]]:
+    """COCO's result entries of an image, and in each the class by name, the file and its overlay."""
+    config, names = detector.card.config, detector.class_names
+    threshold, offset = config.model.mask_head.threshold, config.data.keypoint_offset
+    results = coco_results([found], [task.image_id], category_ids, threshold, offset)
+    more = {"file_name": str(task.path), "overlay": task.overlay.name}
+    return [
+        {**entry, "category_name": names[label], **more}
+        for entry, label in zip(results, found.classes.tolist(), strict=True)
+    ]
+
+
+def what_ids_mean(coco: CocoIds | None, done: int) -> str:
+    if coco is None:
+        return (
+            f"image_id in {RESULTS} numbers the images from 1, and file_name tells which; with "
+            "--annotations FILE it is the id in that COCO file"
+        )
+    others = len(coco.images) - done
+    rest = f"; {count(others, 'image')} of it had no turn" if others else ""
+    return f"image_id and category_id in {RESULTS} are those of {coco.file}{rest}"
+
+
+def refuse(left: Sequence[Left]) -> NoReturn:
+    """UserError: nothing could be done."""
+    unique = list(dict.fromkeys(left))
+    some = "; ".join(f"{path}: {reason}" for path, reason in unique[:5])
+    raise UserError(some + (f"; and {len(unique) - 5} more" if len(unique) > 5 else ""))
+
+
+def count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 if __name__ == "__main__":

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from fastmrcnn.data.build import image_options
 from fastmrcnn.data.coco import read_coco
 from fastmrcnn.data.proposals import write_proposals
 from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.evaluation.proposals import collect_proposals, proposal_recall
+from fastmrcnn.files import expanded, to_write
 from fastmrcnn.weights.trained import load_overridden
 
 
@@ -28,7 +27,7 @@ def main(argv: list[str]) -> None:
         help="of the checkpoint's configuration, such as model.rpn.post_nms_top_n_test=2000",
     )
     arguments = parser.parse_intermixed_args(argv)
-    output = Path(arguments.output)
+    output = to_write(arguments.output)
     if output.suffix != ".npz":
         raise UserError(f"--output {output}: must end in .npz")
     if output.exists():
@@ -38,8 +37,8 @@ def main(argv: list[str]) -> None:
     if model.rpn is None:
         raise UserError(f"{arguments.checkpoint}: this model has no RPN that could propose")
     dataset = read_coco(
-        arguments.images,
-        arguments.annotations,
+        expanded(arguments.images),
+        expanded(arguments.annotations),
         max_objects=config.data.max_objects,
         min_box_side=config.data.min_box_side,
         require_masks=False,

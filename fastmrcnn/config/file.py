@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from fastmrcnn.config.schema import RENAMED, Config
+from fastmrcnn.config.text import holds_text, keep_text, text_or_none, type_of
 from fastmrcnn.errors import UserError
 
 
@@ -22,6 +24,8 @@ def load_config(
     path: str | Path | None = None, overrides: Sequence[str] = (), *, base: dict[str, Any] | None = None
 ) -> Config:
     """Defaults, then the YAML file or the `base` tree, then `key=value` overrides.
+
+    The value of an override is YAML, but text is taken as it is: a path may hold ` #`, `: ` or quotes.
 
     Keys of earlier versions are taken for the new ones; a line on stderr says so, but not of `base`, which
     is a checkpoint's.
@@ -32,13 +36,16 @@ def load_config(
     problems: list[str] = []
     old_keys: list[str] = []
     if path is not None:
-        tree = _read_yaml(Path(path))
+        path = Path(os.path.expanduser(path))
+        tree = _read_yaml(path)
         old_keys += rename_keys(tree, problems)
     else:
         tree = copy.deepcopy(base) if base is not None else {}
         rename_keys(tree, problems)
     for item in overrides:
         key, equals, text = item.partition("=")
+        if key != key.rstrip():  # as in "key = value"
+            text = text.strip()
         key = key.strip()
         if not equals or not key:
             problems.append(f"'{item}' is not key=value")
@@ -46,11 +53,18 @@ def load_config(
         if key in RENAMED:
             old_keys.append(key)
             key = RENAMED[key]
-        try:
-            value = yaml.load(text, Loader=_Loader)
-        except (yaml.YAMLError, RecursionError):
-            problems.append(f"{key}: '{text}' is not a YAML value (quote it?)")
-            continue
+        declared = type_of(key, Config)
+        value: Any
+        if holds_text(declared):
+            value = text_or_none(text, declared)
+            if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+                print(f"note: {key}: the quotes are taken for part of the text {text}", file=sys.stderr)
+        else:
+            try:
+                value = _parse_yaml(text, declared)
+            except (yaml.YAMLError, RecursionError):
+                problems.append(f"{key}: '{text}' is not a YAML value (quote it?)")
+                continue
         if not _put(tree, key.split("."), value):
             problems.append(f"{key}: '{key.rsplit('.', 1)[0]}' is a value, not a section")
     for key in dict.fromkeys(old_keys):
@@ -145,10 +159,20 @@ for _letter in "yYnNoO":
     ]
 
 
+def _parse_yaml(stream: str | TextIO, declared: Any) -> Any:
+    """A YAML document, whose text is what is written there wherever the type asks for text."""
+    loader = _Loader(stream)
+    try:
+        node = loader.get_single_node()
+        return None if node is None else loader.construct_document(keep_text(node, declared))
+    finally:
+        loader.dispose()
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         with path.open(encoding="utf-8") as stream:
-            tree = yaml.load(stream, Loader=_Loader)
+            tree = _parse_yaml(stream, Config)
     except FileNotFoundError:
         there = [str(other) for other in path.parent.glob("*.yaml")]
         near = difflib.get_close_matches(str(path), there, n=1)

@@ -6,14 +6,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from fastmrcnn.config.section import Section, Side
+from fastmrcnn.config.section import FilePath, Section, Side
 
 
 class BackboneConfig(Section):
     name: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x4d", "resnext101_32x8d"] = (
         "resnet50"
     )
-    weights: str | None = None
+    weights: FilePath | None = None
     """File or URL of an ImageNet checkpoint (torchvision; detectron2's R-50.pkl); none: random weights."""
     weights_sha256: str | None = None
     """Expected hash (or its first digits) of that file; torchvision's URLs carry it in the name."""
@@ -194,7 +194,7 @@ class ModelConfig(Section):
     """fpn: a pyramid. c4: RPN and RoIs on res4 at stride 16, res5 is the head that boxes and masks share.
     c5: both on res5 at stride 32, undilated (table 2d), with the heads of fpn. c4 and c5 change the
     defaults of anchors.sizes and rpn's numbers of proposals; c4 also those of the heads."""
-    weights: str | None = None
+    weights: FilePath | None = None
     """A whole detector to start from instead of `backbone.weights`: a file or URL of torchvision or
     detectron2, a checkpoint of ours, or a run's folder. With another number of classes its last predictors
     are left out."""

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from fastmrcnn.config.model import ModelConfig
-from fastmrcnn.config.section import Positive, Section, Side
+from fastmrcnn.config.section import FilePath, Positive, Section, Side
 
 __all__ = [
     "AugmentConfig",
@@ -30,11 +30,11 @@ __all__ = [
 
 
 class SplitConfig(Section):
-    images: str | None = None
+    images: FilePath | None = None
     """Folder of images; `file_name` in the annotations is relative to it."""
-    annotations: str | None = None
+    annotations: FilePath | None = None
     """COCO-format JSON file."""
-    proposals: str | None = None
+    proposals: FilePath | None = None
     """File from `python -m fastmrcnn.propose`, for model.rpn.enabled=false."""
 
 
@@ -181,7 +181,7 @@ class Config(Section):
     runtime: RuntimeConfig = RuntimeConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    output: str = "runs"
+    output: FilePath = "runs"
     """Folder under which each run gets a new one."""
 
 

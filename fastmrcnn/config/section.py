@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
@@ -42,3 +43,5 @@ class Section(BaseModel):
 
 Positive = Annotated[int, Field(gt=0)]
 Side = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# A file, a folder or a URL; `~` is the home folder, whatever the shell has left of it.
+FilePath = Annotated[str, AfterValidator(os.path.expanduser)]

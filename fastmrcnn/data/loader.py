@@ -152,11 +152,35 @@ def prepare_image(
     Returns:
         The batch, and input_to_image (2, 3) from its pixels to those of `pixels`.
     """
-    height, width = pixels.shape[:2]
-    plan = Plan(resized_size(height, width, short_side, long_side_max))
-    sample = make_sample(resize(pixels, plan.resized), plan, (height, width))
-    batch = collate([sample], bucket_or_new(plan.size, buckets or []))
-    return batch, sample.input_to_image.astype(np.float32)
+    batch, maps = prepare_images([pixels], short_side, long_side_max, buckets)
+    return batch, maps[0]
+
+
+def prepare_images(
+    images: Sequence[NDArray[np.uint8]],
+    short_side: int,
+    long_side_max: int,
+    buckets: Sequence[Size] | None = None,
+) -> tuple[Batch, NDArray[np.float32]]:
+    """Images of one padded shape, `padded_shape`, as a batch; otherwise as `prepare_image`.
+
+    Returns:
+        The batch, and input_to_image (n, 2, 3).
+    """
+    samples = []
+    for pixels in images:
+        height, width = pixels.shape[:2]
+        plan = Plan(resized_size(height, width, short_side, long_side_max))
+        samples.append(make_sample(resize(pixels, plan.resized), plan, (height, width)))
+    batch = collate(samples, bucket_or_new(samples[0].pixels.shape[:2], buckets or []))
+    return batch, np.stack([sample.input_to_image for sample in samples]).astype(np.float32)
+
+
+def padded_shape(
+    size: Size, short_side: int, long_side_max: int, buckets: Sequence[Size] | None = None
+) -> Size:
+    """(H, W) of the batch that an image of this height and width goes into."""
+    return bucket_or_new(resized_size(*size, short_side, long_side_max), buckets or [])
 
 
 def largest_targets(dataset: CocoDataset, batch: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import numpy as np
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.records import ImageProposals
 from fastmrcnn.errors import UserError
-from fastmrcnn.files import replacing
+from fastmrcnn.files import expanded, replacing
 
 _ARRAYS = ("image_ids", "counts", "boxes", "scores")
 
@@ -40,7 +40,7 @@ def read_proposals(path: str | Path) -> dict[int, ImageProposals]:
     Raises:
         UserError: missing, not such a file, or with numbers that do not go together.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     try:
         with np.load(path, allow_pickle=False) as archive:
             absent = [name for name in _ARRAYS if name not in archive]

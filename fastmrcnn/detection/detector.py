@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -12,8 +14,16 @@ from PIL import Image
 
 from fastmrcnn.data.build import image_options
 from fastmrcnn.data.images import rgb_pixels
-from fastmrcnn.data.loader import prepare_image
+from fastmrcnn.data.loader import padded_shape, prepare_images
 from fastmrcnn.data.pixel_range import Reading
+from fastmrcnn.data.transforms import Size
+from fastmrcnn.detection.arguments import (
+    ImageLike,
+    checked_batch,
+    checked_image,
+    checked_path,
+    checked_score,
+)
 from fastmrcnn.detection.objects import Objects, split_detections
 from fastmrcnn.detection.prediction import Prediction, as_prediction
 from fastmrcnn.detection.run import run_model
@@ -45,28 +55,76 @@ class Detector(TrainedModel):
         options = image_options(self.card.config)
         return Reading(options.pixel_range, options.max_pixels)
 
-    def __call__(self, image: str | Path | NDArray[np.uint8] | Image.Image, score: float = 0.5) -> Prediction:
-        """Find the objects in an image.
+    @overload
+    def __call__(self, image: ImageLike, score: float = 0.5, *, batch: int = 8) -> Prediction: ...
+
+    @overload
+    def __call__(
+        self, image: list[Any] | tuple[Any, ...], score: float = 0.5, *, batch: int = 8
+    ) -> list[Prediction]: ...
+
+    def __call__(
+        self, image: ImageLike | list[Any] | tuple[Any, ...], score: float = 0.5, *, batch: int = 8
+    ) -> Prediction | list[Prediction]:
+        """Find the objects in an image, or in each of a list.
 
         Args:
-            image: a file, a Pillow image, or uint8 pixels (h, w, 3) in RGB or (h, w) in grey.
+            image: a file, a Pillow image, or uint8 pixels (h, w, 3) in RGB or (h, w) in grey, an array or a
+                tensor on the CPU. A list or a tuple of such gives a list of predictions in its order.
             score: detections below it are left out. The model itself leaves out those below its
                 configuration's model.box_head.score_threshold.
+            batch: most images of a list, all of one padded shape, that go through the model together.
         Raises:
             UserError: the file is missing or not an image.
-            ValueError: pixels of another shape or dtype.
+            ValueError: an argument is something else, such as pixels of another shape or dtype.
         """
-        pixels = rgb_pixels(image, self.reading)
+        score, batch = checked_score(score), checked_batch(batch)
+        if isinstance(image, list | tuple):
+            return self._predict_all(image, score, batch)
+        pixels = _pixels(checked_image(image), "image", self.reading)
         return as_prediction(self.detect(pixels, score), pixels, self.card)
 
     def detect(self, pixels: NDArray[np.uint8], score: float) -> Objects:
         """The detections in (h, w, 3) RGB pixels, resized by the rule in the model's card."""
+        return self._detect([pixels], score)[0]
+
+    def _detect(self, images: Sequence[NDArray[np.uint8]], score: float) -> list[Objects]:
+        """Of images with one padded shape."""
         config = self.card.config
-        batch, input_to_image = prepare_image(pixels, config.data.short_side_test, config.data.long_side_max)
+        batch, maps = prepare_images(images, config.data.short_side_test, config.data.long_side_max)
         detections = run_model(self.model, batch, config.runtime.precision)
-        return split_detections(
-            detections, torch.from_numpy(input_to_image)[None], [pixels.shape[:2]], score
-        )[0]
+        sizes = [pixels.shape[:2] for pixels in images]
+        return split_detections(detections, torch.from_numpy(maps), sizes, score)
+
+    def _predict_all(self, images: Sequence[Any], score: float, batch: int) -> list[Prediction]:
+        data = self.card.config.data
+        names = [f"image[{place}]" for place in range(len(images))]
+        checked = [checked_image(image, name) for image, name in zip(images, names, strict=True)]
+        found: dict[int, Prediction] = {}
+        waiting: dict[Size, dict[int, NDArray[np.uint8]]] = {}
+
+        def predict(group: dict[int, NDArray[np.uint8]]) -> None:
+            objects = self._detect(list(group.values()), score)
+            for (place, pixels), one in zip(group.items(), objects, strict=True):
+                found[place] = as_prediction(one, pixels, self.card)
+
+        for place, (image, name) in enumerate(zip(checked, names, strict=True)):
+            pixels = _pixels(image, name, self.reading)
+            shape = padded_shape(pixels.shape[:2], data.short_side_test, data.long_side_max)
+            waiting.setdefault(shape, {})[place] = pixels
+            if len(waiting[shape]) == batch:
+                predict(waiting.pop(shape))
+        for group in waiting.values():
+            predict(group)
+        return [found[place] for place in range(len(images))]
+
+
+def _pixels(image: Path | NDArray[np.uint8] | Image.Image, name: str, reading: Reading) -> NDArray[np.uint8]:
+    """(h, w, 3) RGB pixels of a checked image."""
+    try:
+        return rgb_pixels(image, reading)
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow may decode its images only now
+        raise ValueError(f"{name} cannot be used: {error}") from None
 
 
 def load(path: str | Path, device: str | torch.device = "auto") -> Detector:
@@ -80,7 +138,9 @@ def load(path: str | Path, device: str | torch.device = "auto") -> Detector:
         device: auto (a GPU if there is one) | cpu | cuda | cuda:0 ...
     Raises:
         UserError: missing, damaged, or something else; the model is half a detector; no such device.
+        ValueError: the path is neither text nor a Path, or empty.
     """
+    checked_path(path, "path")
     trained = load_trained(path, device)
     return Detector(trained.model, trained.card)
 
@@ -88,11 +148,11 @@ def load(path: str | Path, device: str | torch.device = "auto") -> Detector:
 load_checkpoint = load  # its earlier name
 
 
-def predict(
-    detector: Detector, image: str | Path | NDArray[np.uint8] | Image.Image, score: float = 0.5
-) -> Prediction:
+def predict(detector: Detector, image: ImageLike, score: float = 0.5) -> Prediction:
     """`detector(image, score)`, in its earlier form.
 
     Once the command is imported, its module has the name `fastmrcnn.predict`.
     """
+    if not isinstance(detector, Detector):
+        raise ValueError(f"detector must be what fastmrcnn.load gives, got a {type(detector).__name__}")
     return detector(image, score)

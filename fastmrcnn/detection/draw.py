@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from fastmrcnn.detection.objects import Objects
-from fastmrcnn.files import replacing
+from fastmrcnn.files import replacing, to_write
 
 MIN_LONG_SIDE = 480  # smaller images are enlarged, or their labels would hide them
 FILL, OUTLINE = 0.45, 0.95  # opacity
@@ -120,7 +120,7 @@ def save_picture(path: str | Path, picture: NDArray[np.uint8]) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    with replacing(path) as stream:
+    with replacing(to_write(path)) as stream:
         Image.fromarray(picture).save(stream, format="PNG")
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmrcnn.data.keypoints import KeypointSchema
+from fastmrcnn.detection.arguments import checked_path
 from fastmrcnn.detection.draw import draw_objects, save_picture
 from fastmrcnn.detection.objects import Objects, pasted
 from fastmrcnn.weights.card import ModelCard
@@ -70,8 +71,9 @@ class Prediction:
 
         Raises:
             UserError: the file cannot be written.
+            ValueError: the path is neither text nor a Path, or empty.
         """
-        save_picture(path, self.draw())
+        save_picture(checked_path(path, "path"), self.draw())
 
 
 def as_prediction(found: Objects, pixels: NDArray[np.uint8], card: ModelCard) -> Prediction:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmrcnn.errors import UserError
-from fastmrcnn.files import TEMPORARY_SUFFIX, replacing, write_text
+from fastmrcnn.files import TEMPORARY_SUFFIX, expanded, replacing, write_text
 from fastmrcnn.weights.archives import objects_in, refuse_code
 from fastmrcnn.weights.card import ModelCard
 from fastmrcnn.weights.sources import read_weights
@@ -135,7 +135,7 @@ def find_checkpoint(path: str | Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.is_file():
         return path
     if not path.is_dir():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastmrcnn.errors import UserError
+from fastmrcnn.files import expanded
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.weights.card import ModelCard, read_card
 from fastmrcnn.weights.checkpoint import check_format, find_checkpoint, is_checkpoint, judged_weights
@@ -52,7 +53,7 @@ def open_weights(
     Raises:
         UserError: it cannot be had, is damaged, wants to run code, or holds something else.
     """
-    if not is_url(str(source)) and Path(source).expanduser().is_dir():
+    if not is_url(str(source)) and expanded(source).is_dir():
         source = find_checkpoint(source)
     path = find_weights(source, sha256, "model.weights")
     tree = read_weights(path)

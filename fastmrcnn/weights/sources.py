@@ -15,6 +15,7 @@ from urllib.parse import urlparse
 import torch
 
 from fastmrcnn.errors import UserError
+from fastmrcnn.files import expanded
 from fastmrcnn.weights.archives import read_archive
 from fastmrcnn.weights.pickles import read_pickle
 
@@ -43,7 +44,7 @@ def find_weights(source: str | Path, sha256: str | None = None, key: str = "weig
     """
     source = str(source)
     expected = _expected_digits(source, sha256, key)
-    path = _fetch(source, expected) if is_url(source) else Path(source).expanduser()
+    path = _fetch(source, expected) if is_url(source) else expanded(source)
     _check_digits(path, expected)
     return path
 

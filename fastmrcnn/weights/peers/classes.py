@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastmrcnn.errors import UserError
+from fastmrcnn.files import expanded
 
 
 class ClassTable(NamedTuple):
@@ -60,7 +61,7 @@ def read_classes(path: str | Path) -> ClassTable:
     Raises:
         UserError: it cannot be read, or names a class twice or none.
     """
-    path = Path(path)
+    path = expanded(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

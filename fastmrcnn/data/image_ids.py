@@ -1,0 +1,162 @@
+"""The ids that a COCO file gives to images and classes, for results that are to be judged against it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastmrcnn.data.image_files import plain_name
+from fastmrcnn.errors import UserError
+
+
+class KnownImage(NamedTuple):
+    """An image that a file lists."""
+
+    image_id: int
+    parts: tuple[str, ...]
+    """Its file_name: folders, then the name."""
+    size: tuple[Any, Any]
+    """Width and height, as the file has them."""
+
+
+class CocoIds(NamedTuple):
+    file: Path
+    images: list[KnownImage]
+    categories: list[tuple[int, str]]
+    """Ids and names. A file of test images may have none."""
+
+
+def read_ids(file: Path) -> CocoIds:
+    """Images and categories of a COCO file; annotations need not be there.
+
+    Raises:
+        UserError: it cannot be read, or an id or a name is missing or there twice.
+    """
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; --annotations takes a COCO-format JSON file") from None
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or not JSON
+        raise UserError(f"{file}: cannot be read ({error}); --annotations takes a JSON file") from None
+    entries = tree.get("images") if isinstance(tree, dict) else None
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{file}: lists no images; --annotations takes a COCO-format JSON file")
+    images = []
+    for image_id, entry in _identified(entries, "image", file):
+        name = entry.get("file_name")
+        if not isinstance(name, str) or not (parts := _parts(name)):
+            raise UserError(f"{file}: image {image_id} has no file_name, by which it is found")
+        images.append(KnownImage(image_id, parts, (entry.get("width"), entry.get("height"))))
+    categories = []
+    listed = tree.get("categories")
+    for category, entry in _identified(listed if isinstance(listed, list) else [], "category", file):
+        categories.append((category, str(entry.get("name"))))
+    return CocoIds(file, images, categories)
+
+
+def _identified(entries: list[Any], thing: str, file: Path) -> list[tuple[int, dict[str, Any]]]:
+    found: dict[int, dict[str, Any]] = {}
+    for place, entry in enumerate(entries, start=1):
+        given = entry.get("id") if isinstance(entry, dict) else None
+        if not isinstance(given, int) or isinstance(given, bool):
+            raise UserError(f"{file}: {thing} number {place} has no id that is a whole number; correct it")
+        if given in found:
+            raise UserError(f"{file}: {thing} {given} is there twice; give each an id of its own")
+        found[given] = entry
+    return list(found.items())
+
+
+def match_images(paths: Sequence[Path], known: CocoIds) -> list[KnownImage | str]:
+    """The listed image that each file is, by its name, or why it is none.
+
+    Folders count where names alone do not tell: of several images of one name it is the one whose
+    `file_name` goes on to agree with the path. Where that leaves two, or two files agree with one image as
+    well, there is no telling.
+    """
+    by_name: dict[str, list[KnownImage]] = defaultdict(list)
+    for image in known.images:
+        by_name[image.parts[-1]].append(image)
+    matches: list[KnownImage | str] = []
+    agreement: dict[int, list[int]] = defaultdict(list)  # of each image that was found: with whom, how far
+    for path in paths:
+        parts = _parts(str(path.absolute()))
+        ranked = [(_shared(image.parts, parts), image) for image in by_name.get(parts[-1], [])]
+        most = max((shared for shared, _ in ranked), default=0)
+        best = [image for shared, image in ranked if shared == most]
+        if not best:
+            matches.append(f"{known.file} lists no image of this name")
+        elif len(best) > 1:
+            ids = ", ".join(str(image.image_id) for image in best[:4])
+            matches.append(f"{known.file} lists {len(best)} images of this name (ids {ids})")
+        else:
+            matches.append(best[0])
+            agreement[best[0].image_id].append(most)
+    for place, (path, match) in enumerate(zip(paths, matches, strict=True)):
+        if isinstance(match, KnownImage) and len(rivals := agreement[match.image_id]) > 1:
+            own = _shared(match.parts, _parts(str(path.absolute())))
+            if own < max(rivals) or rivals.count(own) > 1:
+                matches[place] = (
+                    f"image {match.image_id} of {known.file} may be this one or another of the same name"
+                )
+    return matches
+
+
+def size_fault(image: KnownImage, width: int, height: int, file: Path) -> str | None:
+    """Why pixels of this size are not the image that the file means; None if they are."""
+    if image.size == (width, height) or image.size == (None, None):
+        return None
+    return (
+        f"has width {width}, height {height}, but {file} gives image {image.image_id} width "
+        f"{image.size[0]}, height {image.size[1]}"
+    )
+
+
+def match_categories(names: Sequence[str], ids: Sequence[int], known: CocoIds, source: str) -> list[int]:
+    """The file's ids of a model's classes, by name; those that it lacks keep their own.
+
+    Args:
+        names, ids: of the classes, as the model has them.
+        source: of the model, for messages.
+    Raises:
+        UserError: a class has several ids in the file, or its own is there another's.
+    """
+    by_name: dict[str, list[int]] = defaultdict(list)
+    for category, name in known.categories:
+        by_name[name].append(category)
+    taken = {category for category, _ in known.categories}
+    found, faults = [], []
+    for name, own in zip(names, ids, strict=True):
+        there = by_name.get(name, [])
+        if own in there or not (there or own in taken):
+            found.append(own)
+        elif len(there) == 1:
+            found.append(there[0])
+        elif there:
+            faults.append(f"'{name}' is the name of categories {', '.join(map(str, there))}")
+        else:
+            faults.append(f"'{name}' is not there, and its id {own} is that of another category")
+    if faults:
+        more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise UserError(
+            f"{known.file}: its categories are not those of {source}: {'; '.join(faults[:3])}{more}; give "
+            "both the same names, or leave --annotations out"
+        )
+    return found
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    return tuple(plain_name(part) for part in re.split(r"[\\/]+", name) if part not in ("", "."))
+
+
+def _shared(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many of the last parts are the same."""
+    count = 0
+    for a, b in zip(reversed(one), reversed(other), strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
