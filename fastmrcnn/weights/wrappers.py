@@ -62,8 +62,12 @@ def unwrap(tree: Any, path: str | Path) -> tuple[dict[str, Any], list[str]]:
         state = _without_prefixes(plain, path, notes)
     if averaged is not None:
         own = _without_prefixes(averaged, path, notes)
-        state = {**state, **own} if own.keys() < state.keys() else own
-        notes.append(f"The averaged weights ({key}) are taken")
+        line = f"The averaged weights ({key}) are taken"
+        if own.keys() < state.keys():
+            line += f", and {len(state) - len(own)} tensors that have no average as they are"
+            own = {**state, **own}
+        state = own
+        notes.append(line)
     odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if found := next((state[name] for name in odd if isinstance(state[name], Left)), None):
         raise refuse_code(path, found)

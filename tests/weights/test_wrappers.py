@@ -182,7 +182,10 @@ def test_an_average_of_the_parameters_alone(folder: Folder) -> None:
     buffers = {key for key in theirs if "running_" in key}
     assert buffers
     average = {key: value for key, value in averaged(theirs).items() if key not in buffers}
-    state, _ = opened(folder, {"model": theirs, "ema": {"decay": 0.9, "shadow": average}})
+    state, lines = opened(folder, {"model": theirs, "ema": {"decay": 0.9, "shadow": average}})
+    assert lines == [
+        f"The averaged weights (ema) are taken, and {len(buffers)} tensors that have no average as they are"
+    ]
     for key, value in state.items():
         own = folder.state[key]
         assert torch.equal(value, own if "running_" in key else own * 1.5), key
