@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import contextlib
 import tempfile
 import time
 from collections import deque
@@ -24,62 +24,57 @@ from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.evaluation.run import run_evaluation
 from fastmrcnn.files import write_text
 from fastmrcnn.structures import Batch, to_device
-from fastmrcnn.training.console import describe, how_to_go_on, mask_slot_advice, print_next
+from fastmrcnn.training.console import describe, list_left_out, mask_slot_advice, print_next
 from fastmrcnn.training.curves import plot_losses
 from fastmrcnn.training.dry_run import dry_run
 from fastmrcnn.training.execution import choose_execution
 from fastmrcnn.training.metrics import Metrics
 from fastmrcnn.training.optim import learning_rate
 from fastmrcnn.training.run import discarding_unstarted, prepare_run, run_folder_of
+from fastmrcnn.training.saving import BadLossError, Saver, saving_first, tell_stop
 from fastmrcnn.training.step import TrainingStep
+from fastmrcnn.training.stopping import Requests
 from fastmrcnn.weights.card import ModelCard, read_card
-from fastmrcnn.weights.checkpoint import (
-    find_checkpoint,
-    read_checkpoint,
-    require_optimizer,
-    restore,
-    save_checkpoint,
-)
+from fastmrcnn.weights.checkpoint import find_checkpoint, read_checkpoint, require_optimizer, restore
 from fastmrcnn.weights.start import load_start, new_model
 
 
 def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
-    if arguments.resume is not None:
-        if arguments.config is not None:
-            raise UserError(
-                "--resume goes on with the run's own configuration; leave out --config, and give what is to "
-                "change as key=value"
-            )
-        checkpoint = find_checkpoint(arguments.resume)
-        folder = run_folder_of(checkpoint)
-        state = read_checkpoint(checkpoint)
-        require_optimizer(state)
-        before = read_card(state, checkpoint)
-        config = load_config(overrides=arguments.overrides, base=state["config"])
-        if config.model.weights not in (None, before.config.model.weights):
-            raise UserError(
-                "model.weights starts a new run and goes with --config; --resume goes on with the weights of "
-                "the checkpoint"
-            )
-    else:
-        state, folder, before = None, None, None
-        config = starting_config(arguments.config, arguments.overrides)
-    check_trainable(config)
-    if arguments.dry_run:
-        check_only(config, before)
-        return
-    config, folder, train_set, val_set = prepare_run(config, folder, before)
-    try:
-        with discarding_unstarted(folder, new=state is None):
-            write_text(folder / "config.yaml", dump_config(config))
-            for line in train_set.summary() + (val_set.summary() if val_set else []):
-                print(line)
-            train(config, folder, train_set, val_set, state)
-    except KeyboardInterrupt:
-        # It may have come in the middle of an update, so what counts is what was saved before.
-        print(f"\nstopped; {how_to_go_on(folder)}", file=sys.stderr)
-        raise SystemExit(130) from None
+    state, folder, before = None, None, None
+    with Requests() as requests:
+        try:
+            if arguments.resume is not None:
+                if arguments.config is not None:
+                    raise UserError(
+                        "--resume goes on with the run's own configuration; leave out --config, and give "
+                        "what is to change as key=value"
+                    )
+                checkpoint = find_checkpoint(arguments.resume)
+                folder = run_folder_of(checkpoint)
+                state = read_checkpoint(checkpoint)
+                require_optimizer(state)
+                before = read_card(state, checkpoint)
+                config = load_config(overrides=arguments.overrides, base=state["config"])
+                if config.model.weights not in (None, before.config.model.weights):
+                    raise UserError(
+                        "model.weights starts a new run and goes with --config; --resume goes on with the "
+                        "weights of the checkpoint"
+                    )
+            else:
+                config = starting_config(arguments.config, arguments.overrides)
+            check_trainable(config)
+            if arguments.dry_run:
+                check_only(config, before)
+                return
+            config, folder, train_set, val_set = prepare_run(config, folder, before)
+            with discarding_unstarted(folder, new=state is None):
+                write_text(folder / "config.yaml", dump_config(config))
+                for line in train_set.summary() + (val_set.summary() if val_set else []):
+                    print(line)
+                train(config, folder, train_set, val_set, state, requests)
+        except KeyboardInterrupt as stop:
+            raise SystemExit(tell_stop(stop, folder)) from None
 
 
 def check_only(config: Config, before: ModelCard | None = None) -> None:
@@ -116,8 +111,16 @@ def train(
     train_set: CocoDataset,
     val_set: CocoDataset | None,
     state: dict[str, Any] | None = None,
+    requests: Requests | None = None,
 ) -> dict[str, float]:
-    """Train to `config.train.steps`, from `state` if given; returns the metrics of the last evaluation."""
+    """Train to `config.train.steps`, from `state` if given; returns the metrics of the last evaluation.
+
+    Args:
+        requests: what signals ask for; none: Ctrl-C alone stops the run.
+    Raises:
+        UserError, Stopped: as `saving_first`.
+    """
+    requests = requests or Requests()
     device = choose_device(config.runtime.device)
     set_up_cuda(device)
     precision = choose_precision(config.runtime.precision, device)
@@ -139,24 +142,13 @@ def train(
 
     steps, batch_size, log_every = config.train.steps, config.train.batch, config.train.log_every
     loader = train_loader(train_set, config, start, pin_memory=device.type == "cuda")
-    metrics = Metrics(folder, start)
+    metrics = Metrics(folder, start, state["extra"].get("metrics") if state is not None else None)
+    saver = Saver(folder, make_step, card, metrics, keep=config.train.keep_checkpoints, start=start)
     recent: deque[tuple[int, list[int]]] = deque(maxlen=log_every)
+    left_out: dict[int, str] = {}
     result: dict[str, float] = {}
-    last_checkpoint: Path | None = None
 
-    def save(step: int) -> Path:
-        return save_checkpoint(
-            folder / "checkpoints",
-            step=step,
-            model=model,
-            optimizer=make_step.optimizer,
-            scaler=update,
-            ema=None if ema is None else ema.model,
-            card=card,
-            keep=config.train.keep_checkpoints,
-        )
-
-    def evaluate(step: int, pictures: int) -> dict[str, float]:
+    def evaluate(done: int, pictures: int) -> dict[str, float]:
         assert val_set is not None
         judged = model if ema is None else ema.model
         judged.eval()
@@ -164,49 +156,65 @@ def train(
             judged, val_set, config, output=folder / "evaluation", pictures=pictures, device=device
         )
         model.train()
-        metrics.write({"iteration": step, **found})
+        with requests.held():
+            metrics.write({"iteration": done - 1, **found})
         return found
 
+    def is_due(done: int) -> bool:
+        """Whether an evaluation within the run follows so many steps. A run that was stopped may owe it."""
+        every = config.train.evaluate_every
+        if val_set is None or every is None or not 0 < done < steps:
+            return False
+        return done % every == 0 and done - 1 not in metrics.evaluated
+
     bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, desc="train")
-    fetched = time.perf_counter()
-    try:
+    with saving_first(saver, requests), contextlib.closing(metrics), contextlib.closing(bar):
+        if is_due(start):
+            result = evaluate(start, pictures=0)
+        fetched = time.perf_counter()
         for step, loaded in enumerate(loader, start=start):
             data_time = time.perf_counter() - fetched
             batch = to_device(loaded.batch, device)
             recent.append((step, loaded.image_ids))
+            for fault in loaded.left_out.values():
+                tqdm.write(f"left out, others stand in for it: {fault}")
+            left_out |= loaded.left_out
             if execution.compiled or execution.cuda_graphs:
                 prepare_shapes(make_step, batch, loader.buckets, first=step == start)
-            lr = learning_rate(config.optim, step, steps, batch_size)
-            losses, counts = make_step(batch, step, lr)
-            metrics.add(losses, counts, batch_size, data_time)
-
-            done = step + 1
-            bar.update()
-            save_now = done % config.train.checkpoint_every == 0 or done == steps
-            # Read before saving too, so that a checkpoint is never of a run that has gone wrong unseen.
-            if done % log_every == 0 or save_now:
-                row, bad_step = metrics.read(step, update.first_bad_step, lr, steps - done)
-                if bad_step >= 0:
-                    stop_at_bad_loss(bad_step, recent, save(bad_step))
-                bar.set_postfix_str(describe(row))
-            paused = time.perf_counter()
-            if save_now:
-                last_checkpoint = save(done)
-            every = config.train.evaluate_every
-            if val_set is not None and every is not None and done % every == 0 and done < steps:
-                result = evaluate(step, pictures=0)
+            with requests.held():  # from here to its checkpoint a step is whole
+                lr = learning_rate(config.optim, step, steps, batch_size)
+                losses, counts = make_step(batch, step, lr)
+                saver.done = done = step + 1
+                metrics.add(losses, counts, batch_size, data_time)
+                bar.update()
+                save_now = done % config.train.checkpoint_every == 0 or done == steps
+                # Read before saving too, so that a checkpoint is never of a run that has gone wrong unseen.
+                if done % log_every == 0 or save_now:
+                    row, bad_step = metrics.read(step, update.first_bad_step, lr, steps - done)
+                    check_loss(bad_step, recent)
+                    bar.set_postfix_str(describe(row))
+                paused = time.perf_counter()
+                if requests.save:  # rare, so the host may wait for the device
+                    check_loss(int(update.first_bad_step), recent)
+                    tqdm.write(f"saved, as SIGUSR1 asked: {saver.save()}")
+                elif save_now:
+                    saver.save()
+                requests.save = False
+            if is_due(done):
+                result = evaluate(done, pictures=0)
             fetched = time.perf_counter()
             metrics.exclude(fetched - paused)
-    finally:
         bar.close()
-    if val_set is not None and start < steps:
-        result = evaluate(steps - 1, config.evaluate.pictures)
-    metrics.close()
-    advice = mask_slot_advice(config, metrics.most_foreground, metrics.masks_dropped)
-    if advice is not None:
-        print(advice)
-    plot_losses(folder / "metrics.json", folder / "losses.png")
-    print_next(folder, last_checkpoint, config, val_set)
+        if val_set is not None and (start < steps or steps - 1 not in metrics.evaluated):
+            result = evaluate(steps, config.evaluate.pictures)
+        metrics.close()
+        advice = mask_slot_advice(config, metrics.most_foreground, metrics.masks_dropped)
+        if advice is not None:
+            print(advice)
+        if left_out:
+            print(list_left_out(left_out))
+        plot_losses(folder / "metrics.json", folder / "losses.png")
+        print_next(folder, saver.path, config, val_set)
     return result
 
 
@@ -245,13 +253,10 @@ def prepare_shapes(
     )
 
 
-def stop_at_bad_loss(bad_step: int, recent: deque[tuple[int, list[int]]], checkpoint: Path) -> None:
-    images = next((ids for step, ids in recent if step == bad_step), [])
-    raise UserError(
-        f"the loss or its gradient is not finite at step {bad_step} (image ids {images}); the weights are "
-        f"those before it, saved in {checkpoint}; lower optim.lr, lengthen optim.warmup_steps or set "
-        f"optim.clip_norm, then go on with --resume {checkpoint}"
-    )
+def check_loss(bad_step: int, recent: deque[tuple[int, list[int]]]) -> None:
+    """BadLossError, which names the images, if there is a bad step (else -1)."""
+    if bad_step >= 0:
+        raise BadLossError(bad_step, next((ids for step, ids in recent if step == bad_step), []))
 
 
 if __name__ == "__main__":

@@ -94,6 +94,9 @@ class DataConfig(Section):
     """Of images whose file is not there; skip: they are left out and counted."""
     workers: int = Field(2, ge=0)
     """Loader processes; 0 loads in the training process."""
+    max_broken: float = Field(0.01, ge=0, le=1)
+    """Share of the training images that may turn out not to be readable. Each is named and others, drawn by
+    the seed, stand in for it; with more the run saves and stops. 0: the first one stops it."""
     augment: AugmentConfig = AugmentConfig()
 
     @field_validator("pixel_range", mode="before")

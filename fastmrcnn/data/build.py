@@ -132,4 +132,5 @@ def train_loader(dataset: CocoDataset, config: Config, start: int, pin_memory: b
         min_slots=slots,
         min_mask_bytes=mask_bytes,
         polygons=largest_polygons(dataset, config.train.batch) if polygons else None,
+        max_broken=data.max_broken,
     )

@@ -16,6 +16,7 @@ from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.collate import MIN_MASK_BYTES, MIN_SLOTS, collate, make_sample
 from fastmrcnn.data.order import BatchPlan, TrainSampler
 from fastmrcnn.data.polygons import PolygonSizes
+from fastmrcnn.data.processes import obey_parent_alone
 from fastmrcnn.data.transforms import Augment, Plan, Size, resize, resized_size
 from fastmrcnn.data.worker import EvalSamples, Failure, LoadedBatch, TrainSamples
 from fastmrcnn.errors import UserError
@@ -35,6 +36,9 @@ __all__ = [
 class TrainLoader:
     """Batches of the global steps start_step .. steps - 1, each a function of the seed and its step.
 
+    An image that cannot be read is left out: another, which seed and sample decide, stands in for it. The
+    first batch that met it has its fault in `left_out`.
+
     Args:
         dataset: from `read_coco`.
         batch: images a step.
@@ -47,9 +51,10 @@ class TrainLoader:
             (`largest_targets`) every batch of a bucket has one shape.
         polygons: give the batches the objects' polygons, in tables of at least these sizes (as those of
             `largest_polygons`); None: leave them out.
+        max_broken: largest share of the images that may be left out.
     Raises:
-        UserError: an image fits into no bucket, or has too many objects; while iterating, an image
-            cannot be read.
+        UserError: an image fits into no bucket, or has too many objects; while iterating, more images
+            than `max_broken` allows cannot be read.
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class TrainLoader:
         min_slots: int = MIN_SLOTS,
         min_mask_bytes: int = MIN_MASK_BYTES,
         polygons: PolygonSizes | None = None,
+        max_broken: float = 0.0,
     ) -> None:
         if not dataset.records:
             raise UserError(f"{dataset.annotations}: no image to train on")
@@ -96,6 +102,7 @@ class TrainLoader:
             start_step=start_step,
             steps=steps,
         )
+        self.images, self.max_broken = len(dataset.records), max_broken
         samples = TrainSamples(
             dataset, short_sides, long_side_max, augment, seed, min_slots, min_mask_bytes, polygons
         )
@@ -105,7 +112,23 @@ class TrainLoader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[LoadedBatch]:
-        return _unwrap(self.loader)
+        left_out: set[int] = set()
+        for loaded in _unwrap(self.loader):
+            new = {image_id: fault for image_id, fault in loaded.left_out.items() if image_id not in left_out}
+            left_out |= new.keys()
+            if new:
+                self._check_left_out(len(left_out), next(iter(new.values())))
+            yield loaded._replace(left_out=new)
+
+    def _check_left_out(self, broken: int, fault: str) -> None:
+        if broken <= self.max_broken * self.images:
+            return
+        share = math.ceil(1000 * broken / self.images) / 1000
+        count = f"; {broken} of {self.images} images could not be read so far" if broken > 1 else ""
+        raise UserError(
+            f"{fault}{count}, or leave such images out with data.max_broken={share:g} or more (the share of "
+            f"the images that may be, now {self.max_broken:g})"
+        )
 
 
 class EvalLoader:
@@ -231,6 +254,7 @@ def _data_loader(
         num_workers=workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=obey_parent_alone if workers else None,
         generator=torch.Generator(),  # or else each pass would advance the global one
     )
 
@@ -248,10 +272,19 @@ def _unwrap(loader: DataLoader[LoadedBatch | Failure]) -> Iterator[LoadedBatch]:
             # pinning turns tuples within a list into lists
             yield loaded._replace(original_sizes=[(h, w) for h, w in loaded.original_sizes])
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error) or "Caught" in str(error):
+        if (reason := dead_worker(error)) is None:
             raise
-        reason = str(error).split("\n")[0].rstrip(".")
-        raise UserError(
-            f"a loader process died ({reason}), most often for lack of memory or of shared memory; "
-            "lower data.workers, or set it to 0"
-        ) from None
+        raise UserError(reason) from None
+
+
+def dead_worker(error: BaseException) -> str | None:
+    """One line if the error is torch's word that a loader process died, which it says wherever the program
+    happens to be."""
+    text = str(error)
+    if not isinstance(error, RuntimeError) or "DataLoader worker" not in text or "Caught" in text:
+        return None
+    reason = text.split("\n")[0].rstrip(".")
+    return (
+        f"a loader process died ({reason}), most often for lack of memory or of shared memory; "
+        "lower data.workers, or set it to 0"
+    )

@@ -79,6 +79,13 @@ class TrainSampler:
         return np.stack([image, epoch * images + np.arange(images)], axis=1), bucket
 
 
+def substitutes(images: int, seed: int, sample: int) -> Iterator[int]:
+    """The images of a set in the order in which they stand in for that of a sample: a function of the seed
+    and the sample's global index alone."""
+    order = np.random.Generator(np.random.Philox(key=[seed, 2], counter=[0, sample, 0, 0]))
+    yield from order.permutation(images).tolist()
+
+
 def _bucket_table(
     records: Sequence[ImageRecord],
     short_sides: Sequence[int],

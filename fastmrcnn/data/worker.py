@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from fastmrcnn.data.collate import (
     stack_input_to_image,
 )
 from fastmrcnn.data.images import read_image
-from fastmrcnn.data.order import BatchPlan
+from fastmrcnn.data.order import BatchPlan, substitutes
 from fastmrcnn.data.polygons import PolygonSizes
 from fastmrcnn.data.records import ImageProposals
 from fastmrcnn.data.transforms import Augment, Plan, Size, draws, plan_image, resize, resized_size
@@ -28,6 +29,7 @@ from fastmrcnn.errors import UserError
 from fastmrcnn.structures import Batch
 
 CACHE_BYTES = 256 * 2**20  # sets whose resized images fit in here are decoded once per process
+MOST_TRIES = 20  # images that cannot be read, one after the other, before the folder is at fault
 
 
 class LoadedBatch(NamedTuple):
@@ -36,6 +38,7 @@ class LoadedBatch(NamedTuple):
     real: int  # images that are not repetitions; all of them in training
     original_sizes: list[Size]  # height and width of the real images as they are
     input_to_image: Tensor  # (N, 2, 3) float32, input pixels -> pixels of the original
+    left_out: dict[int, str]  # id and fault of each image that others stand in for
 
 
 class Failure(NamedTuple):
@@ -86,6 +89,9 @@ class SampleStore:
 
 
 class TrainSamples(Dataset[LoadedBatch | Failure]):
+    """The batches of a training set. Where an image cannot be read another stands in for it, which seed and
+    sample decide."""
+
     def __init__(
         self,
         dataset: CocoDataset,
@@ -104,10 +110,12 @@ class TrainSamples(Dataset[LoadedBatch | Failure]):
         self.min_polygons = min_polygons
 
     def __getitem__(self, plan: BatchPlan) -> LoadedBatch | Failure:
+        left_out: dict[int, str] = {}
         try:
-            samples = [self._sample(index, number) for index, number in plan.samples]
+            read = [self._readable(index, number, plan.bucket, left_out) for index, number in plan.samples]
         except UserError as error:
             return Failure(str(error))
+        samples = [sample for _, sample in read]
         batch = collate(
             samples,
             plan.bucket,
@@ -116,18 +124,39 @@ class TrainSamples(Dataset[LoadedBatch | Failure]):
             proposal_slots=self.store.proposal_slots,
             min_polygons=self.min_polygons,
         )
-        return _loaded(batch, samples, [self.store.records[index].image_id for index, _ in plan.samples])
+        return _loaded(batch, samples, [self.store.records[index].image_id for index, _ in read], left_out)
+
+    def _readable(
+        self, index: int, number: int, bucket: Size, left_out: dict[int, str]
+    ) -> tuple[int, Sample]:
+        """The sample and the index of its image, which is another one if that cannot be read."""
+        faults: list[str] = []
+        for candidate in itertools.chain([index], self._substitutes(index, number, bucket)):
+            try:
+                return candidate, self._sample(candidate, number)
+            except UserError as error:
+                faults.append(str(error))
+                left_out[self.store.records[candidate].image_id] = faults[-1]
+                if len(faults) == MOST_TRIES:
+                    break
+        others = f", nor can {len(faults) - 1} others that were to stand in for it" if len(faults) > 1 else ""
+        raise UserError(f"{faults[0]}{others or '; no other image can stand in for it'}")
+
+    def _substitutes(self, index: int, number: int, bucket: Size) -> Iterator[int]:
+        """Other images that fit into the bucket."""
+        for other in substitutes(len(self.store.records), self.seed, number):
+            height, width = self._plan(other, number).size
+            if other != index and height <= bucket[0] and width <= bucket[1]:
+                yield other
+
+    def _plan(self, index: int, number: int) -> Plan:
+        record, numbers = self.store.records[index], draws(self.seed, number)[0]
+        return plan_image(
+            record.height, record.width, numbers, self.short_sides, self.long_side_max, self.augment
+        )
 
     def _sample(self, index: int, number: int) -> Sample:
-        record = self.store.records[index]
-        plan = plan_image(
-            record.height,
-            record.width,
-            draws(self.seed, number)[0],
-            self.short_sides,
-            self.long_side_max,
-            self.augment,
-        )
+        record, plan = self.store.records[index], self._plan(index, number)
         resized, objects = self.store.resized(index, plan.resized), self.store.objects(index)
         size, schema = (record.height, record.width), self.store.schema
         return make_sample(resized, plan, size, objects, schema, self.store.proposed(index))
@@ -145,7 +174,8 @@ class EvalSamples(Dataset[LoadedBatch | Failure]):
             return Failure(str(error))
         ids = [self.store.records[index].image_id for index, _ in plan.samples]
         filled = [*samples, *[samples[-1]] * (self.batch - len(samples))]
-        return _loaded(collate(filled, plan.bucket, proposal_slots=self.store.proposal_slots), samples, ids)
+        batch = collate(filled, plan.bucket, proposal_slots=self.store.proposal_slots)
+        return _loaded(batch, samples, ids, {})
 
     def _sample(self, index: int) -> Sample:
         record = self.store.records[index]
@@ -154,7 +184,9 @@ class EvalSamples(Dataset[LoadedBatch | Failure]):
         return make_sample(resized, plan, size, proposals=self.store.proposed(index))
 
 
-def _loaded(batch: Batch, samples: Sequence[Sample], image_ids: list[int]) -> LoadedBatch:
+def _loaded(
+    batch: Batch, samples: Sequence[Sample], image_ids: list[int], left_out: dict[int, str]
+) -> LoadedBatch:
     repeated = [*samples, *[samples[-1]] * (batch.pixels.shape[0] - len(samples))]
     sizes = [sample.annotated for sample in samples]
-    return LoadedBatch(batch, image_ids, len(samples), sizes, stack_input_to_image(repeated))
+    return LoadedBatch(batch, image_ids, len(samples), sizes, stack_input_to_image(repeated), left_out)

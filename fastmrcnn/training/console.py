@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,18 @@ def how_to_go_on(folder: Path) -> str:
         gone = "" if folder.exists() else f", and {folder} has been removed"
         return f"nothing was saved yet{gone} (train.checkpoint_every: steps between checkpoints)"
     return f"go on from {checkpoint.name} with: python -m fastmrcnn.train --resume {shlex.quote(str(folder))}"
+
+
+def list_left_out(faults: Mapping[int, str], most: int = 10) -> str:
+    """A line for each of the images that could not be read, by id; of many, the first ones."""
+    lines = [
+        f"{len(faults)} training image{'s' if len(faults) > 1 else ''} could not be read and did not count:"
+    ]
+    lines += [f"  image {image_id}: {fault}" for image_id, fault in list(faults.items())[:most]]
+    if len(faults) > most:
+        ids = list(faults)[most:]
+        lines.append(f"  and, by id: {', '.join(map(str, ids))}")
+    return "\n".join(lines)
 
 
 def print_next(folder: Path, checkpoint: Path | None, config: Config, val_set: CocoDataset | None) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmrcnn.errors import UserError
+from fastmrcnn.files import replacing
 from fastmrcnn.structures import Losses
 
 
@@ -18,7 +19,7 @@ def plot_losses(metrics: str | Path, picture: str | Path) -> None:
         metrics: JSON lines with detectron2's keys: iteration, total_loss, loss_*, lr, bbox/AP, segm/AP,
             keypoints/AP.
     Raises:
-        UserError: the file is missing, is not JSON lines or holds no loss.
+        UserError: the file is missing, is not JSON lines or holds no loss; the picture cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -53,7 +54,8 @@ def plot_losses(metrics: str | Path, picture: str | Path) -> None:
     for panel in axes:
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(picture, dpi=120)
+    with replacing(picture) as stream:
+        figure.savefig(stream, dpi=120, format=Path(picture).suffix[1:])
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

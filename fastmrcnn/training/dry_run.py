@@ -46,6 +46,7 @@ def dry_run(config: Config, train_set: CocoDataset) -> None:
         steps=STEPS,
         max_objects=config.data.max_objects,
         polygons=PolygonSizes() if config.model.mask_head.reads_polygons else None,
+        max_broken=config.data.max_broken,
     )
     card = ModelCard(config, train_set.class_names, train_set.category_ids, train_set.keypoints)
     model = new_model(card, device)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastmrcnn.errors import UserError
 from fastmrcnn.files import write_text
 from fastmrcnn.structures import Counts, Losses, present
 
@@ -21,15 +24,23 @@ class Metrics:
     Args:
         folder: of the run.
         start_step: lines at or beyond this step, from a run that was cut off, are dropped.
+        carried: what a checkpoint kept of a row that was not full, from `carried()`.
+    Raises:
+        UserError: the folder cannot be written to.
     """
 
-    def __init__(self, folder: Path, start_step: int = 0) -> None:
+    def __init__(self, folder: Path, start_step: int = 0, carried: dict[str, Any] | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = folder / "metrics.json"
+        self.evaluated: set[int] = set()
+        """Steps of the rows of evaluations."""
+        self._kept: list[dict[str, Any]] = []
         self._drop_from(start_step)
-        self._file = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
+        with self._writing():
+            self._file = self.path.open("a", encoding="utf-8")
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
+        self._unwritten: list[dict[str, Any]] = []
         self._names: list[str] = []
         self._sums: Tensor | None = None
         self._most: Tensor | None = None
@@ -39,6 +50,8 @@ class Metrics:
         self._images = 0
         self._data_time = 0.0
         self._since = time.perf_counter()
+        if carried:
+            self._take_up(carried)
 
     def _drop_from(self, step: int) -> None:
         if not self.path.exists():
@@ -47,14 +60,44 @@ class Metrics:
             line for line in self.path.read_text(encoding="utf-8").splitlines() if _iteration(line) < step
         ]
         write_text(self.path, "".join(line + "\n" for line in kept))
+        self._kept = [json.loads(line) for line in kept]
+        self.evaluated = {row["iteration"] for row in self._kept if "total_loss" not in row}
+
+    def carried(self) -> dict[str, Any]:
+        """For a checkpoint between two rows: what the next one has gathered, and those that could not be
+        written. Empty if there is neither."""
+        if self._sums is None and not self._unwritten:
+            return {}
+        return {
+            "names": self._names,
+            "sums": self._sums,
+            "most": self._most,
+            "count": self._count,
+            "images": self._images,
+            "data_time": self._data_time,
+            "seconds": time.perf_counter() - self._since,
+            "rows": self._unwritten,
+        }
+
+    def _take_up(self, carried: dict[str, Any]) -> None:
+        self._names, self._sums, self._most = carried["names"], carried["sums"], carried["most"]
+        self._count, self._images = carried["count"], carried["images"]
+        self._data_time = carried["data_time"]
+        self._since -= carried["seconds"]
+        for row in carried["rows"]:
+            if row not in self._kept:  # it may have been written in the end
+                self.write(row)
 
     def add(self, losses: Losses, counts: Counts, images: int, data_time: float) -> None:
         """Take the losses and counts of a step, without waiting for them."""
         named = present(losses, counts)
         values = torch.stack([value.detach().float() for value in named.values()])
         # Steps after a bad one are not trained on; their losses are not to drown the message.
-        self._sums = values if self._sums is None else self._sums + values
-        self._most = values if self._most is None else torch.maximum(self._most, values)
+        if self._sums is None or self._most is None:
+            self._sums, self._most = values, values
+        else:  # of a resumed run they come from a file, and move to the device once
+            self._sums = self._sums.to(values.device) + values
+            self._most = torch.maximum(self._most.to(values.device), values)
         self._names = list(named)
         self._count += 1
         self._images += images
@@ -100,20 +143,36 @@ class Metrics:
     def write(self, row: dict[str, Any]) -> None:
         """Append a line; `iteration` must be in it. What is not finite becomes null."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
-        for name, value in clean.items():
-            if name != "iteration" and value is not None:
-                self._board.add_scalar(name, value, row["iteration"])
-        self._board.flush()
+        self._unwritten.append(clean)
+        with self._writing():
+            self._file.write(json.dumps(clean) + "\n")
+            self._file.flush()
+            self._unwritten.pop()
+            for name, value in clean.items():
+                if name != "iteration" and value is not None:
+                    self._board.add_scalar(name, value, row["iteration"])
+            self._board.flush()
+        if "total_loss" not in row:
+            self.evaluated.add(row["iteration"])
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.path} or what is in tensorboard/ beside it cannot be written "
+                f"({error.strerror or error})"
+            ) from error
 
     def exclude(self, seconds: float) -> None:
         """Leave out of the next row what was not training: an evaluation, a checkpoint."""
         self._since += seconds
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        for stream in (self._file, self._board):
+            with contextlib.suppress(OSError):  # each row has been flushed, or its failure told
+                stream.close()
 
 
 def _iteration(line: str) -> float:

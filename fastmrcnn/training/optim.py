@@ -7,6 +7,7 @@ import copy
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -101,10 +102,24 @@ class GatedStep:
             for buffer in module.buffers(recurse=False)
         ]
         self.saved = [buffer.clone() for buffer in self.statistics]
+        self.phase: Literal["whole", "forward", "update"] = "whole"
+        """How far the step has come, on the host: between steps; before anything but the statistics has
+        changed; where weights and state do not belong together."""
 
     def before_forward(self) -> None:
         if self.statistics:
             torch._foreach_copy_(self.saved, self.statistics)
+        self.phase = "forward"
+
+    def undo_forward(self) -> None:
+        """After a step that failed before its update: all state is that of the step before."""
+        if self.phase == "forward" and self.statistics:
+            torch._foreach_copy_(self.statistics, self.saved)
+        self.phase = "whole"
+
+    def finish(self) -> None:
+        """The step is whole: what belongs to it, such as an average, has been updated too."""
+        self.phase = "whole"
 
     @contextlib.contextmanager
     def closed(self) -> Iterator[None]:
@@ -135,6 +150,7 @@ class GatedStep:
             # Fused optimizers look at this flag on the device and then leave weights and state alone.
             self.optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
             self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+            self.phase = "update"
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             for now, before in zip(self.statistics, self.saved, strict=True):

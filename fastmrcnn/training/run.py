@@ -36,14 +36,16 @@ def prepare_run(
         train_set, val_set = read_sets(config, settle, choose_range=before is None)
         folder = folder or new_run_folder(config.output)
         return with_pixel_range(config, train_set), folder, train_set, val_set
+    new = folder is None
     folder = folder or new_run_folder(config.output)
-    paths = write_shapes(folder / "data", seed=0)
-    tree = config.model_dump()
-    for split in ("train", "val"):
-        images, annotations = paths[f"{split}_images"], paths[f"{split}_annotations"]
-        tree["data"][split] |= {"images": str(images), "annotations": str(annotations)}
-    config = Config.model_validate(tree)
-    return config, folder, *read_sets(config, settle)
+    with discarding_unstarted(folder, new=new):
+        paths = write_shapes(folder / "data", seed=0)
+        tree = config.model_dump()
+        for split in ("train", "val"):
+            images, annotations = paths[f"{split}_images"], paths[f"{split}_annotations"]
+            tree["data"][split] |= {"images": str(images), "annotations": str(annotations)}
+        config = Config.model_validate(tree)
+        return config, folder, *read_sets(config, settle)
 
 
 def with_classes_of(before: ModelCard, dataset: CocoDataset) -> CocoDataset:
@@ -82,7 +84,7 @@ def discarding_unstarted(folder: Path, *, new: bool) -> Iterator[None]:
         yield
     except BaseException:
         record = folder / "metrics.json"
-        started = (folder / "checkpoints").exists() or (record.exists() and record.stat().st_size > 0)
+        started = any(folder.glob("checkpoints/*.pt")) or (record.exists() and record.stat().st_size > 0)
         if new and not started:
             shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -97,6 +97,7 @@ class TrainingStep:
         self.update.backward(losses.total(), self.number)
         if self.ema is not None:
             self.ema.update(self.number, self.update.first_bad_step)
+        self.update.finish()
         return tree_map(Tensor.detach, (losses, counts))
 
 

@@ -180,7 +180,7 @@ def test_dry_run_says_what_it_would_cost_and_leaves_nothing(
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(("step", "saved"), [(1, False), (6, True)])
+@pytest.mark.parametrize(("step", "saved"), [(0, False), (6, True)])
 def test_an_interruption_says_how_to_go_on(
     step: int,
     saved: bool,
@@ -198,14 +198,22 @@ def test_an_interruption_says_how_to_go_on(
         return
     run = newest_run(tmp_path)
     command = f"python -m fastmrcnn.train --resume {run}"
-    assert found == f"stopped; go on from step_0000004.pt with: {command}"
+    assert found == f"stopped; saved after step 6; go on from step_0000006.pt with: {command}"
     train.main(command.split()[3:])
     assert [row["iteration"] for row in record(run)] == [1, 3, 5, 7]
 
 
-def test_ctrl_c_in_a_terminal(data: TinyData, tmp_path: Path) -> None:
-    """The signal goes to the loader processes too."""
-    arguments = data.arguments(tmp_path, "train.steps=100000", "data.workers=2", "train.checkpoint_every=2")
+@pytest.mark.parametrize(
+    ("number", "code", "by"),
+    [(signal.SIGINT, 130, ""), (signal.SIGTERM, 143, " by SIGTERM"), (signal.SIGHUP, 129, " by SIGHUP")],
+)
+def test_signals_to_the_whole_group(
+    number: signal.Signals, code: int, by: str, data: TinyData, tmp_path: Path
+) -> None:
+    """As from a terminal or a scheduler: they go to the loader processes too."""
+    arguments = data.arguments(
+        tmp_path, "train.steps=100000", "data.workers=2", "train.checkpoint_every=99999"
+    )
     process = subprocess.Popen(
         [sys.executable, "-m", "fastmrcnn.train", *arguments],
         cwd=ROOT,
@@ -214,24 +222,27 @@ def test_ctrl_c_in_a_terminal(data: TinyData, tmp_path: Path) -> None:
         text=True,
         start_new_session=True,
         # A shell's background jobs ignore the signal, and so would this one.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     try:
         deadline = time.monotonic() + 240
-        while not list(tmp_path.glob("run_001/checkpoints/last_checkpoint")):
+        while not list(tmp_path.glob("run_001/metrics.json")) or not record(tmp_path / "run_001"):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, number)
         _, errors = process.communicate(timeout=120)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "Traceback" not in errors
-    last = errors.strip().split("\n")[-1]
-    assert last.endswith(f"python -m fastmrcnn.train --resume {tmp_path / 'run_001'}")
-    assert read_checkpoint(tmp_path / "run_001")["step"] >= 2
+    step = read_checkpoint(tmp_path / "run_001")["step"]
+    assert step >= 2
+    assert errors.strip().split("\n")[-1] == (
+        f"stopped{by}; saved after step {step}; go on from step_{step:07d}.pt with: "
+        f"python -m fastmrcnn.train --resume {tmp_path / 'run_001'}"
+    )
 
 
 @pytest.mark.parametrize(

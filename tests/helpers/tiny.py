@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import yaml
 from fastmrcnn import train
 from fastmrcnn.data.shapes import write_shapes
 from fastmrcnn.errors import run_main
+from fastmrcnn.training.saving import Saver
 
 TREE: dict[str, Any] = {
     "data": {"short_side": [64], "short_side_test": 64, "long_side_max": 64, "workers": 0},
@@ -72,17 +74,31 @@ class CrashError(Exception):
     """Not one of the program's own errors."""
 
 
-def break_at(monkeypatch: pytest.MonkeyPatch, step: int, error: BaseException) -> None:
-    """The next run is cut off by `error` when it comes to `step`."""
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], None]) -> None:
+    """The next run that comes to `step`, counted from 0, begins it with `act`."""
     real = train.learning_rate
 
     def learning_rate(config: Any, now: int, *others: Any) -> float:
         if now == step:
             monkeypatch.setattr(train, "learning_rate", real)
-            raise error
+            act()
         return real(config, now, *others)
 
     monkeypatch.setattr(train, "learning_rate", learning_rate)
+
+
+def break_at(monkeypatch: pytest.MonkeyPatch, step: int, error: BaseException) -> None:
+    """The next run is cut off by `error` when it comes to `step`."""
+
+    def fail() -> None:
+        raise error
+
+    at_step(monkeypatch, step, fail)
+
+
+def never_saves_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is cut off leaves what one leaves that was killed: nothing but what was saved before."""
+    monkeypatch.setattr(Saver, "rescue", lambda saver: "")
 
 
 def record(folder: Path) -> list[dict[str, Any]]:

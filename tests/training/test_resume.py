@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import CrashError, TinyData, assert_same_state, break_at, record
+from tiny import CrashError, TinyData, assert_same_state, break_at, never_saves_first, record
 
 from fastmrcnn import train
 from fastmrcnn.errors import UserError
@@ -46,13 +46,15 @@ def _threads() -> Iterator[None]:
         pytest.param(["train.log_every=3"], False, id="saved-between-reads"),
     ],
 )
-def test_a_run_that_crashed_is_resumed_exactly(
+def test_a_run_that_was_killed_is_resumed_exactly(
     changes: list[str], val: bool, data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = data.run(tmp_path / "whole", *changes, val=val)
     break_at(monkeypatch, 6, CrashError())  # two steps after the checkpoint, one line of metrics beyond it
-    with pytest.raises(CrashError):
-        data.run(tmp_path / "broken", *changes, val=val)
+    with monkeypatch.context() as patch:
+        never_saves_first(patch)
+        with pytest.raises(CrashError):
+            data.run(tmp_path / "broken", *changes, val=val)
     broken = tmp_path / "broken" / "run_001"
     assert record(broken)[-1]["iteration"] == 5
     train.main(["--resume", str(broken)])

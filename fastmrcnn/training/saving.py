@@ -1,0 +1,182 @@
+"""The checkpoints of a run. Whatever ends it saves first, and says how to go on."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from fastmrcnn.data.loader import dead_worker
+from fastmrcnn.errors import UserError
+from fastmrcnn.training.console import how_to_go_on
+from fastmrcnn.training.metrics import Metrics
+from fastmrcnn.training.step import TrainingStep
+from fastmrcnn.training.stopping import Requests, Stopped
+from fastmrcnn.weights.card import ModelCard
+from fastmrcnn.weights.checkpoint import save_checkpoint
+
+
+class BadLossError(UserError):
+    """The gate has shut at a step; the weights are those before it."""
+
+    def __init__(self, step: int, image_ids: Sequence[int]) -> None:
+        super().__init__(
+            f"the loss or its gradient is not finite at step {step} (image ids {list(image_ids)})"
+        )
+        self.step = step
+
+
+class Saver:
+    """Writes the checkpoints of a run.
+
+    Args:
+        folder: of the run.
+        keep: how many checkpoints stay.
+        start: steps that were done, and saved, before.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        make_step: TrainingStep,
+        card: ModelCard,
+        metrics: Metrics,
+        *,
+        keep: int,
+        start: int,
+    ) -> None:
+        self.folder, self.make_step, self.card, self.metrics = folder, make_step, card, metrics
+        self.keep = keep
+        self.done = start
+        """Whole steps; the caller counts."""
+        self.saved = start
+        """Steps in the last checkpoint; 0 if there is none."""
+        self.path: Path | None = None
+        """The last one that was written here."""
+        self._failed = False
+
+    def save(self, step: int | None = None) -> Path:
+        """Write a checkpoint of the first `step` steps; none: of all that are done."""
+        step = self.done if step is None else step
+        gathered = self.metrics.carried() if step == self.done else {}
+        ema = self.make_step.ema
+        try:
+            self.path = save_checkpoint(
+                self.folder / "checkpoints",
+                step=step,
+                model=self.make_step.model,
+                optimizer=self.make_step.optimizer,
+                scaler=self.make_step.update,
+                ema=None if ema is None else ema.model,
+                card=self.card,
+                extra={"metrics": gathered} if gathered else None,
+                keep=self.keep,
+            )
+        except Exception:
+            self._failed = True
+            raise
+        self.saved = step
+        return self.path
+
+    def rescue(self) -> str:
+        """Save the last whole step unless it is saved, whatever has happened; returns what came of it, for
+        the middle of a message."""
+        update = self.make_step.update
+        if update.phase == "update":
+            return f"it came in the middle of an update, so {self._lost()}; "
+        if self.done == self.saved:
+            return ""
+        if self._failed:
+            return f"{self._lost()}; "
+        try:
+            update.undo_forward()
+            bad_step = int(update.first_bad_step)
+            self.save(bad_step if bad_step >= 0 else self.done)
+        except Stopped:
+            return f"stopped at once, so {self._lost()}; "
+        except Exception as error:
+            return f"saving failed too ({reason_of(error) or repr(error)}), so {self._lost()}; "
+        if bad_step >= 0:
+            return f"its loss was not finite at step {bad_step}, and what was before that is saved; "
+        return f"saved after step {self.saved}; "
+
+    def _lost(self) -> str:
+        return f"what it learnt after step {self.saved} is lost" if self.saved else "what it learnt is lost"
+
+
+@contextlib.contextmanager
+def saving_first(saver: Saver, requests: Requests) -> Iterator[None]:
+    """A block that trains. If it fails, the last whole step is saved before the failure is told.
+
+    Raises:
+        UserError: one line with the reason, what was saved and how to go on, for what a user can mend.
+        Stopped: by a signal, with a note of what was saved.
+    """
+    try:
+        yield
+    except BaseException as error:
+        requests.hold()
+        stop = _stop_of(error, requests)
+        note = "" if stop is not None and stop.at_once else saver.rescue()
+        if stop is not None:
+            raise Stopped(stop.number, note=note) from None
+        reason = reason_of(error)
+        how = f"{note}{how_to_go_on(saver.folder)}"
+        if reason is None:
+            with contextlib.suppress(OSError):
+                print(f"\nthe run was ended by {type(error).__name__}; {how}", file=sys.stderr)
+            raise
+        if isinstance(error, BadLossError) and saver.saved == error.step and saver.path is not None:
+            raise UserError(
+                f"{reason}; the weights are those before it, saved in {saver.path}; lower optim.lr, lengthen "
+                f"optim.warmup_steps or set optim.clip_norm, then go on with --resume {saver.path}"
+            ) from error
+        if saver.done == 0:  # nothing that could be gone on from
+            raise UserError(reason) from error
+        raise UserError(f"{reason}; {how}") from error
+
+
+def tell_stop(stop: KeyboardInterrupt, folder: Path | None) -> int:
+    """Print the one line on which a run ends that was asked to; returns the exit code.
+
+    Args:
+        folder: of the run, as far as it has one.
+    """
+    number, note = (stop.number, stop.note) if isinstance(stop, Stopped) else (signal.SIGINT, "")
+    by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+    how = "nothing was begun" if folder is None else how_to_go_on(folder)
+    with contextlib.suppress(OSError):
+        print(f"\nstopped{by}; {note}{how}", file=sys.stderr)
+    return 128 + number
+
+
+def reason_of(error: BaseException) -> str | None:
+    """One line for what a user can mend; none for what is our own mistake."""
+    if isinstance(error, UserError):
+        return str(error)
+    first_line = next(iter(str(error).splitlines()), "")
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"the GPU's memory is full ({first_line}); lower train.batch or data.long_side_max"
+    # The second is how torch says it of the CPU.
+    if isinstance(error, MemoryError) or "can't allocate memory" in first_line:
+        return "the memory is full; lower train.batch, data.workers or data.long_side_max"
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or first_line or type(error).__name__}"
+    return dead_worker(error)
+
+
+def _stop_of(error: BaseException, requests: Requests) -> Stopped | None:
+    """The request to stop that an error is, or that came with it."""
+    if isinstance(error, Stopped):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return Stopped(signal.SIGINT)
+    # What a closing terminal or a dying process group breaks is not the reason.
+    if requests.stop is None or isinstance(error, UserError):
+        return None
+    return Stopped(requests.stop)
