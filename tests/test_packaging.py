@@ -195,11 +195,13 @@ def test_the_two_commands_and_the_extras() -> None:
         "ruff check",
         "ruff format --check",
         "mypy",
-        "pip install -e '.[test]'",
-        "pytest",
-        "pytest -m 'slow",
+        "command=$(readme_block pytest)",
+        "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 pytest",
+        "command=$(readme_block fastmrcnn.train)",
+        "pytest -m 'torchvision",
+        "FASTMRCNN_DATA=$data pytest -m 'slow",
     ]
-    lines = [line for line in ci.splitlines() if not line.startswith(("#", "echo"))]
+    lines = ci.splitlines()
     places = [next(i for i, line in enumerate(lines) if line.startswith(step)) for step in order]
     assert places == sorted(places)
 

@@ -39,7 +39,7 @@ def recorded(run: Path) -> dict[str, Any]:
 
 
 def test_detects_what_it_did(run: Path) -> None:
-    assert load_checkpoint(run, "cpu").training is False
+    assert load_checkpoint(run, "cpu").model.training is False
     predict_main(["arrows", "--checkpoint", str(run), "--output", "found", "--device", "cpu"])
     found = json.loads(Path("found/predictions.json").read_text(encoding="utf-8"))
     expected = recorded(run)["objects"]
