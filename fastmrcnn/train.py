@@ -195,11 +195,11 @@ def train(
                     bar.set_postfix_str(describe(row))
                 paused = time.perf_counter()
                 if requests.save:  # rare, so the host may wait for the device
+                    requests.save = False
                     check_loss(int(update.first_bad_step), recent)
                     tqdm.write(f"saved, as SIGUSR1 asked: {saver.save()}")
                 elif save_now:
                     saver.save()
-                requests.save = False
             if is_due(done):
                 result = evaluate(done, pictures=0)
             fetched = time.perf_counter()

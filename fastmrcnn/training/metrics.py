@@ -35,8 +35,8 @@ class Metrics:
         self.path = folder / "metrics.json"
         self.evaluated: set[int] = set()
         """Steps of the rows of evaluations."""
-        self._kept: list[dict[str, Any]] = []
-        self._drop_from(start_step)
+        kept = self._drop_from(start_step)
+        self.evaluated |= {row["iteration"] for row in kept if "total_loss" not in row}
         with self._writing():
             self._file = self.path.open("a", encoding="utf-8")
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
@@ -51,17 +51,17 @@ class Metrics:
         self._data_time = 0.0
         self._since = time.perf_counter()
         if carried:
-            self._take_up(carried)
+            self._take_up(carried, kept)
 
-    def _drop_from(self, step: int) -> None:
+    def _drop_from(self, step: int) -> list[dict[str, Any]]:
+        """The rows that stay."""
         if not self.path.exists():
-            return
+            return []
         kept = [
             line for line in self.path.read_text(encoding="utf-8").splitlines() if _iteration(line) < step
         ]
         write_text(self.path, "".join(line + "\n" for line in kept))
-        self._kept = [json.loads(line) for line in kept]
-        self.evaluated = {row["iteration"] for row in self._kept if "total_loss" not in row}
+        return [json.loads(line) for line in kept]
 
     def carried(self) -> dict[str, Any]:
         """For a checkpoint between two rows: what the next one has gathered, and those that could not be
@@ -79,13 +79,13 @@ class Metrics:
             "rows": self._unwritten,
         }
 
-    def _take_up(self, carried: dict[str, Any]) -> None:
+    def _take_up(self, carried: dict[str, Any], written: list[dict[str, Any]]) -> None:
         self._names, self._sums, self._most = carried["names"], carried["sums"], carried["most"]
         self._count, self._images = carried["count"], carried["images"]
         self._data_time = carried["data_time"]
         self._since -= carried["seconds"]
         for row in carried["rows"]:
-            if row not in self._kept:  # it may have been written in the end
+            if row not in written:  # it may have been written in the end
                 self.write(row)
 
     def add(self, losses: Losses, counts: Counts, images: int, data_time: float) -> None:

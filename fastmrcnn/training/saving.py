@@ -158,16 +158,23 @@ def reason_of(error: BaseException) -> str | None:
     """One line for what a user can mend; none for what is our own mistake."""
     if isinstance(error, UserError):
         return str(error)
-    first_line = next(iter(str(error).splitlines()), "")
+    if (death := dead_worker(error)) is not None:
+        return death
+    lines = str(error).strip().splitlines() or [""]
+    # Of what a loader process raised torch tells the traceback, at whose end is what it was.
+    said = lines[-1] if lines[0].startswith("Caught ") else lines[0]
     if isinstance(error, torch.OutOfMemoryError):
-        return f"the GPU's memory is full ({first_line}); lower train.batch or data.long_side_max"
+        return f"the GPU's memory is full ({said}); lower train.batch or data.long_side_max"
     # The second is how torch says it of the CPU.
-    if isinstance(error, MemoryError) or "can't allocate memory" in first_line:
+    if isinstance(error, MemoryError) or "can't allocate memory" in said:
         return "the memory is full; lower train.batch, data.workers or data.long_side_max"
+    # A container has 64 MB of shared memory unless it is told otherwise.
+    if isinstance(error, RuntimeError | OSError) and ("shared memory" in said or "</torch_" in said):
+        return f"no shared memory is left for loader processes ({said}); lower data.workers, or set it to 0"
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror or first_line or type(error).__name__}"
-    return dead_worker(error)
+        return f"{where}{error.strerror or said or type(error).__name__}"
+    return None
 
 
 def _stop_of(error: BaseException, requests: Requests) -> Stopped | None:

@@ -20,6 +20,7 @@ from tiny import CrashError, TinyData, assert_same_state, break_at, newest_run, 
 from fastmrcnn import train
 from fastmrcnn.config.file import load_config, parse_config
 from fastmrcnn.evaluation.run import RESULTS
+from fastmrcnn.training import run as preparation
 from fastmrcnn.weights.checkpoint import read_checkpoint
 
 
@@ -201,6 +202,24 @@ def test_an_interruption_says_how_to_go_on(
     assert found == f"stopped; saved after step 6; go on from step_0000006.pt with: {command}"
     train.main(command.split()[3:])
     assert [row["iteration"] for row in record(run)] == [1, 3, 5, 7]
+
+
+@pytest.mark.parametrize("shapes", [True, False])
+def test_a_stop_before_the_first_step_leaves_nothing(
+    shapes: bool,
+    data: TinyData,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def read_sets(*arguments: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(preparation, "read_sets", read_sets)
+    own = ["--config", str(data.recipe), "data.shapes=true", f"output={tmp_path}"]
+    found = refusal(own if shapes else data.arguments(tmp_path), capsys, monkeypatch, code=143)
+    assert found == "stopped by SIGTERM; nothing was begun"
+    assert not list(tmp_path.glob("*"))
 
 
 @pytest.mark.parametrize(

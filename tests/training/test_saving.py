@@ -455,6 +455,31 @@ def test_a_stop_while_a_loss_is_bad_saves_what_was_before(
         ),
         (PermissionError(errno.EACCES, "Permission denied", "runs/x"), "runs/x: Permission denied"),
         (OSError("odd"), "odd"),
+        (
+            OSError(
+                "Caught OSError in DataLoader worker process 0.\nOriginal Traceback:\n"
+                "  ...\nOSError: [Errno 24] Too many open files\n"
+            ),
+            "OSError: [Errno 24] Too many open files",
+        ),
+        (
+            RuntimeError(
+                "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback:\n  ...\n"
+                "RuntimeError: unable to write to file </torch_7_8_9>: No space left on device (28)"
+            ),
+            "no shared memory is left for loader processes (RuntimeError: unable to write to file "
+            "</torch_7_8_9>: No space left on device (28)); lower data.workers, or set it to 0",
+        ),
+        (
+            RuntimeError(
+                "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's "
+                "workers are out of shared memory. Please try to raise your shared memory limit."
+            ),
+            "a loader process died (DataLoader worker (pid 7) is killed by signal: Bus error. It is possible "
+            "that dataloader's workers are out of shared memory. Please try to raise your shared memory limit"
+            "), most often for lack of memory or of shared memory; lower data.workers, or set it to 0",
+        ),
+        (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nRuntimeError: ours"), None),
         (ValueError("ours"), None),
         (RuntimeError("ours"), None),
     ],
