@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from fastmrcnn.detection.fonts import FIRST, Line, drawable_names
 from fastmrcnn.detection.objects import Objects
 from fastmrcnn.files import replacing, to_write
 
@@ -86,7 +86,7 @@ def draw_objects(
         points = points * (factor, factor, 1)
         for index in order:
             _draw_keypoints(pen, points[index], skeleton, colours[index], line)
-    _draw_labels(pen, boxes * factor, _labels(objects, class_names), colours, size)
+    _draw_labels(drawn, boxes * factor, _labels(objects, class_names), colours, size)
     return np.array(drawn)
 
 
@@ -100,9 +100,10 @@ def draw_comparison(
     """Ground truth on the left, predictions on the right, a caption over each. Returns (h', w', 3) uint8."""
     panels = [draw_objects(image, objects, class_names, skeleton) for objects in (truth, found)]
     height, width = panels[0].shape[:2]
-    font = _font(round(9 + max(height, width) / 90))
-    bar, gap = round(font.size * 1.8), max(4, round(width / 100))
+    letters = round(9 + max(height, width) / 90)
+    bar, gap = round(letters * 1.8), max(4, round(width / 100))
     sheet = Image.new("RGB", (2 * width + gap, bar + height), "white")
+    font = ImageFont.truetype(FIRST, letters)
     pen = ImageDraw.Draw(sheet)
     for place, (title, objects, panel) in enumerate(
         zip(("ground truth", "predictions"), (truth, found), panels, strict=True)
@@ -170,7 +171,8 @@ def _draw_keypoints(
 
 
 def _labels(objects: Objects, class_names: Sequence[str]) -> list[str]:
-    labels = [class_names[kind] for kind in objects.classes.tolist()]
+    names = drawable_names(tuple(class_names))
+    labels = [names[kind] for kind in objects.classes.tolist()]
     if objects.crowd is not None:
         ends = [" (crowd)" if crowd else "" for crowd in objects.crowd]
         labels = [label + end for label, end in zip(labels, ends, strict=True)]
@@ -182,7 +184,7 @@ def _labels(objects: Objects, class_names: Sequence[str]) -> list[str]:
 
 
 def _draw_labels(
-    pen: ImageDraw.ImageDraw,
+    image: Image.Image,
     boxes: NDArray[np.float32],
     labels: Sequence[str],
     colours: Sequence[tuple[int, int, int]],
@@ -190,34 +192,27 @@ def _draw_labels(
 ) -> None:
     """Each label at its box, above, below or within, where it hides least of other labels and the box."""
     crowded = len(labels) > 25
-    font = _font(max(11, round((7 + max(size) / 120) * (0.8 if crowded else 1))))
-    pad = max(1, round(font.size / 6))
+    letters = max(11, round((7 + max(size) / 120) * (0.8 if crowded else 1)))
+    pad = max(1, round(letters / 6))
     placed: list[tuple[float, float, float, float]] = []
     texts = []
-    for (x0, y0, x1, y1), label in zip(boxes.tolist(), labels, strict=True):
-        left, _, right, _ = font.getbbox(label, anchor="ls")
-        w, h = right - left + 2 * pad, font.size + 2 * pad
+    lines = [Line(label, letters) for label in labels]
+    for (x0, y0, x1, y1), line in zip(boxes.tolist(), lines, strict=True):
+        left, right = line.bounds()
+        w, h = right - left + 2 * pad, letters + 2 * pad
         spots = [(x0, y0 - h), (x0, y1), (x1 - w, y0 - h), (x1 - w, y1), (x0, y0), (x0, y1 - h)]
         fitted = [(min(max(x, 0), size[0] - w), min(max(y, 0), size[1] - h)) for x, y in spots]
         areas = [(x, y, x + w, y + h) for x, y in fitted]
         taken = [*placed, (x0, y0, x1, y1)]
         best = min(areas, key=lambda area: sum(_overlap(area, other) for other in taken))
         placed.append(best)
-        texts.append((best[0] + pad - left, best[1] + pad + font.size * 0.82))
+        texts.append((best[0] + pad - left, best[1] + pad + letters * 0.82))
     # The first are the best: they end up on top.
-    for area, text, label, colour in reversed(list(zip(placed, texts, labels, colours, strict=True))):
-        pen.rectangle(area, fill=colour)
+    for area, text, line, colour in reversed(list(zip(placed, texts, lines, colours, strict=True))):
+        ImageDraw.Draw(image).rectangle(area, fill=colour)
         bright = 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2] > 120
-        pen.text(text, label, font=font, fill="black" if bright else "white", anchor="ls")
+        line.draw(image, text, "black" if bright else "white")
 
 
 def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-
-
-@functools.cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with Matplotlib and knows more scripts than Pillow's own font."""
-    import matplotlib
-
-    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
