@@ -31,6 +31,7 @@ from fastmrcnn.data.records import ImageRecord, Problems
 from fastmrcnn.errors import UserError
 
 _ORIENTATION = 0x0112  # EXIF tag
+_SIDES_SWAPPED = (5, 6, 7, 8)
 _WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 FLOATING_POINT = (
     "its pixels are floating-point numbers, whose white is unknown; save it with 8 or 16 bits, or train with "
@@ -132,8 +133,8 @@ def read_header(path: Path, max_pixels: int) -> Header:
     """Look at an image file without decoding it. Raises ImageError."""
     with opened(path, max_pixels) as image:
         depth = depth_of(image)
-        orientation = image.getexif().get(_ORIENTATION, 1)
-        swapped = _swaps_sides(image)
+        orientation = _orientation(path, image)
+        swapped = orientation in _SIDES_SWAPPED
         tags, (width, height) = getattr(image, "tag_v2", {}), image.size
         done = (width, height) != (tags.get(WIDTH, width), tags.get(HEIGHT, height))  # newer Pillows, in TIFF
         return Header(
@@ -209,7 +210,7 @@ def _decode(path: Path, reading: Reading, remedy: str) -> Decoded:
     try:
         with opened(path, reading.max_pixels) as image:
             depth = depth_of(image)  # first: on looking for an orientation Pillow decodes a PNG
-            swapped = _swaps_sides(image)
+            swapped = image.getexif().get(_ORIENTATION, 1) in _SIDES_SWAPPED
             if depth is None or (depth.kind == "signed 8-bit" and reading.pixel_range is None):
                 image.load()
                 return Decoded(to_rgb(ImageOps.exif_transpose(image)), swapped, None)
@@ -230,8 +231,28 @@ def _decode(path: Path, reading: Reading, remedy: str) -> Decoded:
         raise UserError(f"{path}: {told.get(fault.kind, str(fault))}") from None
 
 
-def _swaps_sides(image: Image.Image) -> bool:
-    return image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+def _orientation(path: Path, image: ImageFile.ImageFile) -> Any:
+    """EXIF's, whatever a file may give as such, of an image that need not be decoded for it.
+
+    Pillow decodes a PNG to find what comes after the pixels; here the chunks are stepped over instead.
+    """
+    if image.format == "PNG" and not _described_after_pixels(path):
+        return Image.Image.getexif(image).get(_ORIENTATION, 1)
+    return image.getexif().get(_ORIENTATION, 1)
+
+
+def _described_after_pixels(path: Path) -> bool:
+    """Whether a PNG has chunks with EXIF or text behind its first pixels."""
+    pixels = False
+    with path.open("rb") as stream:
+        stream.seek(8)
+        while len(start := stream.read(8)) == 8:
+            length, name = struct.unpack(">I4s", start)
+            if pixels and name in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+                return True
+            pixels = pixels or name == b"IDAT"
+            stream.seek(length + 4, 1)
+    return False
 
 
 def _unread_tiff(path: Path) -> str:

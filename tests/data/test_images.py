@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
-from fastmrcnn.data.images import check_headers, read_image, read_pixels
+from fastmrcnn.data.images import check_headers, read_header, read_image, read_pixels
 from fastmrcnn.data.records import ImageRecord, Problems
 from fastmrcnn.errors import UserError
 
@@ -107,6 +107,32 @@ def test_exif_orientation(tmp_path: Path, orientation: int) -> None:
     problems = Problems()
     check_headers([record(path, width, height)], problems)
     problems.check(Path("set.json"))
+
+
+def test_headers_of_png_are_read_without_its_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the orientation that stands behind them, for which Pillow decodes."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    picture().save(tmp_path / "before.png", exif=exif)
+    picture().save(tmp_path / "none.png")
+    content = (tmp_path / "before.png").read_bytes()
+    start = content.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+    last = content.index(b"IEND") - 4
+    (tmp_path / "after.png").write_bytes(
+        content[:start] + content[end:last] + content[start:end] + content[last:]
+    )
+    after = read_header(tmp_path / "after.png", 10**6)
+    assert (after.size, after.turned, after.swapped) == ((4, 6), True, True)
+    assert read_pixels(tmp_path / "after.png").shape == (6, 4, 3)
+
+    def decode(image: Image.Image) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", decode)
+    assert read_header(tmp_path / "before.png", 10**6) == after
+    none = read_header(tmp_path / "none.png", 10**6)
+    assert (none.size, none.turned, none.swapped) == ((6, 4), False, False)
 
 
 def test_another_size_than_the_annotations_say(tmp_path: Path) -> None:
