@@ -19,6 +19,7 @@ from fastmrcnn.speed.ladder import MASK_SLOTS, broken, climb, ladder_table
 from fastmrcnn.speed.loading import loading_table, measure_loading
 from fastmrcnn.speed.markdown import origin
 from fastmrcnn.speed.profile import profile_step, profile_table
+from fastmrcnn.speed.reading import measure_reading, reading_table
 from fastmrcnn.speed.step_workload import RECIPE, Workload, check_synthetic, load_recipe, set_up_device
 from fastmrcnn.speed.training_rows import OurRunner, Row, cpu_rows, cuda_rows
 from fastmrcnn.training.execution import choose_execution
@@ -57,6 +58,10 @@ def main(argv: list[str]) -> None:
         tell("loader")
         found["loader"] = measure_loading(config, device, workload.images, workload.steps)
         print(loading_table(found["loader"]) + "\n")
+    if arguments.reader:
+        tell("reader")
+        found["reader"] = measure_reading()
+        print(reading_table(found["reader"]) + "\n")
     if arguments.json is not None:
         write_text(to_write(arguments.json), json.dumps(found, indent=1) + "\n")
     if broken(found.get("ladder", [])):
@@ -90,6 +95,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--loader",
         action="store_true",
         help="also measure the step fed by the loader, from data.train or the embedded shapes",
+    )
+    parser.add_argument(
+        "--reader", action="store_true", help="also measure the reading of an annotation file that is made up"
     )
     parser.add_argument(
         "--profile", metavar="DIR", help="also print the eager step's time by part, and write a trace"

@@ -116,7 +116,7 @@ def train(
     """Train to `config.train.steps`, from `state` if given; returns the metrics of the last evaluation.
 
     Args:
-        requests: what signals ask for; none: Ctrl-C alone stops the run.
+        requests: what signals ask for; None: Ctrl-C alone stops the run.
     Raises:
         UserError, Stopped: as `saving_first`.
     """

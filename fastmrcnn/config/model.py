@@ -14,7 +14,7 @@ class BackboneConfig(Section):
         "resnet50"
     )
     weights: FilePath | None = None
-    """File or URL of an ImageNet checkpoint (torchvision; detectron2's R-50.pkl); none: random weights."""
+    """File or URL of an ImageNet checkpoint (torchvision; detectron2's R-50.pkl); None: random weights."""
     weights_sha256: str | None = None
     """Expected hash (or its first digits) of that file; torchvision's URLs carry it in the name."""
     norm: Literal["frozen_bn", "bn", "sync_bn", "gn"] = "frozen_bn"
@@ -207,7 +207,7 @@ class ModelConfig(Section):
     """In `channel_order`, for pixels in 0..255."""
     pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
     crowd_overlap: float | None = Field(0.7, gt=0, le=1)
-    """Background whose area lies by this share in a crowd region is not sampled; none: it is."""
+    """Background whose area lies by this share in a crowd region is not sampled; None: it is."""
     backbone: BackboneConfig = BackboneConfig()
     fpn: FpnConfig = FpnConfig()
     anchors: AnchorConfig = AnchorConfig()

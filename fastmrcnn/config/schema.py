@@ -77,7 +77,7 @@ class DataConfig(Section):
     keep_group_classes: bool = False
     """Keep categories that have no object and that others name as their supercategory, as classes."""
     keypoint_flip_pairs: list[tuple[str, str]] | None = None
-    """Keypoints that swap in a mirror image, such as [[left_eye, right_eye]]; none: those whose names
+    """Keypoints that swap in a mirror image, such as [[left_eye, right_eye]]; None: those whose names
     differ in the word left or right."""
     keypoint_offset: float = 0.5
     """Added to x and y of annotated keypoints, and taken off again in results: COCO numbers pixels, whose
@@ -120,7 +120,7 @@ class OptimConfig(Section):
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(1e-4, ge=0)
     weight_decay_norm: float | None = Field(None, ge=0)
-    """Of normalisation layers; none: the same as of everything else."""
+    """Of normalisation layers; None: the same as of everything else."""
     schedule: Literal["multistep", "cosine"] = "multistep"
     milestones: list[Positive] = Field([60_000, 80_000])
     """Steps at which multistep multiplies the rate by gamma."""
@@ -128,7 +128,7 @@ class OptimConfig(Section):
     warmup_steps: int = Field(1000, ge=0)
     warmup_factor: float = Field(0.001, ge=0, le=1)
     clip_norm: float | None = Field(None, gt=0)
-    """Largest norm of the whole gradient; none: not clipped."""
+    """Largest norm of the whole gradient; None: not clipped."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay of an exponential moving average of the weights, which is then what is evaluated."""
 
@@ -141,7 +141,7 @@ class RuntimeConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on CUDA, fp32 on CPU. fp16 comes with a gradient scaler."""
     threads: int | None = Field(None, gt=0)
-    """CPU threads; none: what torch chooses."""
+    """CPU threads; None: what torch chooses."""
 
 
 class TrainConfig(Section):
@@ -162,7 +162,7 @@ class TrainConfig(Section):
     keep_checkpoints: int = Field(3, gt=0)
     """Older ones are removed."""
     evaluate_every: int | None = Field(None, gt=0)
-    """Steps between evaluations; none: only after the last."""
+    """Steps between evaluations; None: only after the last."""
 
 
 class EvaluateConfig(Section):
@@ -170,10 +170,10 @@ class EvaluateConfig(Section):
     pictures: int = Field(8, ge=0)
     """Validation images drawn with ground truth beside predictions."""
     max_dets: int | None = Field(None, gt=10)
-    """Best detections that count for each image and class; none: COCO's 100 (keypoints: 20), and where an
+    """Best detections that count for each image and class; None: COCO's 100 (keypoints: 20), and where an
     image has more objects of a class, a second table with as many."""
     oks_sigmas: list[Side] | None = None
-    """How far each keypoint may be off, in units of the square root of its object's area; none: COCO's own
+    """How far each keypoint may be off, in units of the square root of its object's area; None: COCO's own
     for 17 keypoints, else 0.05 for each."""
 
 

@@ -127,6 +127,7 @@ def sensible_areas(
     boxes = np.where(np.isnan(table.boxes), inside, table.boxes)
     room = np.prod(boxes[:, 2:] - boxes[:, :2], 1)
     doubtful = np.isnan(given) | (20 * given < room) | (given > 1.25 * room + 16)
+    doubtful |= (4 * given < table.covered) | (given > 4 * table.covered + 16)
     found = given.copy()
     for index in np.flatnonzero(doubtful):
         record, box = table.records[index], tuple(inside[index].tolist())

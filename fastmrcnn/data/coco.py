@@ -43,7 +43,7 @@ class CocoDataset:
     findings: list[Finding] = field(default_factory=list)
     """What was left out, and what else its user should know."""
     keypoints: KeypointSchema | None = None
-    """What the keypoints of the objects are; none: they were not read."""
+    """What the keypoints of the objects are; None: they were not read."""
     unlabelled: int = 0
     """Images left out for want of labelled keypoints."""
     masks: bool = True
@@ -53,7 +53,7 @@ class CocoDataset:
     proposal_slots: int = 0
     """P: most proposals of an image."""
     tree: dict[str, list[Any]] | None = field(default=None, repr=False, compare=False)
-    """All that the file says, for an evaluation to judge by; none: it was not kept."""
+    """All that the file says, for an evaluation to judge by; None: it was not kept."""
 
     reading: Reading = AS_IT_IS
     """How the images become pixels."""
@@ -129,12 +129,12 @@ def read_coco(
         min_box_side: boxes with a smaller side, in annotation pixels after clipping, are skipped.
         require_objects: refuse a set without any object.
         require_masks: refuse objects without a segmentation; else batches hold no masks.
-        keypoints: read keypoints, and how; none: what the file says of them is not looked at.
+        keypoints: read keypoints, and how; None: what the file says of them is not looked at.
         keep_tree: keep the parsed file beside the records, for a set that is to be evaluated on. Training
             has no use for it, and in a large set it is millions of lists and numbers.
         boxes: where they come from: the file's bbox, or the masks, where there are some.
         keep_group_classes: keep categories that only group others and have no object.
-        image_options: how the image files are found and read; none: as `ImageOptions` has it.
+        image_options: how the image files are found and read; None: as `ImageOptions` has it.
         key: configuration section that gave the paths, for messages.
     Raises:
         UserError: one line with all mistakes, each naming the file, the id and the remedy.

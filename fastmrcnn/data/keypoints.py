@@ -34,7 +34,7 @@ class KeypointOptions(NamedTuple):
     """How to read keypoints, in the words of the configuration's `data` section."""
 
     flip_pairs: Sequence[tuple[str, str]] | None = None
-    """Names that swap in a mirror image; none: those that differ in the word left or right."""
+    """Names that swap in a mirror image; None: those that differ in the word left or right."""
     offset: float = 0.5
     """Added to the file's x and y. COCO numbers pixels, and pixel i covers [i, i + 1)."""
     least: int = 0
@@ -89,7 +89,7 @@ def mirror_of(names: Sequence[str], pairs: Sequence[tuple[str, str]] | None = No
 
     Args:
         names: of the J keypoints.
-        pairs: names that swap; none: names that differ in the word left or right (or l and r) swap, as
+        pairs: names that swap; None: names that differ in the word left or right (or l and r) swap, as
             in left_eye and right_eye, EyeLeft and EyeRight, "L ear" and "R ear".
     Raises:
         ValueError: a name is unknown, in two pairs, or left without a right.
@@ -229,7 +229,7 @@ def choose_sigmas(
 
     Args:
         count: J.
-        given: one for each keypoint, from the configuration's evaluate.oks_sigmas; none: COCO's own for
+        given: one for each keypoint, from the configuration's evaluate.oks_sigmas; None: COCO's own for
             17 keypoints, else 0.05 for each.
     Raises:
         UserError: there are not J of them.

@@ -23,7 +23,7 @@ class Reading(NamedTuple):
     """How image files become pixels."""
 
     pixel_range: PixelRange | None = None
-    """Of images that are not 8-bit; none: 0..65535, and floating point is refused."""
+    """Of images that are not 8-bit; None: 0..65535, and floating point is refused."""
     max_pixels: int = MAX_PIXELS
     """Larger images are refused."""
 

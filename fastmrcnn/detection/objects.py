@@ -31,11 +31,11 @@ class Objects:
     width: int
     boxes: NDArray[np.float32]  # (n, 4) xyxy
     classes: NDArray[np.int64]  # (n,)
-    scores: NDArray[np.float32] | None = None  # (n,) in 0..1; none: annotated
+    scores: NDArray[np.float32] | None = None  # (n,) in 0..1; None: annotated
     masks: NDArray[np.bool_] | None = None  # (n, height, width)
     probabilities: Tensor | None = None  # (n, M, M) float32, of the mask within the box
     keypoints: NDArray[np.float32] | None = None  # (n, J, 3) x, y, and score or, if annotated, visibility
-    crowd: NDArray[np.bool_] | None = None  # (n,) a region of several objects; none: no such regions
+    crowd: NDArray[np.bool_] | None = None  # (n,) a region of several objects; None: no such regions
 
     def __post_init__(self) -> None:
         count, masks, points = len(self), self.masks, self.keypoints

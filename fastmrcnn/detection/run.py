@@ -22,8 +22,8 @@ def run_model(
     """Detections of a batch, under the autocast that `runtime.precision` means on the device.
 
     Args:
-        device: of the model; none: that of its first parameter.
-        part: what of the model detects; none: all of it.
+        device: of the model; None: that of its first parameter.
+        part: what of the model detects; None: all of it.
     """
     if device is None:
         device = next(itertools.chain(model.parameters(), model.buffers())).device

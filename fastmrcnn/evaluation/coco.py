@@ -47,9 +47,9 @@ def evaluate_coco(
         annotations: what `ground_truth` takes.
         results: entries as `coco_results` makes them; may be empty. They are left as they are.
         iou_types: of "bbox", "segm" and "keypoints".
-        max_dets: best detections of a class that count in each image, more than 10; none: COCO's 100, and 20
+        max_dets: best detections of a class that count in each image, more than 10; None: COCO's 100, and 20
             for keypoints.
-        image_ids: images that were evaluated; none: all of the file.
+        image_ids: images that were evaluated; None: all of the file.
         show: print COCO's table of each type.
         oks_sigmas: how far each keypoint may be off, as `choose_sigmas` takes them.
     Returns:

@@ -37,7 +37,7 @@ def collect_proposals(
     Args:
         model: in eval mode, with an RPN.
         config: its sections data, evaluate and runtime.precision are used.
-        device: of the model; none: that of its first parameter.
+        device: of the model; None: that of its first parameter.
     """
 
     def propose(batch: Batch) -> Detections:

@@ -50,8 +50,8 @@ def run_evaluation(
         config: its sections data, evaluate, model and runtime.precision are used.
         output: folder for coco_instances_results.json, and pictures/ with ground truth beside
             predictions; made if it is not there. What an earlier evaluation wrote is replaced.
-        pictures: how many to draw; none: `evaluate.pictures`.
-        device: of the model; none: that of its first parameter.
+        pictures: how many to draw; None: `evaluate.pictures`.
+        device: of the model; None: that of its first parameter.
         progress: show a progress bar and COCO's tables.
     Returns:
         As `judge_results`, or as `proposal_recall` of a model that is an RPN alone, whose proposals go to

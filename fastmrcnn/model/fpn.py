@@ -16,7 +16,7 @@ class FeaturePyramid(nn.Module):
     Args:
         in_channels: of res2..res5.
         channels: of every level.
-        norm: after each convolution, which then has no bias; none: a bias and no norm.
+        norm: after each convolution, which then has no bias; None: a bias and no norm.
     """
 
     def __init__(self, in_channels: Sequence[int], *, channels: int, norm: Norm | None) -> None:

@@ -22,7 +22,7 @@ class KeypointHead(nn.Module):
         num_keypoints: J.
         resolution: M/4, side of the RoI features, which are always the head's own.
         convs, channels: 3x3 convolutions and their width.
-        slots_per_image: slots in training, shared by the images of a batch; none: as many as the sampler
+        slots_per_image: slots in training, shared by the images of a batch; None: as many as the sampler
             may give.
         loss_normalizer: visible: the loss is a mean over the visible keypoints of the batch (torchvision,
             and the recipes of detectron2); static: it is divided by `images * most_keypoints`, so that a

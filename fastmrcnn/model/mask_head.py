@@ -28,7 +28,7 @@ class MaskHead(nn.Module):
     Args:
         num_classes: K.
         resolution: M/2, side of the RoI features. With C4 they are the box head's instead.
-        slots_per_image: slots in training, shared by the images of a batch; none: as many as the sampler
+        slots_per_image: slots in training, shared by the images of a batch; None: as many as the sampler
             may give.
         class_agnostic: one mask for all classes.
         loss: sigmoid: a binary mask for each class by itself; softmax: the classes and the background

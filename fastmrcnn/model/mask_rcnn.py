@@ -22,12 +22,12 @@ class MaskRCNN(nn.Module):
     In training mode `model(batch, keys)` gives Losses and Counts, else `model(batch)` gives Detections.
 
     Args:
-        rpn: none: proposals come with the batch.
-        box_head: none: the RPN alone, whose proposals are the detections.
-        fpn: none: everything reads the backbone's last map (C4, C5).
+        rpn: None: proposals come with the batch.
+        box_head: None: the RPN alone, whose proposals are the detections.
+        fpn: None: everything reads the backbone's last map (C4, C5).
         pooler: cuts RoI features.
-        res5: stage that the heads share, run on the RoI features (C4); none: there is none.
-        mask_head, keypoint_head: none: Faster R-CNN. With `res5` the mask head reads what it makes of the
+        res5: stage that the heads share, run on the RoI features (C4); None: there is none.
+        mask_head, keypoint_head: None: Faster R-CNN. With `res5` the mask head reads what it makes of the
             box head's RoI features.
         channel_order: rgb | bgr, of the network's input; a batch is always RGB.
         pixel_mean, pixel_std: in that order, for pixels in 0..255.

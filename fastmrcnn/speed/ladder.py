@@ -93,7 +93,7 @@ def climb(
     disturb, the rows take turns step by step, so that all are disturbed alike.
 
     Args:
-        mask_slots: an image, of the rows that pack them; none: as many as torchvision has foreground RoIs
+        mask_slots: an image, of the rows that pack them; None: as many as torchvision has foreground RoIs
             in the run, rounded up to 16 for the batch, or MASK_SLOTS if torchvision does not run.
         report: is told what is going on.
     """

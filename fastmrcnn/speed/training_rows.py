@@ -26,7 +26,7 @@ WARM_UP = 3  # steps before the first that counts; as many as there are batches
 
 @dataclass(frozen=True)
 class Row:
-    """One way to make the step. `layout` none: whatever the trainer takes on this device."""
+    """One way to make the step. `layout` None: whatever the trainer takes on this device."""
 
     name: str
     program: str = "fastmrcnn"  # or torchvision

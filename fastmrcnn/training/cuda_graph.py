@@ -40,7 +40,7 @@ class GraphedStep:
         run: the step, its inputs on the GPU. It reads and writes state in place, and leaves no gradient.
         closed: a context in which `run` changes no state: recording needs runs that do not count.
         record: runs the step on buffers that stay, and returns its result and a function that does the
-            same again; none: as a CUDA graph.
+            same again; None: as a CUDA graph.
     """
 
     def __init__(

@@ -72,8 +72,8 @@ class GatedStep:
     All state is changed in place, so that a CUDA graph of the step can be replayed.
 
     Args:
-        clip_norm: largest norm of the whole gradient; none: not clipped.
-        loss_scale: initial scale; none: no scaling, and gradients that overflow are a bad step.
+        clip_norm: largest norm of the whole gradient; None: not clipped.
+        loss_scale: initial scale; None: no scaling, and gradients that overflow are a bad step.
     """
 
     def __init__(

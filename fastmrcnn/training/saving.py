@@ -60,7 +60,7 @@ class Saver:
         self._failed = False
 
     def save(self, step: int | None = None) -> Path:
-        """Write a checkpoint of the first `step` steps; none: of all that are done."""
+        """Write a checkpoint of the first `step` steps; None: of all that are done."""
         step = self.done if step is None else step
         gathered = self.metrics.carried() if step == self.done else {}
         ema = self.make_step.ema

@@ -48,8 +48,8 @@ def take_predictors(
 
     Args:
         state: the other model's weights, under our names.
-        card: what `model` is to find; none: it is not known.
-        theirs: what the other model finds; none: its file does not tell, but COCO's classes and
+        card: what `model` is to find; None: it is not known.
+        theirs: what the other model finds; None: its file does not tell, but COCO's classes and
             keypoints are known by their number.
     """
     own = model.state_dict()

@@ -78,7 +78,7 @@ def load_weights(
 
     Args:
         strict: whatever else does not fit is an error that lists every key; else it is left out.
-        card: of the model; none: its classes and keypoints have no names.
+        card: of the model; None: its classes and keypoints have no names.
     Returns:
         Lines that say what was loaded and what was left out.
     Raises:

@@ -132,9 +132,9 @@ def as_trained(
     """The model of a file's weights, on the CPU; and lines that say what was decided.
 
     Args:
-        config: of the model; none: the checkpoint's own, or the recipe of the published model that the
+        config: of the model; None: the checkpoint's own, or the recipe of the published model that the
             weights look like.
-        classes: names and ids; none: the checkpoint's own; or those of COCO for 80 classes, "person" for a
+        classes: names and ids; None: the checkpoint's own; or those of COCO for 80 classes, "person" for a
             keypoint model's one, else numbers.
     Raises:
         UserError: the recipe is not known; or the weights do not fit the configuration.

@@ -31,7 +31,7 @@ def greedy_kernel(
     # Programs take tiles in the order in which they start, whatever their number and however few fit on
     # the device, and wait for tiles of lower number only. So whoever is waited for has started, is
     # resident until it ends (no GPU here suspends a program to start another of the same kernel), and of
-    # those that run the one with the lowest tile waits for none: it ends, then the next.
+    # those that run the one with the lowest tile waits for None: it ends, then the next.
     tile = tl.atomic_add(begun_ptr, 1).to(tl.int64)
     lane = tl.arange(0, TILE)
     bit = tl.full((TILE,), 1, tl.int64) << lane

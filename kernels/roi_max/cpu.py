@@ -3,7 +3,7 @@
 Every bin has points along both axes: the pixels of its window (pool), or a grid of bilinear samples (warp,
 align). All points of all bins are listed, one after another in row-major order; a bin takes the largest
 value, and of equal ones the first. What won is kept as (y << 16) | x, the numbers of the pixel or of the
-sample within its bin, and -1 stands for none: then nothing of the map has a part in the result.
+sample within its bin, and -1 stands for None: then nothing of the map has a part in the result.
 
 No shape depends on data and nothing is read back. The number of points is known on the device only, so
 the list has room for the most there can be, and what is left over belongs to no bin.

@@ -22,7 +22,7 @@ def torchvision_labels(labels: int, num_classes: int | None = None) -> list[int]
     """torchvision's label of each class of a model with `labels` labels, the background included.
 
     Args:
-        num_classes: how many classes are wanted; none: 80 of 91 labels, else all but the background.
+        num_classes: how many classes are wanted; None: 80 of 91 labels, else all but the background.
     """
     if labels == COCO_LABELS + 1 and num_classes != COCO_LABELS:
         return list(COCO.ids)
@@ -81,13 +81,13 @@ def to_torchvision(
 
 
 def class_count(state: Mapping[str, Tensor]) -> int | None:
-    """K of a state dict with our names and rows; none: it has no box head."""
+    """K of a state dict with our names and rows; None: it has no box head."""
     bias = state.get("box_head.classes.bias")
     return None if bias is None else len(bias) - 1
 
 
 def keypoint_count(state: Mapping[str, Tensor]) -> int | None:
-    """J of a state dict with our names; none: it has no keypoint head."""
+    """J of a state dict with our names; None: it has no keypoint head."""
     weight = state.get("keypoint_head.deconv.weight")
     return None if weight is None else weight.shape[1]
 
