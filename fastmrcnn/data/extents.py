@@ -37,7 +37,7 @@ def mask_extents(shapes: Sequence[Any], heights: Sequence[int], widths: Sequence
         rles = [rasterise(shapes[index], heights[index], widths[index]) for index in runs]
         boxes = coco_mask.toBbox(rles)
         extents[runs] = np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), 1)
-        areas[runs] = coco_mask.area(rles)
+        areas[runs] = [coco_mask.area(rle) for rle in rles]  # of a list it takes 255 at most (2.0.11)
     return extents, areas
 
 

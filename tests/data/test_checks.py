@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from fastmrcnn.data.coco import CocoDataset, read_coco
+from fastmrcnn.data.extents import mask_extents
 from fastmrcnn.data.keypoints import KeypointOptions
 from fastmrcnn.errors import UserError
 
@@ -346,3 +347,11 @@ def test_a_category_that_only_groups_others_is_no_class(tmp_path: Path) -> None:
     assert read(tmp_path, content).class_names == ["cells", "cell"]
     content["categories"] = [{"id": 1, "name": "cell", "supercategory": "cell"}, {"id": 0, "name": "disc"}]
     assert len(read(tmp_path, content).class_names) == 2
+
+
+def test_more_masks_by_rle_than_pycocotools_takes_at_once() -> None:
+    """It counts a list's entries in 8 bits."""
+    shape = {"size": [4, 5], "counts": [0, 6, 14]}
+    extents, areas = mask_extents([shape] * 300, [4] * 300, [5] * 300)
+    assert areas.tolist() == [6.0] * 300
+    assert extents[299].tolist() == [0, 0, 2, 4]
