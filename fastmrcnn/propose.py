@@ -14,7 +14,9 @@ from fastmrcnn.weights.trained import load_overridden
 def main(argv: list[str]) -> None:
     parser = Parser("propose", "Write the proposals of a model's RPN for all images of a data set.")
     parser.add_argument(
-        "--checkpoint", required=True, help="checkpoint file, or folder of a run (its last one)"
+        "--checkpoint",
+        required=True,
+        help="checkpoint, run folder (its last one), or file or URL of a torchvision or detectron2 model",
     )
     parser.add_argument("--images", required=True, help="folder of images")
     parser.add_argument("--annotations", required=True, help="COCO-format JSON file")
@@ -32,6 +34,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--output {output}: must end in .npz")
     if output.exists():
         raise UserError(f"{output}: is there already; choose another --output")
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output}: its folder {output.parent} is not there")
     trained = load_overridden(arguments.checkpoint, arguments.device, arguments.overrides)
     model, config = trained.model, trained.card.config
     if model.rpn is None:

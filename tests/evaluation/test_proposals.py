@@ -166,6 +166,9 @@ def test_rpn_then_heads(
     arguments[-1] = str(files["val"])
     with pytest.raises(UserError, match="is there already"):
         propose.main(["--checkpoint", str(rpn), *arguments])
+    arguments[-1] = str(tmp_path / "nowhere" / "x.npz")  # before the work that would be lost
+    with pytest.raises(UserError, match=r"x\.npz: its folder .*nowhere is not there"):
+        propose.main(["--checkpoint", "none", *arguments])
 
 
 def test_proposals_and_rpn_exclude_each_other(
