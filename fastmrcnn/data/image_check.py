@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -134,7 +136,7 @@ def header_lines(headers: Sequence[tuple[ImageRecord, Header]]) -> list[str]:
 def duplicate_lines(looked_at: Sequence[ImageRecord], records: Sequence[ImageRecord]) -> list[str]:
     """One file under two ids, and files of the same content."""
     lines = []
-    by_path = grouped(records, lambda record: record.path)
+    by_path = grouped(records, lambda record: os.fspath(record.path))
     shared = [group for group in by_path.values() if len(group) > 1]
     if shared:
         first = shared[0]
@@ -143,9 +145,9 @@ def duplicate_lines(looked_at: Sequence[ImageRecord], records: Sequence[ImageRec
             f"{_images(sum(map(len, shared)))} share a file with another: {first[0].file_name} has the ids "
             f"{ids}"
         )
-    same = same_content(dict.fromkeys(record.path for record in looked_at))
+    names = {os.fspath(record.path): record.file_name for record in looked_at}
+    same = same_content(names)
     if same:
-        names = {record.path: record.file_name for record in looked_at}
         count, (one, other) = sum(len(group) - 1 for group in same), same[0][:2]
         repeat = "image repeats" if count == 1 else "images repeat"
         lines.append(f"{count} {repeat} the content of another: {names[other]} that of {names[one]}")
@@ -154,10 +156,13 @@ def duplicate_lines(looked_at: Sequence[ImageRecord], records: Sequence[ImageRec
 
 def shared_line(records: Sequence[ImageRecord], others: Sequence[ImageRecord]) -> str | None:
     """A line if a set has images of another set; None if it has none."""
-    mine, theirs = ({r.path.resolve(): r for r in some} for some in (records, others))
+    place = functools.cache(os.path.realpath)
+    mine, theirs = (
+        {os.path.join(place(r.path.parent), r.path.name): r for r in some} for some in (records, others)
+    )
     seen = {path: path for path in mine if path in theirs}
-    checked = [list(spread(list(some), HEADERS_CHECKED)) for some in (mine, theirs)]
-    for group in same_content(dict.fromkeys([*checked[0], *checked[1]])):
+    looked_at = [path for some in (mine, theirs) for path in spread(list(some), HEADERS_CHECKED)]
+    for group in same_content(dict.fromkeys(looked_at)):
         other = next((path for path in group if path in theirs), None)
         if other is not None:
             seen |= {path: other for path in group if path in mine and path not in seen}
@@ -171,14 +176,14 @@ def shared_line(records: Sequence[ImageRecord], others: Sequence[ImageRecord]) -
     )
 
 
-def same_content(paths: Iterable[Path]) -> list[list[Path]]:
+def same_content(paths: Iterable[str]) -> list[list[str]]:
     """Groups of files whose bytes are the same, in their order.
 
     Files of one size are compared by a few blocks, and read as a whole only if those agree.
     """
-    groups: Iterable[list[Path]] = [list(paths)]
+    groups: Iterable[list[str]] = [list(paths)]
     for key in (_size, _blocks, _digest):
-        finer: list[list[Path]] = []
+        finer: list[list[str]] = []
         for group in groups:
             parts = grouped(group, key)
             finer += [part for value, part in parts.items() if value and len(part) > 1]
@@ -241,17 +246,17 @@ def grouped(items: Iterable[Item], key: Callable[[Item], Any]) -> Mapping[Any, l
     return groups
 
 
-def _size(path: Path) -> int:
+def _size(path: str) -> int:
     try:
-        return path.stat().st_size
+        return os.path.getsize(path)
     except OSError:
         return 0
 
 
-def _blocks(path: Path) -> bytes:
+def _blocks(path: str) -> bytes:
     try:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
+        size = os.path.getsize(path)
+        with open(path, "rb") as stream:
             read = b""
             for start in (0, size // 2, max(size - _BLOCK, 0)):
                 stream.seek(start)
@@ -261,9 +266,9 @@ def _blocks(path: Path) -> bytes:
     return hashlib.blake2b(read, digest_size=16).digest()
 
 
-def _digest(path: Path) -> bytes:
+def _digest(path: str) -> bytes:
     try:
-        with path.open("rb") as stream:
+        with open(path, "rb") as stream:
             digest = hashlib.blake2b(digest_size=16)
             while part := stream.read(2**20):
                 digest.update(part)

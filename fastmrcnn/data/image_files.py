@@ -54,19 +54,20 @@ def find_files(names: Iterable[str], folder: Path) -> FoundFiles:
     there is one such file and no other name means it.
     """
     listings = Listings()
-    paths: dict[str, Path] = {}
-    candidates: dict[str, Path] = {}
+    root = os.fspath(folder)
+    paths: dict[str, str] = {}  # text, since millions of Paths take their time
+    candidates: dict[str, str] = {}
     missing = []
     for name in dict.fromkeys(names):
-        path = folder / name
+        path = os.path.join(root, name)
         if listings.has(path):
             paths[name] = path
-        elif (found := listings.like(name, folder)) is not None:
+        elif (found := listings.like(name, root)) is not None:
             candidates[name] = found
         else:
             missing.append(name)
-    claims = Counter([*paths.values(), *candidates.values()])
-    taken = {name: path for name, path in candidates.items() if claims[path] == 1}
+    claims = Counter(map(os.path.normpath, [*paths.values(), *candidates.values()]) if candidates else ())
+    taken = {name: path for name, path in candidates.items() if claims[os.path.normpath(path)] == 1}
     missing += [name for name in candidates if name not in taken]
     lines = []
     if taken:
@@ -78,7 +79,7 @@ def find_files(names: Iterable[str], folder: Path) -> FoundFiles:
             f"{images} found under another name than file_name says ({kinds}): {name!r} is "
             f"{os.path.relpath(path, folder)!r}"
         )
-    return FoundFiles(paths | taken, missing, lines)
+    return FoundFiles({name: Path(path) for name, path in (paths | taken).items()}, missing, lines)
 
 
 def require_files(found: FoundFiles, total: int, folder: Path, file: Path, key: str) -> None:
@@ -100,10 +101,10 @@ class Listings:
     """The contents of folders, each read once: far cheaper than a look at each file."""
 
     def __init__(self) -> None:
-        self._names: dict[Path, set[str]] = {}
-        self._plain: dict[Path, dict[str, list[str]]] = {}
+        self._names: dict[str, set[str]] = {}
+        self._plain: dict[str, dict[str, list[str]]] = {}
 
-    def names(self, folder: Path) -> set[str]:
+    def names(self, folder: str) -> set[str]:
         if folder not in self._names:
             try:
                 self._names[folder] = set(os.listdir(folder))
@@ -111,27 +112,23 @@ class Listings:
                 self._names[folder] = set()
         return self._names[folder]
 
-    def has(self, path: Path) -> bool:
-        if path.name in self.names(path.parent):
-            return True
-        try:
-            return path.exists()
-        except OSError:  # such as a name that is too long
-            return False
+    def has(self, path: str) -> bool:
+        folder, name = os.path.split(path)
+        return name in self.names(folder) or os.path.exists(path)
 
-    def like(self, name: str, folder: Path) -> Path | None:
+    def like(self, name: str, folder: str) -> str | None:
         """The one file within `folder` that `name` may mean; None if there is none, or more than one."""
         parts = plain_parts(name)
         for first in range(len(parts)):
             places = [folder]
             for part in parts[first:]:
-                places = [place / there for place in places for there in self._like(place, part)]
-            files = [place for place in places if place.is_file()]
+                places = [os.path.join(place, there) for place in places for there in self._like(place, part)]
+            files = [place for place in places if os.path.isfile(place)]
             if files:
                 return files[0] if len(files) == 1 else None
         return None
 
-    def _like(self, folder: Path, part: str) -> Sequence[str]:
+    def _like(self, folder: str, part: str) -> Sequence[str]:
         if folder not in self._plain:
             plain: dict[str, list[str]] = {}
             for name in self.names(folder):
@@ -175,14 +172,14 @@ def nearest(name: str, folder: Path) -> str | None:
     parts = plain_parts(name)
     if not parts:
         return None
-    wanted, inside = parts[-1], sorted(listings.names(folder))
+    wanted, inside = parts[-1], sorted(listings.names(os.fspath(folder)))
     stem = os.path.splitext(wanted)[0]
     for other in inside:
         if os.path.splitext(plain_name(other))[0] == stem and (folder / other).is_file():
             return f"is {name!r} {other!r}?"
     for other in inside:
         if (folder / other).is_dir() and any(
-            plain_name(one) == wanted for one in listings.names(folder / other)
+            plain_name(one) == wanted for one in listings.names(os.fspath(folder / other))
         ):
             return f"there is one in {folder / other}"
     plain = {plain_name(other): other for other in inside[:_NAMES_COMPARED]}
