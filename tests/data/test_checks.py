@@ -346,3 +346,20 @@ def test_a_category_that_only_groups_others_is_no_class(tmp_path: Path) -> None:
     assert read(tmp_path, content).class_names == ["cells", "cell"]
     content["categories"] = [{"id": 1, "name": "cell", "supercategory": "cell"}, {"id": 0, "name": "disc"}]
     assert len(read(tmp_path, content).class_names) == 2
+
+
+def test_hundreds_of_rles(tmp_path: Path) -> None:
+    content = tree(1)
+    entries = []
+    for number in range(1, 301):
+        x, y = number % 80, number % 50
+        before = HEIGHT * x + y
+        runs = [before, 5, HEIGHT - 5, 5, HEIGHT * (WIDTH - 1) - before - 5]
+        changes = {
+            "segmentation": {"size": [HEIGHT, WIDTH], "counts": runs},
+            "area": 10,
+            "bbox": [x, y, 2, 5],
+        }
+        entries.append({**content["annotations"][0], "id": number, **changes})
+    dataset = read(tmp_path, content | {"annotations": entries})
+    assert dataset.summary() == ["set.json: 1 image, 300 objects, 1 class"]
