@@ -363,3 +363,8 @@ def test_hundreds_of_rles(tmp_path: Path) -> None:
         entries.append({**content["annotations"][0], "id": number, **changes})
     dataset = read(tmp_path, content | {"annotations": entries})
     assert dataset.summary() == ["set.json: 1 image, 300 objects, 1 class"]
+
+
+def test_ignore_of_other_programs_is_told(tmp_path: Path) -> None:
+    told(tmp_path, each(tree(), lambda e: e.update(ignore=1), 1), "1 object with ignore set (annotation 1)")
+    assert len(read(tmp_path, each(tree(), lambda e: e.update(ignore=0))).summary()) == 1
