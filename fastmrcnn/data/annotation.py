@@ -60,6 +60,9 @@ def tidy(entry: dict[str, Any], label: Any, problems: Problems) -> None:
             entry[key] = found
             if isinstance(given, str):
                 problems.say("note", "object", f"with {key} given as text", AS_NUMBER, [label])
+    if entry.get("ignore"):
+        remedy = "it is an object like others: COCO's judge only looks at iscrowd; set that to 1 to ignore it"
+        problems.say("note", "object", "with ignore set", remedy, [label])
     crowd = entry.get("iscrowd", 0)
     if type(crowd) is not int:
         meant = CROWD.get(str(crowd).strip().lower()) if isinstance(crowd, str | bool | None) else crowd

@@ -37,7 +37,9 @@ def mask_extents(shapes: Sequence[Any], heights: Sequence[int], widths: Sequence
         rles = [rasterise(shapes[index], heights[index], widths[index]) for index in runs]
         boxes = coco_mask.toBbox(rles)
         extents[runs] = np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), 1)
-        areas[runs] = [coco_mask.area(rle) for rle in rles]  # of a list it takes 255 at most (2.0.11)
+        # pycocotools puts the length of the list that it is given into a byte.
+        parts = [coco_mask.area(rles[start : start + 255]) for start in range(0, len(rles), 255)]
+        areas[runs] = np.concatenate(parts)
     return extents, areas
 
 

@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 from fastmrcnn.data.coco import CocoDataset, read_coco
-from fastmrcnn.data.extents import mask_extents
 from fastmrcnn.data.keypoints import KeypointOptions
 from fastmrcnn.errors import UserError
 
@@ -349,9 +348,23 @@ def test_a_category_that_only_groups_others_is_no_class(tmp_path: Path) -> None:
     assert len(read(tmp_path, content).class_names) == 2
 
 
-def test_more_masks_by_rle_than_pycocotools_takes_at_once() -> None:
-    """It counts a list's entries in 8 bits."""
-    shape = {"size": [4, 5], "counts": [0, 6, 14]}
-    extents, areas = mask_extents([shape] * 300, [4] * 300, [5] * 300)
-    assert areas.tolist() == [6.0] * 300
-    assert extents[299].tolist() == [0, 0, 2, 4]
+def test_hundreds_of_rles(tmp_path: Path) -> None:
+    content = tree(1)
+    entries = []
+    for number in range(1, 301):
+        x, y = number % 80, number % 50
+        before = HEIGHT * x + y
+        runs = [before, 5, HEIGHT - 5, 5, HEIGHT * (WIDTH - 1) - before - 5]
+        changes = {
+            "segmentation": {"size": [HEIGHT, WIDTH], "counts": runs},
+            "area": 10,
+            "bbox": [x, y, 2, 5],
+        }
+        entries.append({**content["annotations"][0], "id": number, **changes})
+    dataset = read(tmp_path, content | {"annotations": entries})
+    assert dataset.summary() == ["set.json: 1 image, 300 objects, 1 class"]
+
+
+def test_ignore_of_other_programs_is_told(tmp_path: Path) -> None:
+    told(tmp_path, each(tree(), lambda e: e.update(ignore=1), 1), "1 object with ignore set (annotation 1)")
+    assert len(read(tmp_path, each(tree(), lambda e: e.update(ignore=0))).summary()) == 1
