@@ -234,24 +234,29 @@ def _decode(path: Path, reading: Reading, remedy: str) -> Decoded:
 def _orientation(path: Path, image: ImageFile.ImageFile) -> Any:
     """EXIF's, whatever a file may give as such, of an image that need not be decoded for it.
 
-    Pillow decodes a PNG to find what comes after the pixels; here the chunks are stepped over instead.
+    Pillow decodes a PNG to find what comes after its pixels; that is done only if something does, or if the
+    file is damaged.
     """
-    if image.format == "PNG" and not _described_after_pixels(path):
+    if image.format == "PNG" and _is_plain_png(path):
         return Image.Image.getexif(image).get(_ORIENTATION, 1)
     return image.getexif().get(_ORIENTATION, 1)
 
 
-def _described_after_pixels(path: Path) -> bool:
-    """Whether a PNG has chunks with EXIF or text behind its first pixels."""
+def _is_plain_png(path: Path) -> bool:
+    """Whether a PNG is whole by its checksums, and has no EXIF or text behind its first pixels."""
     pixels = False
     with path.open("rb") as stream:
         stream.seek(8)
         while len(start := stream.read(8)) == 8:
             length, name = struct.unpack(">I4s", start)
+            content, checksum = stream.read(length), stream.read(4)
+            if zlib.crc32(name + content).to_bytes(4, "big") != checksum:
+                return False
             if pixels and name in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+                return False
+            if name == b"IEND":
                 return True
             pixels = pixels or name == b"IDAT"
-            stream.seek(length + 4, 1)
     return False
 
 
