@@ -4,6 +4,7 @@ it."""
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
@@ -12,6 +13,14 @@ IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
 if IS_WORKER:  # before torch is imported: processes and threads would compete
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+# What is started in the background inherits signals that are ignored, and leaves them so; tests send some.
+for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+    if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
+        signal.signal(
+            getattr(signal, name), signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
+        )
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at its options

@@ -37,8 +37,9 @@ def write_ellipses(folder: Path, annotations: int) -> Path:
     Image.new("RGB", (WIDTH, HEIGHT)).save(picture)
     pixels = picture.read_bytes()
     images = -(-annotations // PER_IMAGE)
-    for index in range(1, images):
-        (folder / f"{index}.jpg").write_bytes(pixels)
+    for index in range(1, images):  # each with a comment of its own, or they would be found to be one image
+        comment = b"\xff\xfe\x00\x06" + index.to_bytes(4, "big")
+        (folder / f"{index}.jpg").write_bytes(pixels[:2] + comment + pixels[2:])
     random = np.random.default_rng(0)
     angles = np.linspace(0, 2 * np.pi, POINTS, endpoint=False)
     circle = np.stack((np.cos(angles), np.sin(angles)), 1)

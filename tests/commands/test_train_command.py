@@ -212,7 +212,7 @@ def test_a_stop_before_the_first_step_leaves_nothing(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def read_sets(*arguments: object) -> None:
+    def read_sets(*arguments: object, **options: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(preparation, "read_sets", read_sets)
