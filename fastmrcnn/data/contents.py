@@ -170,15 +170,14 @@ def _valid_entries(
         crowd = entry.get("iscrowd", 0) == 1
         shape = entry.get("segmentation") or None
         masks += shape is not None
+        if keypoints is not None:
+            count_keypoints(entry, label, problems)
         if require_masks and shape is None and not crowd:
             bare.append(label)
             if keep_tree:
                 ignored.append(entry | {"iscrowd": 1, "area": box_area(entry["bbox"])})
             continue
-        points = None
-        if keypoints is not None:
-            count_keypoints(entry, label, problems)
-            points = None if crowd else pack_keypoints(entry, keypoints.offset)
+        points = None if keypoints is None or crowd else pack_keypoints(entry, keypoints.offset)
         box = (np.nan,) * 4 if boxes == "masks" and shape else corners(entry["bbox"])
         found.append(
             Entry(

@@ -251,6 +251,28 @@ def test_keypoints_are_counted_by_their_flags(tmp_path: Path) -> None:
         assert {entry["num_keypoints"] for entry in dataset.tree["annotations"]} == {2}
 
 
+def test_keypoints_may_be_text(tmp_path: Path) -> None:
+    content = tree()
+    content["categories"][0]["keypoints"] = ["a", "b"]
+    each(content, lambda e: e.update(keypoints=["9", "9.5", "2", "12", "9", "1"]))
+    words = ("6 objects with keypoints given as text",)
+    dataset = told(tmp_path, content, *words, keypoints=KeypointOptions(offset=0.0))
+    points = dataset.records[0].objects[0].keypoints
+    assert points is not None
+    assert points.tolist() == [[9, 9.5, 2], [12, 9, 1]]
+
+
+def test_objects_without_a_mask_are_judged_as_regions_with_their_keypoints(tmp_path: Path) -> None:
+    content = tree()
+    content["categories"][0]["keypoints"] = ["a", "b"]
+    each(content, lambda e: e.update(keypoints=[9, 9, 2, 12, 9, 1]))
+    content["annotations"][1]["segmentation"] = None
+    dataset = told(tmp_path, content, "1 object without a mask", keypoints=KeypointOptions(), keep_tree=True)
+    assert dataset.tree is not None
+    assert [e["num_keypoints"] for e in dataset.tree["annotations"]] == [2] * 6
+    assert sum(e["iscrowd"] for e in dataset.tree["annotations"]) == 1
+
+
 @pytest.mark.parametrize(
     ("ids", "words"),
     [
