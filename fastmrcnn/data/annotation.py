@@ -34,10 +34,12 @@ def number_anew(entries: list[Any], problems: Problems) -> list[Any]:
         why = None
         if not known:
             why = "without an id"
+        elif isinstance(given, int | float) and given > LARGEST:  # the parser may make these floats
+            why = "with an id that is too large"
         elif type(given) is not int:
             why = "with an id that is not a whole number"
-        elif not 0 < given <= LARGEST:
-            why = "with an id that is not above 0" if given <= 0 else "with an id that is too large"
+        elif given <= 0:
+            why = "with an id that is not above 0"
         if known and given in seen:
             if seen[given] == entry:
                 problems.add("annotation", given, "its id is there twice", remedy="remove one of the two")

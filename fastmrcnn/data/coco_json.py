@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import gc
 import json
@@ -9,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+import orjson
 
 from fastmrcnn.data.annotation import AS_NUMBER
 from fastmrcnn.data.formats import PARTS, by_id, one_entry, other_file, other_format
@@ -27,13 +30,11 @@ def read_json(file: Path, key: str, problems: Problems) -> dict[str, list[Any]]:
     if file.exists() and (other := other_file(file)) is not None:
         raise UserError(f"{file}: not a JSON file: it {other} and set {key}.annotations to that file")
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        tree = parse_json(file.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; set {key}.annotations to a COCO-format JSON file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read ({error}); {key}.annotations must be a JSON file") from None
-    try:
-        tree = json.loads(text)
     except (ValueError, RecursionError) as error:  # also of a number with thousands of digits
         raise UserError(f"{file}: not valid JSON ({error}); {key}.annotations must be a JSON file") from None
     other = other_format(tree)
@@ -57,6 +58,21 @@ def read_json(file: Path, key: str, problems: Problems) -> dict[str, list[Any]]:
         if not tree[part]:
             raise UserError(f"{file}: its list of {part} is empty; give {key}.annotations with {part}")
     return tree
+
+
+def parse_json(content: bytes) -> Any:
+    """The content of a JSON file, by a parser that is twice as fast; what that one refuses and others write,
+    NaN above all, by Python's own.
+
+    Raises:
+        UnicodeDecodeError: it is not UTF-8.
+        ValueError, RecursionError: it is not JSON.
+    """
+    content = content.removeprefix(codecs.BOM_UTF8)
+    try:
+        return orjson.loads(content)
+    except orjson.JSONDecodeError:
+        return json.loads(content.decode())
 
 
 def read_categories(entries: list[Any], problems: Problems) -> tuple[list[str], list[int]]:

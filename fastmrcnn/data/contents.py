@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -43,6 +44,7 @@ from fastmrcnn.data.keypoints import (
     read_schema,
 )
 from fastmrcnn.data.masks import pack_polygons
+from fastmrcnn.data.plain import CHUNK, pack_plain
 from fastmrcnn.data.records import ImageRecord, ObjectRecord, Problems
 
 BoxSource = Literal["file", "masks"]
@@ -140,45 +142,29 @@ def _valid_entries(
     of millions of numbers. And, with `keep_tree`, what an evaluation is to ignore: objects without the mask
     that they would be judged by."""
 
-    def fault_of(entry: dict[str, Any]) -> str | None:
-        fault = annotation_fault(entry, records, index_of, boxes == "file")
-        return keypoint_fault(entry, schema) if fault is None and schema is not None else fault
-
     labels = number_anew(annotations, problems)
     found: list[Entry] = []
     bare: list[Any] = []
     ignored: list[dict[str, Any]] = []
     empty: list[Any] = []
     masks = 0
-    for position, entry in enumerate(annotations):
-        annotations[position] = None
-        label = labels[position]
-        if not isinstance(entry, dict):
-            problems.add("annotation", label, f"is a {type(entry).__name__}, not an object")
-            continue
-        tidy(entry, label, problems)
-        fault = fault_of(entry)
-        if fault is not None:
-            spell_out(entry, label, problems)
-            fault = fault_of(entry)
-        if fault is not None:
-            problems.add("annotation", label, fault)
-            continue
+    for label, entry, packed in _sound(
+        annotations, labels, records, index_of, problems, boxes == "file", schema
+    ):
         if is_empty(entry):
             empty.append(label)
             continue
         crowd = entry.get("iscrowd", 0) == 1
-        shape = entry.get("segmentation") or None
-        masks += shape is not None
+        masks += packed is not None
         if keypoints is not None:
             count_keypoints(entry, label, problems)
-        if require_masks and shape is None and not crowd:
+        if require_masks and packed is None and not crowd:
             bare.append(label)
             if keep_tree:
                 ignored.append(entry | {"iscrowd": 1, "area": box_area(entry["bbox"])})
             continue
         points = None if keypoints is None or crowd else pack_keypoints(entry, keypoints.offset)
-        box = (np.nan,) * 4 if boxes == "masks" and shape else corners(entry["bbox"])
+        box = (np.nan,) * 4 if boxes == "masks" and packed else corners(entry["bbox"])
         found.append(
             Entry(
                 label,
@@ -188,7 +174,7 @@ def _valid_entries(
                 index_of[entry["category_id"]],
                 box,
                 crowd,
-                pack_polygons(shape),
+                packed,
                 entry.get("area"),
                 points,
             )
@@ -205,6 +191,48 @@ def _valid_entries(
         problems.say("left out", "object", "without a mask", remedy, bare)
     annotations.clear()
     return found, ignored
+
+
+def _sound(
+    annotations: list[Any],
+    labels: list[Any],
+    records: dict[int, ImageRecord],
+    index_of: dict[int, int],
+    problems: Problems,
+    needs_box: bool,
+    schema: KeypointSchema | None,
+) -> Iterator[tuple[Any, dict[str, Any], Any]]:
+    """Label, entry and packed segmentation (None: it has none) of the annotations that have no fault."""
+
+    def fault_of(entry: dict[str, Any]) -> str | None:
+        fault = annotation_fault(entry, records, index_of, needs_box)
+        return keypoint_fault(entry, schema) if fault is None and schema is not None else fault
+
+    def is_sound(entry: Any, label: Any) -> bool:
+        if not isinstance(entry, dict):
+            problems.add("annotation", label, f"is a {type(entry).__name__}, not an object")
+            return False
+        tidy(entry, label, problems)
+        if (fault := fault_of(entry)) is not None:
+            spell_out(entry, label, problems)
+            fault = fault_of(entry)
+        if fault is not None:
+            problems.add("annotation", label, fault)
+        return fault is None
+
+    for start in range(0, len(annotations), CHUNK):
+        entries = annotations[start : start + CHUNK]
+        annotations[start : start + CHUNK] = [None] * len(entries)
+        shapes = pack_plain(entries, records, index_of)
+        for offset, label in enumerate(labels[start : start + CHUNK]):
+            entry, entries[offset] = entries[offset], None
+            plain = shapes is not None and (schema is None or keypoint_fault(entry, schema) is None)
+            if plain or is_sound(entry, label):
+                yield (
+                    label,
+                    entry,
+                    shapes[offset] if shapes else pack_polygons(entry.get("segmentation") or None),
+                )
 
 
 def _place(

@@ -83,7 +83,7 @@ def test_objects_without_keypoints_and_crowds_are_fine(tmp_path: Path) -> None:
         ({"points": [1, 2, 2]}, ["annotation 1: keypoints is 3 numbers, expected 9"]),
         ({"points": {"a": 1}}, ["annotation 1: keypoints is a dict, expected 9"]),
         ({"points": [*POINTS[:8], float("nan")]}, ["annotation 1", "not finite"]),
-        ({"points": [*POINTS[:8], "2"]}, ["annotation 1", "not finite numbers"]),
+        ({"points": [*POINTS[:8], "two"]}, ["annotation 1", "not finite numbers"]),
         ({"points": [*POINTS[:8], 3]}, ["annotation 1", "keypoint 'right_eye' is 3", "0 (not labelled)"]),
         ({"points": [1e7, *POINTS[1:]]}, ["annotation 1", "more than 1,000,000 pixels"]),
         ({"points": []}, ["annotation 1: num_keypoints is 2, but there are no keypoints"]),
