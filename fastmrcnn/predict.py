@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fastmrcnn.data.image_files import image_suffixes, looks_like_image
 from fastmrcnn.data.image_ids import CocoIds, KnownImage, match_categories, match_images, read_ids, size_fault
-from fastmrcnn.data.images import read_noted
+from fastmrcnn.data.images import fitted, read_noted
 from fastmrcnn.data.pixel_range import RangeNote, Reading, note_lines
 from fastmrcnn.detection.detector import Detector, load
 from fastmrcnn.detection.objects import Objects, coco_results
@@ -234,6 +234,10 @@ def read_task(
         height, width = pixels.shape[:2]
         if fault := size_fault(task.known, width, height, coco.file):
             raise UserError(fault)
+        width, height = (
+            stated or side for stated, side in zip(task.known.size, (width, height), strict=True)
+        )
+        pixels = fitted(pixels, height, width)
     return pixels, note
 
 

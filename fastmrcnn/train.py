@@ -19,6 +19,7 @@ from fastmrcnn.config.file import differing_keys, dump_config, load_config, pars
 from fastmrcnn.config.schema import Config
 from fastmrcnn.data.build import train_loader
 from fastmrcnn.data.coco import CocoDataset
+from fastmrcnn.data.pixel_range import clipped_line
 from fastmrcnn.device import busy_machine, choose_device, choose_precision, set_up_cuda
 from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.evaluation.run import run_evaluation
@@ -146,6 +147,7 @@ def train(
     saver = Saver(folder, make_step, card, metrics, keep=config.train.keep_checkpoints, start=start)
     recent: deque[tuple[int, list[int]]] = deque(maxlen=log_every)
     left_out: dict[int, str] = {}
+    clipped: dict[int, str] = {}
     result: dict[str, float] = {}
 
     def evaluate(done: int, pictures: int) -> dict[str, float]:
@@ -179,6 +181,7 @@ def train(
             for fault in loaded.left_out.values():
                 tqdm.write(f"left out, others stand in for it: {fault}")
             left_out |= loaded.left_out
+            clipped |= loaded.clipped
             if execution.compiled or execution.cuda_graphs:
                 prepare_shapes(make_step, batch, loader.buckets, first=step == start)
             with requests.held():  # from here to its checkpoint a step is whole
@@ -213,6 +216,8 @@ def train(
             print(advice)
         if left_out:
             print(list_left_out(left_out))
+        if clipped:
+            print(clipped_line(clipped.values()))
         plot_losses(folder / "metrics.json", folder / "losses.png")
         print_next(folder, saver.path, config, val_set)
     return result

@@ -130,6 +130,13 @@ def header_lines(headers: Sequence[tuple[ImageRecord, Header]]) -> list[str]:
         names = [record.file_name for record, header in headers if has(header)]
         if names:
             lines.append(f"{_images(len(names))} {one if len(names) == 1 else many} ({_some(names)})")
+    rounded = [record for record, header in headers if header.size != (record.width, record.height)]
+    if rounded:
+        differ = "differs by a pixel in size" if len(rounded) == 1 else "differ by a pixel in size"
+        lines.append(
+            f"{_images(len(rounded))} {differ} from the annotations; the last row or column is repeated or "
+            f"cut off ({_some([record.file_name for record in rounded])})"
+        )
     return lines
 
 

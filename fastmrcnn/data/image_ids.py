@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastmrcnn.data.image_files import plain_name
+from fastmrcnn.data.images import nearly
+from fastmrcnn.data.values import whole
 from fastmrcnn.errors import UserError
 
 
@@ -19,8 +21,8 @@ class KnownImage(NamedTuple):
     image_id: int
     parts: tuple[str, ...]
     """Its file_name: folders, then the name."""
-    size: tuple[Any, Any]
-    """Width and height, as the file has them."""
+    size: tuple[int | None, int | None]
+    """Width and height, as the file has them; None: it does not."""
 
 
 class CocoIds(NamedTuple):
@@ -50,7 +52,7 @@ def read_ids(file: Path) -> CocoIds:
         name = entry.get("file_name")
         if not isinstance(name, str) or not (parts := _parts(name)):
             raise UserError(f"{file}: image {image_id} has no file_name, by which it is found")
-        images.append(KnownImage(image_id, parts, (entry.get("width"), entry.get("height"))))
+        images.append(KnownImage(image_id, parts, (whole(entry.get("width")), whole(entry.get("height")))))
     categories = []
     listed = tree.get("categories")
     for category, entry in _identified(listed if isinstance(listed, list) else [], "category", file):
@@ -107,7 +109,7 @@ def match_images(paths: Sequence[Path], known: CocoIds) -> list[KnownImage | str
 
 def size_fault(image: KnownImage, width: int, height: int, file: Path) -> str | None:
     """Why pixels of this size are not the image that the file means; None if they are."""
-    if image.size == (width, height) or image.size == (None, None):
+    if image.size == (None, None) or nearly((width, height), image.size):
         return None
     return (
         f"has width {width}, height {height}, but {file} gives image {image.image_id} width "

@@ -33,6 +33,7 @@ from fastmrcnn.errors import UserError
 _ORIENTATION = 0x0112  # EXIF tag
 _SIDES_SWAPPED = (5, 6, 7, 8)
 _WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
+SIZE_SLACK = 1  # pixels by which an image's sides may differ from the annotations: Roboflow rounds them so
 FLOATING_POINT = (
     "its pixels are floating-point numbers, whose white is unknown; save it with 8 or 16 bits, or train with "
     "data.pixel_range=[black, white]"
@@ -82,8 +83,11 @@ class Header(NamedTuple):
     """None: 8 bits a channel, or fewer."""
 
 
-def read_image(record: ImageRecord) -> NDArray[np.uint8]:
-    """Pixels of a data set's image, (H, W, 3) uint8.
+def read_image(record: ImageRecord) -> tuple[NDArray[np.uint8], RangeNote | None]:
+    """Pixels of a data set's image, (H, W, 3) uint8, and what there is to say of their values.
+
+    If it is a pixel larger or smaller than the annotations say, as some programs round, its last row or
+    column is cut off or repeated.
 
     Raises:
         UserError: the file cannot be decoded, or its size is not the one in the annotations.
@@ -93,7 +97,24 @@ def read_image(record: ImageRecord) -> NDArray[np.uint8]:
     fault = _size_fault(record, decoded.pixels.shape[1], decoded.pixels.shape[0], decoded.swapped)
     if fault:
         raise UserError(f"{where}: {fault}")
-    return decoded.pixels
+    return fitted(decoded.pixels, record.height, record.width), _range_note(decoded, record.reading)
+
+
+def nearly(size: tuple[int, int], given: tuple[Any, Any]) -> bool:
+    """Whether sides are what an annotation file says, a pixel more or less."""
+    return all(
+        type(stated) is int and abs(side - stated) <= SIZE_SLACK
+        for side, stated in zip(size, given, strict=True)
+    )
+
+
+def fitted(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """(height, width, 3): what is too much is cut off, and for the rest the last row and column repeated."""
+    rows, columns = pixels.shape[:2]
+    if (rows, columns) == (height, width):
+        return pixels
+    missing = (max(height - rows, 0), max(width - columns, 0))
+    return np.pad(pixels[:height, :width], [(0, missing[0]), (0, missing[1]), (0, 0)], mode="edge")
 
 
 def read_pixels(path: str | Path, reading: Reading = AS_IT_IS) -> NDArray[np.uint8]:
@@ -115,8 +136,7 @@ def read_pixels(path: str | Path, reading: Reading = AS_IT_IS) -> NDArray[np.uin
 def read_noted(path: str | Path, reading: Reading = AS_IT_IS) -> tuple[NDArray[np.uint8], RangeNote | None]:
     """As `read_pixels`, but what it warns of is returned; None: nothing."""
     decoded = _decode(Path(path), reading, "replace the file")
-    extent = decoded.extent
-    return decoded.pixels, None if extent is None else range_note(extent, reading.pixel_range)
+    return decoded.pixels, _range_note(decoded, reading)
 
 
 def read_extent(path: Path, max_pixels: int) -> Extent | None:
@@ -268,7 +288,7 @@ def _unread_tiff(path: Path) -> str:
 
 
 def _size_fault(record: ImageRecord, width: int, height: int, swapped: bool) -> str | None:
-    """How the size of the upright image differs from the annotations, and what to do."""
+    """How the size of the upright image differs from the annotations beyond rounding, and what to do."""
     if (width, height) == (record.width, record.height):
         return None
     given = f"the annotations say width {record.width}, height {record.height}"
@@ -278,6 +298,8 @@ def _size_fault(record: ImageRecord, width: int, height: int, swapped: bool) -> 
             f"{given}, as before turning; remove the orientation from the file if it was annotated so, or "
             "else annotate it upright"
         )
+    if nearly((width, height), (record.width, record.height)):
+        return None
     return (
         f"{record.file_name} has width {width}, height {height}, but {given}; perhaps it was resized "
         "after it was annotated"
@@ -291,6 +313,10 @@ def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, coloured)
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _range_note(decoded: Decoded, reading: Reading) -> RangeNote | None:
+    return None if decoded.extent is None else range_note(decoded.extent, reading.pixel_range)
 
 
 def _scaled(numbers: NDArray[Any], pixel_range: PixelRange | None) -> NDArray[np.uint8]:

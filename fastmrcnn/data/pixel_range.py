@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -108,6 +108,13 @@ def range_note(extent: Extent, chosen: PixelRange | None) -> RangeNote | None:
         dark = f"{values} are read as {shown((low, high))}, of which they are a small, dark part"
         return RangeNote(False, dark)
     return None
+
+
+def clipped_line(notes: Collection[str]) -> str:
+    """Of images whose values were clipped while a loader ran, of each such a note."""
+    first = next(iter(notes))
+    others = f" (one of {len(notes)} such images)" if len(notes) > 1 else ""
+    return f"{first}{others}; data.pixel_range=[black, white] sets the range"
 
 
 def note_lines(notes: Sequence[tuple[str, RangeNote]]) -> list[str]:

@@ -39,6 +39,7 @@ class LoadedBatch(NamedTuple):
     original_sizes: list[Size]  # height and width of the real images as they are
     input_to_image: Tensor  # (N, 2, 3) float32, input pixels -> pixels of the original
     left_out: dict[int, str]  # id and fault of each image that others stand in for
+    clipped: dict[int, str]  # id and note of each image whose values reach beyond the range of the set
 
 
 class Failure(NamedTuple):
@@ -67,14 +68,24 @@ class SampleStore:
         self.keep_objects = sum((b[2] - b[0]) * (b[3] - b[1]) for b in boxes) <= CACHE_BYTES
         self._pixels: dict[tuple[int, Size], NDArray[np.uint8]] = {}
         self._objects: dict[int, RasterisedObjects] = {}
+        self._clipped: dict[int, str] = {}
 
     def resized(self, index: int, size: Size) -> NDArray[np.uint8]:
         found = self._pixels.get((index, size))
         if found is None:
-            found = resize(read_image(self.records[index]), size)
+            record = self.records[index]
+            pixels, note = read_image(record)
+            if note is not None and note.clipped:
+                self._clipped[record.image_id] = f"{record.file_name}: {note.text}"
+            found = resize(pixels, size)
             if self.keep_pixels:
                 self._pixels[index, size] = found
         return found
+
+    def take_clipped(self) -> dict[int, str]:
+        """Id and note of each image read since the last call whose values were clipped."""
+        clipped, self._clipped = self._clipped, {}
+        return clipped
 
     def proposed(self, index: int) -> ImageProposals | None:
         return None if self.proposals is None else self.proposals[self.records[index].image_id]
@@ -124,7 +135,8 @@ class TrainSamples(Dataset[LoadedBatch | Failure]):
             proposal_slots=self.store.proposal_slots,
             min_polygons=self.min_polygons,
         )
-        return _loaded(batch, samples, [self.store.records[index].image_id for index, _ in read], left_out)
+        ids = [self.store.records[index].image_id for index, _ in read]
+        return _loaded(batch, samples, ids, left_out, self.store.take_clipped())
 
     def _readable(
         self, index: int, number: int, bucket: Size, left_out: dict[int, str]
@@ -175,7 +187,7 @@ class EvalSamples(Dataset[LoadedBatch | Failure]):
         ids = [self.store.records[index].image_id for index, _ in plan.samples]
         filled = [*samples, *[samples[-1]] * (self.batch - len(samples))]
         batch = collate(filled, plan.bucket, proposal_slots=self.store.proposal_slots)
-        return _loaded(batch, samples, ids, {})
+        return _loaded(batch, samples, ids, {}, self.store.take_clipped())
 
     def _sample(self, index: int) -> Sample:
         record = self.store.records[index]
@@ -185,8 +197,14 @@ class EvalSamples(Dataset[LoadedBatch | Failure]):
 
 
 def _loaded(
-    batch: Batch, samples: Sequence[Sample], image_ids: list[int], left_out: dict[int, str]
+    batch: Batch,
+    samples: Sequence[Sample],
+    image_ids: list[int],
+    left_out: dict[int, str],
+    clipped: dict[int, str],
 ) -> LoadedBatch:
     repeated = [*samples, *[samples[-1]] * (batch.pixels.shape[0] - len(samples))]
     sizes = [sample.annotated for sample in samples]
-    return LoadedBatch(batch, image_ids, len(samples), sizes, stack_input_to_image(repeated), left_out)
+    return LoadedBatch(
+        batch, image_ids, len(samples), sizes, stack_input_to_image(repeated), left_out, clipped
+    )

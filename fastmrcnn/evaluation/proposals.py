@@ -14,6 +14,7 @@ from tqdm import tqdm
 from fastmrcnn.config.schema import Config
 from fastmrcnn.data.build import evaluation_loader
 from fastmrcnn.data.coco import CocoDataset
+from fastmrcnn.data.pixel_range import clipped_line
 from fastmrcnn.data.records import ImageProposals
 from fastmrcnn.detection.objects import coco_boxes, split_detections
 from fastmrcnn.detection.run import run_model
@@ -44,14 +45,18 @@ def collect_proposals(
         return as_detections(model.propose(model.features(batch), batch))
 
     found: dict[int, ImageProposals] = {}
+    clipped: dict[int, str] = {}
     with tqdm(total=len(dataset), unit="img", desc="propose", disable=not progress) as bar:
         for loaded in evaluation_loader(dataset, config):
             proposals = run_model(model, loaded.batch, config.runtime.precision, device, propose)
+            clipped |= loaded.clipped
             each = split_detections(proposals, loaded.input_to_image, loaded.original_sizes)
             for image_id, one in zip(loaded.image_ids, each, strict=True):
                 assert one.scores is not None, "what was found has them"
                 found[image_id] = ImageProposals(one.boxes, one.scores)
             bar.update(loaded.real)
+    if clipped:
+        tqdm.write(clipped_line(clipped.values()))
     return found
 
 

@@ -19,6 +19,7 @@ from fastmrcnn.data.collate import read_objects
 from fastmrcnn.data.images import read_image
 from fastmrcnn.data.keypoints import choose_sigmas
 from fastmrcnn.data.masks import bitmap
+from fastmrcnn.data.pixel_range import clipped_line
 from fastmrcnn.data.proposals import write_proposals
 from fastmrcnn.data.records import ImageRecord
 from fastmrcnn.detection.draw import draw_comparison, save_picture
@@ -73,6 +74,7 @@ def run_evaluation(
         choose_sigmas(dataset.num_keypoints, sigmas)  # a mistake in them is told at once
     results = []
     kept: dict[int, Objects] = {}
+    clipped: dict[int, str] = {}
     cut = 0
     with tqdm(
         total=len(dataset), unit="img", desc="evaluate", dynamic_ncols=True, disable=not progress
@@ -82,6 +84,7 @@ def run_evaluation(
             cut += int(detections.cut[: loaded.real].sum())
             found = split_detections(detections, loaded.input_to_image, loaded.original_sizes)
             ids = loaded.image_ids
+            clipped |= loaded.clipped
             results += coco_results(found, ids, dataset.category_ids, threshold, offset)
             for image_id, one in zip(ids, found, strict=True):
                 if image_id in chosen:
@@ -90,6 +93,8 @@ def run_evaluation(
     make_folder(output)
     write_json(output / RESULTS, results)
     values = judge_results(dataset, results, config, show=progress)
+    if clipped:
+        tqdm.write(clipped_line(clipped.values()))
     if cut:
         values["candidates_cut"] = cut
         tqdm.write(
@@ -168,7 +173,7 @@ def draw_picture(
     better = pasted(found.first(int((found.scores >= PICTURE_SCORE).sum())), threshold)
     skeleton = () if dataset.keypoints is None else dataset.keypoints.skeleton
     truth = annotated_objects(record, dataset)
-    sheet = draw_comparison(read_image(record), truth, better, dataset.class_names, skeleton)
+    sheet = draw_comparison(read_image(record)[0], truth, better, dataset.class_names, skeleton)
     folder.mkdir(parents=True, exist_ok=True)
     save_picture(folder / f"{record.image_id}_{record.path.stem}.png", sheet)
 

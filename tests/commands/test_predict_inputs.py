@@ -221,16 +221,19 @@ def test_images_that_the_file_does_not_mean(
 ) -> None:
     tree = json.loads(dataset.annotations.read_text())
     by_id = {image["id"]: image for image in tree["images"]}
-    by_id[5]["width"] = 41
+    by_id[5]["width"] = 42
+    by_id[11]["width"] += 1  # as some programs round
     by_id[8]["file_name"] = "eight.png"
     tree["images"].append({**by_id[2], "id": 3})
     (tmp_path / "other.json").write_text(json.dumps(tree))
     done = run(images, "--annotations", tmp_path / "other.json", "--score", "0")
     assert done.code == 1
     assert {e["image_id"] for e in done.entries} == {11}
+    size = [by_id[11]["height"], by_id[11]["width"]]
+    assert all(e["segmentation"]["size"] == size for e in done.entries)
     file = tmp_path / "other.json"
     assert done.left == {
-        "5.png": f"has width 40, height 100, but {file} gives image 5 width 41, height 100",
+        "5.png": f"has width 40, height 100, but {file} gives image 5 width 42, height 100",
         "8.png": f"{file} lists no image of this name",
         "2.png": f"{file} lists 2 images of this name (ids 2, 3)",
     }

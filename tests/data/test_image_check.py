@@ -15,6 +15,8 @@ from fastmrcnn.data import image_check
 from fastmrcnn.data.coco import CocoDataset, read_coco
 from fastmrcnn.data.image_check import ImageOptions, same_content, shared_line
 from fastmrcnn.data.images import read_image
+from fastmrcnn.data.loader import EvalLoader, TrainLoader
+from fastmrcnn.data.pixel_range import clipped_line
 from fastmrcnn.errors import UserError
 
 LOOK = ImageOptions(choose_range=True)
@@ -74,20 +76,56 @@ def test_the_range_is_chosen_told_and_used(tmp_path: Path) -> None:
         "3 images are 16-bit, with values 0..4000; read as 0..4095 (data.pixel_range)"
     ]
     assert dataset.reading.pixel_range == (0, 4095)
-    assert read_image(dataset.records[2]).max() == 249
+    assert read_image(dataset.records[2])[0].max() == 249
     given = read(tmp_path, *names, options=ImageOptions((0, 2000)))
     assert given.image_lines == [
         "3 images are 16-bit, with values 0..4000; read as 0..2000 (data.pixel_range)",
         "0.png: 16-bit values 0..3998 reach beyond 0..2000 and are clipped (one of 3 such images)",
     ]
-    assert read_image(given.records[2]).max() == 255
+    assert read_image(given.records[2])[0].max() == 255
     before = read(tmp_path, *names)
     assert before.image_lines == [
         "3 images are 16-bit, with values 0..4000; read as 0..65535 (data.pixel_range)",
         "0.png: 16-bit values 0..3998 are read as 0..65535, of which they are a small, dark part (one of 3 "
         "such images)",
     ]
-    assert read_image(before.records[2]).max() == 16
+    assert read_image(before.records[2])[0].max() == 16
+
+
+def test_sizes_that_were_rounded_otherwise_are_told(tmp_path: Path) -> None:
+    for index, size in enumerate([(20, 30), (21, 30), (20, 29)]):
+        Image.fromarray(noise(index, size)).save(tmp_path / f"{index}.png")
+    dataset = read(tmp_path, "0.png", "1.png", "2.png")
+    assert dataset.image_lines == [
+        "2 images differ by a pixel in size from the annotations; the last row or column is repeated or cut "
+        "off (1.png, 2.png)"
+    ]
+    assert [read_image(one)[0].shape for one in dataset.records] == [(20, 30, 3)] * 3
+    Image.fromarray(noise(1, (22, 30))).save(tmp_path / "1.png")
+    assert "1.png has width 30, height 22" in refusal(tmp_path, "0.png", "1.png", "2.png")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_that_a_loader_clips_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """Also those that are not in the sample by which the range is chosen."""
+    monkeypatch.setattr(image_check, "_SAMPLE", 1)
+    names = write_wide(tmp_path, 1000, count=2)
+    wide = write_wide(tmp_path, 9000, count=2, prefix="wide")
+    dataset = read(tmp_path, *names, *wide, options=LOOK)
+    assert dataset.reading.pixel_range == (0, 1023)
+    common: dict[str, Any] = {"batch": 2, "short_side": 48, "long_side_max": 96, "workers": workers}
+    judged = [loaded.clipped for loaded in EvalLoader(dataset, **common)]
+    told = "16-bit values 0..8999 reach beyond 0..1023 and are clipped"
+    assert judged == [{}, {3: f"wide0.png: {told}", 4: f"wide1.png: {told.replace('8999', '9000')}"}]
+    del common["short_side"]
+    batches = TrainLoader(dataset, short_sides=[48], seed=0, steps=4, **common)
+    found = [image_id for loaded in batches for image_id in loaded.clipped]
+    assert sorted(found) == [3, 4]
+    assert clipped_line(judged[1].values()).startswith(
+        f"wide0.png: {told} (one of 2 such images); data.pixel"
+    )
 
 
 def test_a_sample_of_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +144,7 @@ def test_floating_point(tmp_path: Path) -> None:
     assert dataset.image_lines == [
         "1 image is floating-point, with values 0..1; read as 0..1 (data.pixel_range)"
     ]
-    assert set(np.unique(read_image(dataset.records[0]))) == set(range(256))
+    assert set(np.unique(read_image(dataset.records[0])[0])) == set(range(256))
     assert "a.tif: its pixels are floating-point numbers" in refusal(tmp_path, "a.tif")
 
 
@@ -142,7 +180,7 @@ def test_channels(tmp_path: Path) -> None:
         "1 image has transparency and is laid on white (a.png)",
         "2 images have more channels than colour and alpha, which are not read (c.tif, d.tif)",
     ]
-    np.testing.assert_array_equal(read_image(dataset.records[2]), noise(2))
+    np.testing.assert_array_equal(read_image(dataset.records[2])[0], noise(2))
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
@@ -158,8 +196,8 @@ def test_orientation_is_told_also_where_the_sizes_agree(tmp_path: Path, suffix: 
         f"(3.{suffix}, 6.{suffix})"
     ]
     if suffix != "jpg":
-        np.testing.assert_array_equal(read_image(dataset.records[1]), noise(3)[::-1, ::-1])
-        np.testing.assert_array_equal(read_image(dataset.records[2]), np.rot90(noise(6, (30, 20)), -1))
+        np.testing.assert_array_equal(read_image(dataset.records[1])[0], noise(3)[::-1, ::-1])
+        np.testing.assert_array_equal(read_image(dataset.records[2])[0], np.rot90(noise(6, (30, 20)), -1))
     Image.fromarray(noise(9)).save(tmp_path / f"9.{suffix}", exif=exif)  # annotated before it was turned
     assert "turned by its EXIF orientation to width 20, height 30" in refusal(tmp_path, f"9.{suffix}")
 

@@ -27,7 +27,7 @@ def picture() -> Image.Image:
 
 def test_rgb_is_read_as_it_is(tmp_path: Path) -> None:
     picture().save(tmp_path / "a.png")
-    np.testing.assert_array_equal(read_image(record(tmp_path / "a.png")), np.asarray(picture()))
+    np.testing.assert_array_equal(read_image(record(tmp_path / "a.png"))[0], np.asarray(picture()))
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "RGBA", "CMYK", "LAB"])
@@ -37,7 +37,7 @@ def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     )
     path = tmp_path / "a.tif"
     source.save(path)
-    pixels = read_image(record(path))
+    pixels = read_image(record(path))[0]
     assert pixels.shape == (4, 6, 3)
     assert pixels.dtype == np.uint8
     if mode != "LAB":
@@ -93,7 +93,7 @@ def test_exif_orientation(tmp_path: Path, orientation: int) -> None:
     width, height = upright.size
     assert (width, height) == ((6, 4) if orientation < 5 else (4, 6))
     path = tmp_path / "a.png"
-    np.testing.assert_array_equal(read_image(record(path, width, height)), np.asarray(upright))
+    np.testing.assert_array_equal(read_image(record(path, width, height))[0], np.asarray(upright))
     if orientation == 6:  # what a camera held upright writes: the file's left column is the top row
         np.testing.assert_array_equal(np.asarray(upright)[0], np.asarray(picture())[::-1, 0])
     if orientation >= 5:
@@ -133,6 +133,16 @@ def test_headers_of_png_are_read_without_its_pixels(tmp_path: Path, monkeypatch:
     assert read_header(tmp_path / "before.png", 10**6) == after
     none = read_header(tmp_path / "none.png", 10**6)
     assert (none.size, none.turned, none.swapped) == ((6, 4), False, False)
+
+
+@pytest.mark.parametrize(("width", "height"), [(6, 5), (5, 4), (7, 3), (7, 5)])
+def test_a_size_that_was_rounded_otherwise(tmp_path: Path, width: int, height: int) -> None:
+    """What is too much is cut off; what is missing is as the last row and column."""
+    picture().save(tmp_path / "a.png")
+    pixels, note = read_image(record(tmp_path / "a.png", width, height))
+    rows, columns = np.minimum(np.arange(height), 3), np.minimum(np.arange(width), 5)
+    np.testing.assert_array_equal(pixels, np.asarray(picture())[np.ix_(rows, columns)])
+    assert note is None
 
 
 def test_another_size_than_the_annotations_say(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_annotations_are_what_can_be_seen(paths: dict[str, Path]) -> None:
 def test_objects_differ_from_their_background(paths: dict[str, Path]) -> None:
     dataset = read_coco(paths["val_images"], paths["val_annotations"])
     for record in dataset.records:
-        pixels = read_image(record).astype(float)
+        pixels = read_image(record)[0].astype(float)
         bitmaps = []
         for item in record.objects:
             crop, (x, y, w, h) = bitmap(item.segmentation, record.height, record.width)
