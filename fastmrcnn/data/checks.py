@@ -144,6 +144,24 @@ def sensible_areas(
     return found
 
 
+def repeated_objects(table: Table, classes: Sequence[int], problems: Problems) -> None:
+    """Objects with the class, box and mask of another of their image: told. They count twice."""
+    images = np.array([record.image_id for record in table.records], np.float64)
+    covered = np.nan_to_num(table.covered, nan=-1)
+    masks = np.nan_to_num(table.extents, nan=-1)
+    boxes = np.where(np.isnan(table.boxes), masks, table.boxes)
+    keys = np.column_stack((images, np.array(classes, np.float64), boxes, masks, covered))
+    keys = keys[~table.crowd]
+    order = np.lexsort(keys.T)
+    same = np.zeros(len(keys), bool)
+    same[order[1:]] = (keys[order[1:]] == keys[order[:-1]]).all(1)  # order is stable: the first one is not
+    if same.any():
+        again = np.zeros(len(table.crowd), bool)
+        again[np.flatnonzero(~table.crowd)[same]] = True
+        message = "with the class, box and mask of another in its image"
+        problems.say("note", "object", message, "learnt and judged twice; remove one", table.some(again))
+
+
 def crowd_regions(table: Table, problems: Problems) -> None:
     """Most objects are crowd regions, which are neither learnt nor judged: told."""
     if table.crowd.any() and 2 * table.crowd.sum() > len(table.crowd):

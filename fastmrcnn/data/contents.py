@@ -25,6 +25,7 @@ from fastmrcnn.data.checks import (
     classes_without_objects,
     covers_no_pixel,
     crowd_regions,
+    repeated_objects,
     sensible_areas,
     unusable_boxes,
 )
@@ -274,6 +275,7 @@ def _place(
     used = ~(flat | outside | small | empty)
     boxes_beside_masks(table, used, problems)
     crowd_regions(table, problems)
+    repeated_objects(table, [entry.class_index for entry in entries], problems)
     areas = sensible_areas(table, [entry.area for entry in entries], inside, problems)
     clipped = int((abs(box - inside).max(1) > 0.01)[used].sum())
     # Too small to learn from, an object can still be found: it is judged.

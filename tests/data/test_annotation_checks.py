@@ -251,6 +251,17 @@ def test_keypoints_are_counted_by_their_flags(tmp_path: Path) -> None:
         assert {entry["num_keypoints"] for entry in dataset.tree["annotations"]} == {2}
 
 
+def test_objects_that_repeat_another_are_told(tmp_path: Path) -> None:
+    content = tree()
+    first, second = content["annotations"][:2]
+    content["annotations"] += [first | {"id": 70}, second | {"id": 80, "category_id": 2}, first | {"id": 90}]
+    content["categories"].append({"id": 2, "name": "other"})
+    words = "2 objects with the class, box and mask of another in its image (annotations 70, 90); learnt and"
+    assert len(told(tmp_path, content, words).records[0].objects) == 9
+    content["annotations"] = content["annotations"][:6]
+    assert "of another" not in "".join(read(tmp_path, content).summary())
+
+
 def test_keypoints_may_be_text(tmp_path: Path) -> None:
     content = tree()
     content["categories"][0]["keypoints"] = ["a", "b"]
