@@ -147,17 +147,18 @@ def sensible_areas(
 def repeated_objects(table: Table, classes: Sequence[int], problems: Problems) -> None:
     """Objects with the class, box and mask of another of their image: told. They count twice."""
     images = np.array([record.image_id for record in table.records], np.float64)
-    covered = np.nan_to_num(table.covered, nan=-1)
-    masks = np.nan_to_num(table.extents, nan=-1)
-    boxes = np.where(np.isnan(table.boxes), masks, table.boxes)
-    keys = np.column_stack((images, np.array(classes, np.float64), boxes, masks, covered))
-    keys = keys[~table.crowd]
+    boxes = np.where(np.isnan(table.boxes), table.extents, table.boxes)
+    keys = np.column_stack((images, boxes))
     order = np.lexsort(keys.T)
-    same = np.zeros(len(keys), bool)
-    same[order[1:]] = (keys[order[1:]] == keys[order[:-1]]).all(1)  # order is stable: the first one is not
-    if same.any():
-        again = np.zeros(len(table.crowd), bool)
-        again[np.flatnonzero(~table.crowd)[same]] = True
+    pairs = np.flatnonzero((keys[order[1:]] == keys[order[:-1]]).all(1))  # few have the box of another
+    seen: set[bytes] = set()
+    again = np.zeros(len(keys), bool)
+    for index in np.unique(order[np.concatenate((pairs, pairs + 1))]):
+        mask = (*table.extents[index], table.covered[index])
+        whole = np.array([*keys[index], *mask, classes[index], table.crowd[index]]).tobytes()
+        again[index] = whole in seen and not table.crowd[index]
+        seen.add(whole)
+    if again.any():
         message = "with the class, box and mask of another in its image"
         problems.say("note", "object", message, "learnt and judged twice; remove one", table.some(again))
 
