@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import pytest
 import torch
 from batches import random_batch, small_config, small_model
 from nosync import NoSync
-from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
 from fastmrcnn.config.schema import Config, OptimConfig
 from fastmrcnn.device import choose_precision, set_up_cuda
@@ -20,7 +18,7 @@ from fastmrcnn.model.subsample import SamplingKeys
 from fastmrcnn.structures import Batch, present, to_device
 from fastmrcnn.training.cuda_graph import GraphedStep, Result, Run, leaves
 from fastmrcnn.training.execution import Execution, choose_execution
-from fastmrcnn.training.step import TrainingStep, keep_compile_cache
+from fastmrcnn.training.step import TrainingStep
 
 CPU = torch.device("cpu")
 SGD = OptimConfig(clip_norm=5.0, ema=0.9)
@@ -174,20 +172,6 @@ def test_epilogues_are_fused_where_that_was_chosen() -> None:
         assert {conv.fused for conv in convs if conv.kernel_size[0] <= 3} == {fused}
         losses.append(present(*step(random_batch(1), 0, 0.01)))
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
-
-
-def test_the_compile_cache_is_where_it_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is put back
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    keep_compile_cache()
-    assert cache_dir() == str(tmp_path / "fastmrcnn" / "inductor")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # as torch sets it
-    keep_compile_cache()
-    assert cache_dir() == str(tmp_path / "fastmrcnn" / "inductor")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
-    keep_compile_cache()
-    assert cache_dir() == str(tmp_path / "mine")
 
 
 def test_an_update_that_is_recorded_must_allow_it() -> None:
