@@ -180,7 +180,7 @@ def _grad_weight_kernel(
         slot = first + tl.arange(0, SLOTS)
         mine = slot < slots
         if K > 1:
-            mine = mine & (tl.load(classes_ptr + slot, mask=mine, other=-1) == row)
+            mine = mine & (tl.load(classes_ptr + slot, mask=mine, other=0) == row)
         at = (slot.to(tl.int64) * channels)[:, None] + channel[None, :]
         mask = mine[:, None] & (channel < channels)[None, :]
         weight_sums += tl.load(weight_sum_ptr + at, mask=mask, other=0.0)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from integers import INTEGERS
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -118,6 +119,14 @@ def test_dtypes_and_layouts(dtype: torch.dtype, layout: str, device: str) -> Non
     check(given._replace(classes=classes.short(), targets=hard.byte(), slot_weight=slot_weight * 0.7))
     convolution = given.weight.detach()[:, :, None, None].requires_grad_()
     check(given._replace(weight=convolution))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_classes_of_every_integer_type(dtype: torch.dtype, device: str) -> None:
+    """Also where the number of classes is too large for it."""
+    given = inputs(4, 256, side=2, device=device)
+    check(given._replace(classes=(given.classes % 100).to(dtype)))
 
 
 @pytest.mark.parametrize("device", DEVICES)
