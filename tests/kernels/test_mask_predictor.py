@@ -491,6 +491,16 @@ def test_feature_loads_are_wide_beside_those_of_the_tables() -> None:
     assert (row.widest_load, row.spilled, row.failures) == (16, 0, [])
 
 
+@pytest.mark.skipif(interpreting(), reason="nothing is compiled")
+def test_features_are_loaded_ahead() -> None:
+    """Past the registers, in pieces of 16 bytes, wherever they are read."""
+    from fastmrcnn.kernels.mask_predictor import kernel
+
+    for spec in kernel._specs(8 * 48, torch.bfloat16, True):
+        if "features_ptr" in spec.arguments:
+            assert "cp.async.cg.shared.global" in spec.compile().asm["ptx"], spec.name
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_training_shapes(layout: str) -> None:
