@@ -15,7 +15,7 @@ import triton.language as tl
 def greedy_kernel(
     boxes_ptr,  # (4, slots) fp32, sorted by run, then falling score, as all that follows
     run_ptr,  # (slots,) int64, rising; bit 32 is set in slots that are not valid
-    group_ptr,  # (slots,) int, read if HAS_GROUPS
+    group_ptr,  # (slots,) int64, read if HAS_GROUPS
     rank_ptr,  # (slots,) int64, place by image and falling score, read if HAS_GROUPS
     first_tile_ptr,  # (tiles,) int64, where the run of a tile's first slot begins
     keep_ptr,  # (slots,) uint8, written, by image and falling score

@@ -11,6 +11,7 @@ import torch
 from golden import load
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from integers import INTEGERS
 from torch import Tensor
 
 from fastmrcnn.kernels.nms import naive, op
@@ -118,6 +119,21 @@ def test_nan_scores_come_first_as_in_torchvision(device: str) -> None:
 def test_groups_that_need_64_bits(device: str) -> None:
     boxes, scores, groups = clustered(100, 4)
     check_padded(boxes, scores, groups * 2**32 - 2**33, None, 0.5, 100, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_groups_of_every_integer_type(dtype: torch.dtype, device: str) -> None:
+    """Negative ones too, in more than one image, beside slots that are not valid."""
+    boxes, scores, groups = clustered(47, 5, images=2)
+    valid = torch.rand(2, 47, generator=torch.Generator().manual_seed(1)) > 0.2
+    lowest = torch.iinfo(dtype).min
+    for some in ([-2, -1, 0, 1, 2], [lowest, -1, 0, lowest + 1, torch.iinfo(dtype).max]):
+        values = torch.tensor([value for value in some if value >= lowest], dtype=dtype)
+        narrow = values[groups % len(values)]
+        check_padded(boxes, scores, narrow, valid, 0.5, 47, device)
+        kept = batched_nms(boxes[0].to(device), scores[0].to(device), narrow[0].to(device), 0.5)
+        assert kept.tolist() == naive.batched_nms(boxes[0], scores[0], narrow[0], 0.5).tolist()
 
 
 @pytest.mark.parametrize("device", DEVICES)
