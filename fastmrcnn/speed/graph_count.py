@@ -14,7 +14,7 @@ import torch._functorch.config
 import torch._inductor.config
 from torch._inductor import ir, scheduler
 
-from fastmrcnn.kernels.common.library import NAMESPACE
+from fastmrcnn.kernels._ops import add_op_namespace_prefix
 
 
 class GraphCounts(NamedTuple):
@@ -75,4 +75,5 @@ def _kind(node: Any) -> str:
     if not isinstance(node, scheduler.ExternKernelSchedulerNode):
         return "generated"
     operator = getattr(node.node, "op_overload", None)
-    return "ours" if operator is not None and operator.name().startswith(f"{NAMESPACE}::") else "library"
+    ours = operator is not None and operator.name().startswith(add_op_namespace_prefix(""))
+    return "ours" if ours else "library"

@@ -1,8 +1,4 @@
-"""What every operator's registration shares.
-
-The operators' namespace comes from the package's own name, so that a copy of this folder under
-another name registers beside the original instead of colliding with it.
-"""
+"""What every operator's registration shares."""
 
 from __future__ import annotations
 
@@ -19,8 +15,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix
+
 PACKAGE = __package__.rpartition(".")[0]  # of the operators: fastmrcnn.kernels, or what a copy is called
-NAMESPACE = PACKAGE.replace(".", "_")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _switchable: set[str] = set()
@@ -98,7 +95,7 @@ def register(plain: Callable[..., Any]) -> torch.library.CustomOpDef:
         return in_full_precision(plain, *arguments)
 
     schema = torch.library.infer_schema(plain, mutates_args=())
-    return torch.library.custom_op(f"{NAMESPACE}::{name}", run, mutates_args=(), schema=schema)
+    return torch.library.custom_op(add_op_namespace_prefix(name), run, mutates_args=(), schema=schema)
 
 
 @contextlib.contextmanager
