@@ -307,6 +307,23 @@ def test_results_have_the_category_ids_of_the_file(dataset: CocoDataset, images:
     assert {(e["category_name"], e["category_id"]) for e in done.entries} == {("disc", 1), ("box", 2)}
 
 
+def test_a_file_that_training_reads_gives_its_ids(dataset: CocoDataset, images: Path, run: Any) -> None:
+    """Ids and sizes as text and floats, lists in objects by id, and addresses for file names, as in LVIS."""
+    tree = json.loads(dataset.annotations.read_text())
+    for entry in tree["images"]:
+        entry["coco_url"] = f"http://example.org/val/{entry.pop('file_name')}?size=1"
+        entry |= {"id": str(entry["id"]), "width": str(entry["width"]), "height": float(entry["height"])}
+    for entry in tree["categories"]:
+        entry["id"] = float(entry["id"] + 100)
+    for part in ("images", "categories"):
+        tree[part] = {str(entry["id"]): entry for entry in tree[part]}
+    dataset.annotations.write_text(json.dumps(tree))
+    done = run(images, "--annotations", dataset.annotations)
+    assert done.code == 0
+    assert {Path(e["file_name"]).stem: e["image_id"] for e in done.entries} == {"11": 11, "5": 5, "8": 8}
+    assert {e["category_name"]: e["category_id"] for e in done.entries} == {"disc": 107, "box": 103}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -317,7 +334,12 @@ def test_results_have_the_category_ids_of_the_file(dataset: CocoDataset, images:
         ('{"images": {}}', "lists no images"),
         ('{"images": []}', "lists no images"),
         ('{"images": [1]}', "image number 1 has no id that is a whole number"),
-        ('{"images": [{"id": "7", "file_name": "a"}]}', "image number 1 has no id that is a whole number"),
+        ('{"images": [{"id": "x", "file_name": "a"}]}', "image number 1 has no id that is a whole number"),
+        ('{"images": [{"id": true, "file_name": "a"}]}', "image number 1 has no id that is a whole number"),
+        (
+            '{"images": [{"id": "7", "file_name": "a"}, {"id": 7.0, "file_name": "b"}]}',
+            "image 7 is there twice",
+        ),
         ('{"images": [{"id": 7}]}', "image 7 has no file_name"),
         ('{"images": [{"id": 7, "file_name": "a"}, {"id": 7, "file_name": "b"}]}', "image 7 is there twice"),
         ('{"images": [{"id": 7, "file_name": "a"}], "categories": [{}]}', "category number 1 has no id"),
