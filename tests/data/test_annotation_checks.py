@@ -392,6 +392,20 @@ def each_place(
     return [x(a), y(b), v, x(c), y(d), u]
 
 
+def test_keypoints_as_text(tmp_path: Path) -> None:
+    plain = read(tmp_path, with_keypoints(points_of), keypoints=KeypointOptions(), keep_tree=True)
+    content = with_keypoints(lambda e: [str(value) for value in points_of(e)])
+    dataset = told(tmp_path, content, "6 objects with keypoints given as text", keypoints=KeypointOptions())
+    for one, other in zip(dataset.records[0].objects, plain.records[0].objects, strict=True):
+        assert one.keypoints is not None
+        assert other.keypoints is not None
+        assert one.keypoints.tolist() == other.keypoints.tolist()
+    content["annotations"][0] |= {"keypoints": [], "num_keypoints": "0"}
+    dataset = read(tmp_path, content, keypoints=KeypointOptions(), keep_tree=True)
+    assert dataset.tree is not None
+    assert [entry["num_keypoints"] for entry in dataset.tree["annotations"]] == [0, 2, 2, 2, 2, 2]
+
+
 def test_keypoints_within_reach_of_their_boxes_are_no_finding(tmp_path: Path) -> None:
     """Hands reach beyond the box of what is seen; what is not labelled stands at 0, 0."""
     content = with_keypoints(lambda e: [e["bbox"][0] - 4, e["bbox"][1], 1, 0, 0, 0])
