@@ -21,6 +21,7 @@ from fastmrcnn.training.step import TrainingStep
 from fastmrcnn.weights.start import new_model
 
 EAGER = Execution()
+CUDA_FP32 = "fp32 (TF32 in convolutions)"  # torch's default there, which stays as it is
 WARM_UP = 3  # steps before the first that counts; as many as there are batches
 
 
@@ -57,10 +58,10 @@ class Runner(Protocol):
 
 def cuda_rows(max_autotune: bool) -> list[Row]:
     peers = [
-        Row("torchvision, eager fp32", "torchvision"),
+        Row(f"torchvision, eager {CUDA_FP32}", "torchvision"),
         Row("torchvision, eager AMP bf16", "torchvision", "bf16"),
     ]
-    ours = [Row("eager fp32", layout="nchw", box_kernels=False, one_class=False, folded=False)]
+    ours = [Row(f"eager {CUDA_FP32}", layout="nchw", box_kernels=False, one_class=False, folded=False)]
     ours.append(replace(ours[-1], name="+ channels_last", layout="channels_last"))
     ours.append(replace(ours[-1], name="+ bf16", precision="bf16"))
     ours.append(replace(ours[-1], name="+ mask slots packed", packed=True))

@@ -196,13 +196,15 @@ def test_cuda_graphs_train_as_eager_steps_do(precision: str, optim: OptimConfig)
     eager, graphed = steps
     batches = [to_device(random_batch(seed, shape=shape), device) for seed, shape in SHAPES]
     graphed.warm_up(batches[0], [(128, 96), (96, 128)])
-    tolerance = 1e-4 if precision == "fp32" else 3e-2
+    first = 1e-4 if precision == "fp32" else 3e-2
+    # After an update rounding may keep another proposal. Two that change places, of all that are sampled:
+    later = max(first, 2 / (len(batches[0].pixels) * small_config().model.roi.batch_per_image))
     for number, batch in enumerate(batches):
         expected = eager(batch, number, 0.002)[0].total().item()
         guard = syncs_are_errors() if number else nullcontext()
         with guard:
             losses, _ = graphed(batch, number, 0.002)
-        assert losses.total().item() == pytest.approx(expected, rel=tolerance)
+        assert losses.total().item() == pytest.approx(expected, rel=later if number else first)
     assert isinstance(graphed.run, GraphedStep)
     assert len(graphed.run.recordings) == 2
 
