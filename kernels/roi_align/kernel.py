@@ -31,7 +31,7 @@ def multilevel_roi_align(
 
 
 def multilevel_roi_align_backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
-    """Arguments as of `backward.launches`. Two launches, and a bit of memory per RoI and tile."""
+    """Arguments as of `backward.launches`. Three launches, and four bytes for a tile and RoI of its image."""
     grads, launches = backward.launches(grad, *arguments)
     if grads[0].numel() == 0:
         return grads
@@ -67,7 +67,7 @@ def compile_specs(target: Target = H100) -> list[CompileSpec]:
                 valid = torch.empty((rois,), dtype=torch.bool, device="meta")
                 grad = torch.empty((rois, channels, bins, bins), **like)
                 _, pool = forward.launch(maps, boxes, None, valid, how, target)
-                _, (find, gather) = backward.launches(
+                _, (find, write, gather) = backward.launches(
                     grad, boxes, None, valid, images, sizes, channels_last, how, target
                 )
                 moved = sum(t.nbytes for t in [*maps, grad, boxes])
@@ -77,4 +77,6 @@ def compile_specs(target: Target = H100) -> list[CompileSpec]:
                 specs.append(gather.spec(f"roi_align backward {size}", variant, moved, flops, widest))
             moved = boxes.nbytes + find.arguments["hits_ptr"].nbytes
             specs.append(find.spec("roi_align backward hits", variant, moved, 0))
+            moved = find.arguments["hits_ptr"].nbytes
+            specs.append(write.spec("roi_align backward lists", variant, moved, 0))
     return specs

@@ -228,6 +228,28 @@ def test_edges(case: str, device: str) -> None:
     assert bool(pooled.any()) == moved
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_tiles_of_many_boxes_and_of_none(device: str) -> None:
+    """Backward keeps lists of who touches which 8 x 8 pixels, made from 256 boxes at a time."""
+    feature = torch.randn(1, 2, 8, 24, dtype=torch.float64, requires_grad=True)
+    r = torch.Generator().manual_seed(4)
+    corner = torch.rand(300, 2, generator=r) * 3
+    boxes = torch.cat([corner, corner + 1 + torch.rand(300, 2, generator=r) * 3], dim=1)
+    boxes[20:280, 0::2] += 8  # of the second 8 columns, the others of the first
+    valid = torch.rand(1, 300, generator=r) < 0.3
+    how: dict[str, Any] = {"spatial_scales": [1.0], "sampling_ratio": 1}
+    pooled = naive.multilevel_roi_align([feature], boxes[None], (1, 1), valid=valid, **how)
+    grad = torch.randn(300, 2, 1, 1, dtype=torch.float64, generator=r)
+    (exact,) = torch.autograd.grad(pooled, feature, grad.view_as(pooled))
+    given = [t.to(device) for t in (grad, boxes.double(), valid.flatten())]
+    maps, how_pooled = (1, [8], [24], False), ([1, 1], [1.0], 1, False, 224.0, 4, 0)
+    (found,) = op._roi_align_backward(given[0], given[1], None, given[2], *maps, *how_pooled)
+    assert_near(found, exact, torch.float64, terms=300, extent=16)
+    assert found[..., :8].any()
+    assert found[..., 8:16].any()
+    assert not found[..., 16:].any()
+
+
 NICE = st.floats(-30, 80, width=32)
 ANY = st.one_of(
     NICE, st.sampled_from([0.0, -4.0, 52.0, 56.0, 1e4, -1e9, 1e9, 3e38, math.inf, -math.inf, math.nan])
