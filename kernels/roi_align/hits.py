@@ -50,7 +50,7 @@ def find(
         "ITEMS": ITEMS_PER_WORD,
         **bin_arguments(how, sizes),
     }
-    hits = torch.empty((sum(tiles), words), dtype=torch.int32, device=device)
+    hits = torch.zeros((sum(tiles), words), dtype=torch.int32, device=device)
     mark = {
         **common,
         **of_boxes,
@@ -58,7 +58,8 @@ def find(
         "hits_ptr": hits,
         "num_images": num_images,
         "DTYPE": config.dtype,
-        "BLOCK": 64,
+        "PARTS": parts_of(how),
+        "BLOCK": 32,
     }
     lists = {
         "list_ptr": torch.empty((sum(tiles), words * ITEMS_PER_WORD), dtype=torch.int32, device=device),
@@ -66,7 +67,7 @@ def find(
     }
     write = {**lists, "hits_ptr": hits, "words": words, "ITEMS": ITEMS_PER_WORD, "BLOCK_WORDS": 8}
     return {**common, **lists}, [
-        Launch(_hits_kernel, (words, num_images * len(sizes)), mark),
+        Launch(_hits_kernel, (rois * parts_of(how),), mark, num_warps=1),
         Launch(_list_kernel, (sum(tiles),), write, num_warps=1),
     ]
 
@@ -76,7 +77,7 @@ def _hits_kernel(
     boxes_ptr,  # (R, 4) xyxy
     batch_ptr,  # (R,) image of each box, any dtype
     valid_ptr,  # (R,) uint8
-    hits_ptr,  # (tiles, words) int32, bit b of word w: the tile is touched by the image's item 32 w + b
+    hits_ptr,  # (tiles, words) int32, zeros; bit b of word w: its image's item 32 w + b touches the tile
     places_ptr,  # (R, 6) start, length of a bin and distance of samples, of y and of x; of RoIs that count
     stride_roi, stride_coordinate, stride_batch,
     heights, widths,  # of each level
@@ -85,53 +86,48 @@ def _hits_kernel(
     OH: tl.constexpr, OW: tl.constexpr, PART_H: tl.constexpr, PART_W: tl.constexpr,  # an item: a part of bins
     SCALES: tl.constexpr, AREA: tl.constexpr, SAMPLES: tl.constexpr, ALIGNED: tl.constexpr,
     HAS_BATCH: tl.constexpr, HAS_VALID: tl.constexpr, DTYPE: tl.constexpr,
-    TILE: tl.constexpr, ITEMS: tl.constexpr, BLOCK: tl.constexpr,
+    TILE: tl.constexpr, ITEMS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    word = tl.program_id(0)
-    image = tl.program_id(1) // len(SCALES)
-    level = tl.program_id(1) % len(SCALES)
-    height = select(heights, level, level * 0 + heights[0])
-    width = select(widths, level, level * 0 + widths[0])
-    first_tile = select(first_tiles, level, level * 0 + first_tiles[0])
-
-    lane = tl.arange(0, ITEMS)
-    roi, first_i, last_i, first_j, last_j = bins_of(word * ITEMS + lane, OH, OW, PART_H, PART_W)
-    exists = roi < rois_per_image
-    if not HAS_BATCH:
-        roi += image * rois_per_image
-    x1, y1, x2, y2, images, real = load_boxes(
-        boxes_ptr, batch_ptr, valid_ptr, roi, exists,
+    item = tl.program_id(0)
+    roi, first_i, last_i, first_j, last_j = bins_of(item, OH, OW, PART_H, PART_W)
+    x1, y1, x2, y2, image, real = load_boxes(
+        boxes_ptr, batch_ptr, valid_ptr, roi, roi >= 0,
         stride_roi, stride_coordinate, stride_batch, rois_per_image, num_images,
         HAS_BATCH, HAS_VALID, DTYPE,
     )  # fmt: skip
-    levels = level_of(x1, y1, x2, y2, len(SCALES), AREA)
-    scale = scale_of(levels, x1, SCALES)
+    if not HAS_BATCH:
+        item -= image * rois_per_image * PARTS
+    level = level_of(x1, y1, x2, y2, len(SCALES), AREA)
+    scale = scale_of(level, x1, SCALES)
+    height = select(heights, level, level * 0 + heights[0])
+    width = select(widths, level, level * 0 + widths[0])
     start_y, bin_y, step_y, samples_y = axis(y1, y2, scale, OH, SAMPLES, ALIGNED)
     start_x, bin_x, step_x, samples_x = axis(x1, x2, scale, OW, SAMPLES, ALIGNED)
+    place_ptr = places_ptr + roi.to(tl.int64) * 6  # every item of an RoI writes the same
+    tl.store(place_ptr, start_y, mask=real)
+    tl.store(place_ptr + 1, bin_y, mask=real)
+    tl.store(place_ptr + 2, step_y, mask=real)
+    tl.store(place_ptr + 3, start_x, mask=real)
+    tl.store(place_ptr + 4, bin_x, mask=real)
+    tl.store(place_ptr + 5, step_x, mask=real)
+
     top, bottom = touched(start_y, bin_y, step_y, samples_y, height, first_i, last_i)
     left, right = touched(start_x, bin_x, step_x, samples_x, width, first_j, last_j)
-    here = real & (levels == level) & (images == image)
-    place_ptr = places_ptr + roi.to(tl.int64) * 6  # every item of an RoI writes the same
-    tl.store(place_ptr, start_y, mask=here)
-    tl.store(place_ptr + 1, bin_y, mask=here)
-    tl.store(place_ptr + 2, step_y, mask=here)
-    tl.store(place_ptr + 3, start_x, mask=here)
-    tl.store(place_ptr + 4, bin_x, mask=here)
-    tl.store(place_ptr + 5, step_x, mask=here)
-
-    here = here & (bottom >= top) & (right >= left)
+    here = real & (bottom >= top) & (right >= left)
+    first_row, first_column = top // TILE, left // TILE
+    touched_columns = tl.where(here, right // TILE - first_column + 1, 1)
+    count = tl.where(here, (bottom // TILE - first_row + 1) * touched_columns, 0)
     columns = (width + TILE - 1) // TILE
     tiles = (height + TILE - 1) // TILE * columns
-    bit = tl.full((ITEMS,), 1, tl.int64) << lane
-    for begin in range(0, tiles, BLOCK):
+    first_tile = select(first_tiles, level, level * 0 + first_tiles[0]) + image * tiles
+    bit = tl.full((BLOCK,), 1, tl.int32) << (item % ITEMS)
+    for begin in range(0, count, BLOCK):
         tile = begin + tl.arange(0, BLOCK)
-        y0 = (tile // columns * TILE)[:, None]
-        x0 = (tile % columns * TILE)[:, None]
-        hit = (y0 <= bottom[None, :]) & (y0 + TILE > top[None, :]) & here[None, :]
-        hit = hit & (x0 <= right[None, :]) & (x0 + TILE > left[None, :])
-        bits = tl.sum(tl.where(hit, bit[None, :], 0), axis=1)
-        at = (first_tile + image * tiles + tile).to(tl.int64) * words + word
-        tl.store(hits_ptr + at, bits.to(tl.int32), mask=tile < tiles)
+        row = first_row + tile // touched_columns
+        column = first_column + tile % touched_columns
+        at = (first_tile + row * columns + column).to(tl.int64) * words + item // ITEMS
+        # Bits come to the same in any order.
+        tl.atomic_or(hits_ptr + at, bit, mask=tile < count, sem="relaxed")
 
 
 @triton.jit

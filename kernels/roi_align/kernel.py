@@ -4,8 +4,8 @@ An output bin is a weighted sum of pixels, and the weight of a pixel is that of 
 column. So both directions are products of small matrices on the tensor cores, whose weights are computed
 on the fly: forward, one program has up to 8 x 8 bins of an RoI and runs over the 8 x 8 pixel tiles that
 they touch, reading each pixel once; backward, one program has an 8 x 8 pixel tile of a map and runs over
-the RoIs that touch it in the order of their index, writing each pixel once. No atomics, no float32 copy
-of the maps, and the same bits in every run.
+the RoIs that touch it in the order of their index, writing each pixel once. No atomics on sums, no
+float32 copy of the maps, and the same bits in every run.
 """
 
 from __future__ import annotations
