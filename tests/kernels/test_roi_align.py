@@ -306,6 +306,28 @@ def test_image_out_of_range(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_integers_of_any_width_name_images(dtype: torch.dtype, device: str) -> None:
+    """Of more images than int8 can count; what names none gives zeros, and no gradient."""
+    feature = torch.rand(130, 1, 2, 2, dtype=torch.float64) + 1
+    info = torch.iinfo(dtype)
+    images = torch.tensor([1, 127, info.max, info.min, -1 if info.min < 0 else 129], dtype=dtype)
+    if info.max > 2**32:
+        images = torch.cat([images, torch.tensor([2**32 + 1])])
+    boxes = torch.tensor([0.0, 0, 2, 2], dtype=torch.float64).repeat(len(images), 1)
+    same = on_cpu([feature])
+    exact = naive.multilevel_roi_align(same, boxes, (1, 1), spatial_scales=[1.0], batch_index=images)
+    (expected,) = torch.autograd.grad(exact.sum(), same)
+    feature = feature.to(device).requires_grad_()
+    where = (boxes.to(device), images.to(device), None)
+    pooled = op._roi_align([feature], *where, [1, 1], [1.0], 0, False, 224.0, 4, 0)
+    assert_near(pooled, exact, torch.float64)
+    pooled.sum().backward()
+    assert_near(feature.grad, expected, torch.float64)
+    assert pooled[:2].all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("ratio", [0, 2])
 @pytest.mark.parametrize("rotten", [math.nan, math.inf])
 def test_what_is_not_pooled_is_zero_whatever_the_maps_hold(rotten: float, ratio: int, device: str) -> None:
