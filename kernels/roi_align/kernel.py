@@ -75,8 +75,22 @@ def compile_specs(target: Target = H100) -> list[CompileSpec]:
                 size = f"{bins}x{bins}"
                 specs.append(pool.spec(f"roi_align forward {size}", variant, moved, flops, widest))
                 specs.append(gather.spec(f"roi_align backward {size}", variant, moved, flops, widest))
+                if channels_last:  # a head that flattens its features hands back such a gradient
+                    _, (*_, gather) = backward.launches(
+                        grad.contiguous(), boxes, None, valid, images, sizes, True, how, target
+                    )
+                    flat = f"{variant}, nchw gradient"
+                    specs.append(gather.spec(f"roi_align backward {size}", flat, moved, flops))
             moved = boxes.nbytes + find.arguments["hits_ptr"].nbytes
             specs.append(find.spec("roi_align backward hits", variant, moved, 0))
             moved = find.arguments["hits_ptr"].nbytes
             specs.append(write.spec("roi_align backward lists", variant, moved, 0))
+            index = torch.empty((rois,), dtype=torch.int64, device="meta")
+            _, (find, write, _) = backward.launches(
+                grad, boxes, index, valid, images, sizes, channels_last, how, target
+            )
+            hits = find.arguments["hits_ptr"].nbytes
+            packed = f"{variant}, packed"
+            specs.append(find.spec("roi_align backward hits", packed, boxes.nbytes + hits, 0))
+            specs.append(write.spec("roi_align backward lists", packed, hits, 0))
     return specs
