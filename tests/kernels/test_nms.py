@@ -146,6 +146,19 @@ def test_iou_on_the_threshold(threshold: float, device: str) -> None:
         check_padded(boxes, scores, None, None, threshold, 10, device)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("tenths", "kept"), [(1, [0]), (3, [0]), (6, [0]), (7, [0, 1]), (9, [0, 1])])
+def test_the_threshold_is_not_rounded_as_torchvision_does_on_cuda(
+    tenths: int, kept: list[int], device: str
+) -> None:
+    """With the threshold in float32 both boxes would survive each of these ties."""
+    boxes = torch.tensor([[0.0, 0, 10, 1], [0, 0, tenths, 1]], device=device)
+    scores = torch.tensor([0.9, 0.8], device=device)
+    assert nms(boxes, scores, tenths / 10).tolist() == kept
+    index, valid = padded_nms(boxes[None], scores[None], None, None, tenths / 10, 2)
+    assert index[valid].tolist() == kept
+
+
 def test_threshold_in_float32() -> None:
     for value in (0.0, 0.1, 0.3, 0.5, 0.7, 1.0, 1e-46, 1e300):
         rounded = np.float32(round_down_to_float32(value))
