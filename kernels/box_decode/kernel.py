@@ -84,7 +84,7 @@ def compile_specs() -> list[CompileSpec]:
     return specs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_image", "total"])
 def _decode_kernel(
     deltas_ptr,  # (images, total, 4) floating point dx, dy, dw, dh
     references_ptr,  # (images, total, 4) floating point xyxy, images stride_image rows apart

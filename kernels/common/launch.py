@@ -88,6 +88,9 @@ class CompileSpec:
                 signature[parameter.name] = "constexpr"
                 constexprs[(position,)] = value
                 continue
+            if parameter.do_not_specialize and isinstance(value, int):
+                signature[parameter.name] = _integer(value)
+                continue
             signature[parameter.name] = _type(value)
             for path, leaf in _leaves(value, (position,)):
                 if _type(leaf) == "constexpr":
@@ -160,8 +163,12 @@ def _type(value: Any) -> Any:
     if isinstance(value, bool):
         return "i1"
     if isinstance(value, int):
-        return "i32" if -(2**31) <= value < 2**31 else "i64"
+        return _integer(value)
     return "fp32"
+
+
+def _integer(value: int) -> str:
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
 def _leaves(value: Any, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], Any]]:

@@ -51,7 +51,7 @@ def compile_specs() -> list[CompileSpec]:
     return [launch.spec("assign_levels", "fp32", boxes.nbytes + level.nbytes, 6 * level.numel())]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["boxes"])
 def _assign_levels_kernel(
     boxes_ptr,  # (boxes, 4) xyxy
     level_ptr,  # (boxes,) int32, 0 for the finest

@@ -162,7 +162,7 @@ def _slot_loss_kernel(
     tl.store(slot_sum_ptr + slot, weight * tl.sum(sums, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def _mean_kernel(
     slot_sum_ptr,  # (slots,) fp32 or fp64
     weight_ptr,  # (slots,) any

@@ -156,7 +156,7 @@ def _grad_features_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def _grad_weight_kernel(
     grad_ptr,  # () fp32 or fp64, or None
     divisor_ptr,  # () as grad, or None

@@ -143,7 +143,7 @@ def compile_specs() -> list[CompileSpec]:
     return specs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["objects"])
 def _prepare_kernel(
     valid_ptr,  # (images, objects) uint8
     crowd_ptr,  # (images, objects) uint8, or None
@@ -171,7 +171,7 @@ def _prepare_kernel(
     tl.store(used_ptr + image * 2 + 1, end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_image", "boxes", "objects"])
 def _best_of_objects_kernel(
     boxes_ptr,  # (images, boxes, 4) fp32 xyxy, images stride_image rows apart
     gt_boxes_ptr,  # (images, objects, 4) fp32 xyxy
@@ -196,7 +196,7 @@ def _best_of_objects_kernel(
                 tl.atomic_max(highest_ptr + row, highest, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_image", "boxes", "objects"])
 def _best_of_boxes_kernel(
     boxes_ptr,  # (images, boxes, 4) fp32 xyxy, images stride_image rows apart
     gt_boxes_ptr,  # (images, objects, 4) fp32 xyxy

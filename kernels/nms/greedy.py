@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def greedy_kernel(
     boxes_ptr,  # (4, slots) fp32, sorted by run, then falling score, as all that follows
     run_ptr,  # (slots,) int64, rising; bit 32 is set in slots that are not valid

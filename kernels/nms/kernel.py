@@ -173,7 +173,7 @@ def compile_specs() -> list[CompileSpec]:
     return [*specs, compact.spec("nms compact", "", moved, 0)]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "slots_per_image"])
 def _score_key_kernel(
     boxes_ptr,  # (slots, 4) floating point
     scores_ptr,  # (slots,) floating point up to 32 bits, or int32 if RANKED
@@ -215,7 +215,7 @@ def _score_key_kernel(
     tl.store(key_ptr + slot, key, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots_per_image", "max_out"])
 def _compact_kernel(
     keep_ptr,  # (images, slots_per_image) uint8, by falling score
     by_score_ptr,  # (images, slots_per_image) int64 into images * slots_per_image

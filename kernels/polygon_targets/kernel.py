@@ -102,7 +102,7 @@ def compile_specs() -> list[CompileSpec]:
     return specs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images", "slots", "num_vertices", "num_parts"])
 def _rasterise_kernel(
     boxes_ptr,  # (T, 4) fp32 xyxy
     image_ptr,  # (T,) int

@@ -5,6 +5,7 @@ Kernels are compiled in a process of their own, since under TRITON_INTERPRET=1 t
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
 import json
@@ -278,6 +279,51 @@ def test_sizes_of_one_compile(tmp_path: Path) -> None:
     done = run(str(script), PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(set(done.stdout.split())) == 15
+
+
+VARIANTS = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+from fastmrcnn.kernels.level_assign import kernel as level_assign
+from fastmrcnn.kernels.matcher import kernel as matcher
+from fastmrcnn.kernels.nms import kernel as nms
+
+backend = make_backend(GPUTarget("cuda", 90, 32))
+variants = {}
+
+def launched(launch):
+    binder = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
+    options = {"num_warps": launch.num_warps, "debug": False, **launch.options}
+    _, specialisation, _ = binder(**launch.arguments, **options)
+    variants.setdefault(launch.kernel.__name__, set()).add(str(specialisation))
+
+for images in (1, 2, 16):
+    for slots in (1, 7, 16, 1000, 1024):
+        for objects in (1, 3, 16, 48):
+            boxes = torch.empty((images, slots, 4), device="meta")
+            gt_boxes, valid = boxes.new_empty((images, objects, 4)), boxes.new_empty((images, objects)).bool()
+            launched(level_assign._launch(boxes, 2, 5, 224.0, 4)[1])
+            found = matcher._outputs(boxes, valid, None, True)
+            for launch in matcher._launches(boxes, gt_boxes, valid, None, 0.0, found):
+                launched(launch)
+            index = boxes.new_empty((images, objects), dtype=torch.int64)
+            for launch in nms._launches(boxes, boxes[..., 0], None, None, 0.5, index, index.bool(), True):
+                launched(launch)
+print({name: len(keys) for name, keys in variants.items()})
+"""
+
+
+def test_sizes_that_change_between_calls_compile_nothing_anew(tmp_path: Path) -> None:
+    """Whether a size is 1 or divisible by 16 makes no difference."""
+    script = tmp_path / "variants.py"
+    script.write_text(VARIANTS)
+    done = run(str(script), PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr[-2000:]
+    counts = ast.literal_eval(done.stdout)
+    assert len(counts) == 7
+    assert set(counts.values()) == {1}
 
 
 class Recorder:
