@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from first_gpu.run import NARROW
 
 from conftest import FOUND
 from fastmrcnn.speed.entry import Entry, make_runner
@@ -19,18 +20,6 @@ from fastmrcnn.speed.ladder import MASK_SLOTS, climb
 from fastmrcnn.speed.step_workload import Workload, load_recipe, set_up_device
 from fastmrcnn.speed.timing import Times, wait
 from fastmrcnn.speed.training_rows import Row, Runner, cpu_rows, cuda_rows
-
-NARROW = [
-    "model.backbone.name=resnet18",
-    "model.backbone.width=8",
-    "model.fpn.channels=16",
-    "model.rpn.pre_nms_top_n=64",
-    "model.rpn.post_nms_top_n=64",
-    "model.roi.batch_per_image=32",
-    "model.roi.sampling_ratio=1",
-    "model.box_head.hidden=32",
-    "model.mask_head.channels=16",
-]
 
 
 def choose(device: torch.device) -> tuple[Workload, list[Row]]:
