@@ -7,6 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ from fastmrcnn.data.synthetic import full_masks, synthetic_batch, synthetic_batc
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_head import MaskHead
-from fastmrcnn.speed import entry, inference_rows, ladder, loading, timing
+from fastmrcnn.speed import entry, inference_rows, ladder, loading, timing, torchvision_row
 from fastmrcnn.speed.entry import Entry
 from fastmrcnn.speed.ladder import broken, climb, compare, matching_slots
 from fastmrcnn.speed.parts import OPTIMIZER, OTHER, PARTS, Parts, Place, places
@@ -326,6 +327,24 @@ def test_torchvision_starts_from_the_same_losses(config: Config) -> None:
     assert theirs.first_losses["loss_classifier"] == pytest.approx(ours.first_losses["loss_cls"], rel=0.1)
     assert theirs.first_losses["loss_objectness"] == pytest.approx(ours.first_losses["loss_rpn_cls"], rel=0.2)
     assert theirs.first_losses["num_fg"] > 0
+
+
+@pytest.mark.torchvision
+@pytest.mark.slow
+def test_torchvision_runs_in_channels_last_and_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced in earnest, without Inductor. Its first losses differ by what it samples alone."""
+    monkeypatch.setattr(torch, "compile", without_inductor)
+    monkeypatch.setattr(torchvision_row, "COMPILED_TAKES", 1)
+    workload = Workload(load_recipe(None, []), CPU, (96, 128), images=1, steps=1, objects=3)
+    plain = Row("plain", "torchvision", cudnn_trials=False)
+    last = replace(plain, name="channels_last", layout="channels_last")
+    rows = [plain, last, replace(last, name="compiled", execution=Execution(compiled=True))]
+    found = climb(rows, workload, report=quiet)
+    assert not [row["failure"] for row in found if "failure" in row]
+    losses = [row["first_losses"]["loss_classifier"] for row in found]
+    assert losses == pytest.approx([losses[0]] * 3, rel=0.1)
+    assert found[2]["graphs"] > 1
+    assert found[2]["graph_breaks"] > 0
 
 
 @pytest.mark.gpu
