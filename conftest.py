@@ -43,3 +43,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if torchvision is None:
             pytest.skip("torchvision is not here")
+
+
+@pytest.fixture(autouse=True)
+def float32_is_float32(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU: by default cuDNN rounds what convolutions read to TF32, of 10 bits."""
+    if request.node.get_closest_marker("gpu") is not None:
+        import torch  # here: a worker sets its threads before torch is imported
+
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)

@@ -51,7 +51,11 @@ def traffic(features: list[Tensor], boxes: Tensor, how: cpu.Pooling) -> Traffic:
 
 
 @lru_cache(maxsize=1)  # of all passes: inputs are large, and the reference is compiled once
-def contest(load: Workload, device: torch.device, bins: int, sampling_ratio: int, aligned: bool) -> Contest:
+def contest(
+    load: Workload, device: torch.device, bins: int, sampling_ratio: int, aligned: bool, variant: str = ""
+) -> Contest:
+    """`variant`: "nchw gradient" is what a head that flattens its features sends back, "packed" has each
+    RoI name its image."""
     per_image = load.box_rois if bins == 7 else load.mask_rois
     maps, boxes = feature_maps(load), rois(load, per_image)
     shape = (load.images, per_image, load.channels, bins, bins)
@@ -64,8 +68,9 @@ def contest(load: Workload, device: torch.device, bins: int, sampling_ratio: int
 
     def make_inputs(device: torch.device) -> Inputs:
         leaves = [m.to(device).requires_grad_() for m in maps]
-        # The layout in which the gradient of a channels_last output arrives.
-        grad = gradient.to(device).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        grad = gradient.to(device).flatten(0, 1)
+        if variant != "nchw gradient":  # as the gradient of a channels_last output arrives
+            grad = grad.contiguous(memory_format=torch.channels_last)
         return Inputs({"features": leaves, "boxes": boxes.to(device)}, leaves, grad.unflatten(0, shape[:2]))
 
     def exact(features: list[Tensor], boxes: Tensor) -> Tensor:
@@ -74,11 +79,18 @@ def contest(load: Workload, device: torch.device, bins: int, sampling_ratio: int
     peers = reference_peer(partial(roi_align_reference, **how), device)
     if (ops := torchvision_ops()) is not None:
         peers = {"torchvision": partial(torchvision_roi_align, ops, **how), **peers}
+    ours = partial(multilevel_roi_align, spatial_scales=SCALES, **how)
+    image = torch.arange(load.images, device=device).repeat_interleave(per_image)
+
+    def packed(features: list[Tensor], boxes: Tensor) -> Tensor:
+        return ours(features, boxes.flatten(0, 1), batch_index=image).unflatten(0, boxes.shape[:2])
+
     samples = f"{sampling_ratio} samples" if sampling_ratio else "adaptive"
+    title = f"RoIAlign {bins}x{bins}, {per_image} RoIs an image, {samples}"
     return Contest(
-        f"RoIAlign {bins}x{bins}, {per_image} RoIs an image, {samples}",
+        f"{title}, {variant}" if variant else title,
         make_inputs,
-        partial(multilevel_roi_align, spatial_scales=SCALES, **how),
+        packed if variant == "packed" else ours,
         exact,
         peers,
         traffic(maps, boxes, pooling(bins, sampling_ratio, aligned)),
@@ -100,3 +112,12 @@ def test_roi_align(
     which: str,
 ) -> None:
     run(contest(load, device, bins, sampling_ratio, aligned), which)
+
+
+@pytest.mark.parametrize("which", ["backward", "both"])
+@pytest.mark.parametrize("variant", ["nchw gradient", "packed"])
+@pytest.mark.parametrize("bins", [7, 14])
+def test_roi_align_variants(
+    run: Any, load: Workload, device: torch.device, bins: int, variant: str, which: str
+) -> None:
+    run(contest(load, device, bins, 0, True, variant), which)

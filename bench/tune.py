@@ -88,17 +88,17 @@ def roi_align_trials(load: Workload, device: torch.device) -> Iterator[Trial]:
             f"roi_align forward {bins}x{bins}", pool, {**blocks, "num_stages": [2, 3, 4]}, grid, [out]
         )
         gradient = torch.randn(out.shape, generator=generator(9)).to(out)
-        grads, (find, gather) = backward.launches(
+        grads, (*finding, gather) = backward.launches(
             gradient.contiguous(memory_format=torch.channels_last),
             boxes, None, None, load.images, sizes, True, how,
         )  # fmt: skip
         yield Trial(
             f"roi_align backward {bins}x{bins}",
             gather,
-            blocks,
+            {**blocks, "num_stages": [3, 5, 7]},
             lambda arguments, first=gather.grid[0]: grid(arguments, first),
             grads,
-            find.run,
+            lambda finding=finding: [launch.run() for launch in finding],
         )
 
 

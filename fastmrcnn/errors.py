@@ -21,11 +21,15 @@ def fail(error: UserError) -> NoReturn:
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:
-    """Run an entry point on the command line's arguments; a UserError becomes one line and exit code 2."""
+    """Run an entry point on the command line's arguments; a UserError becomes one line and exit code 2,
+    Ctrl-C one and 130."""
     try:
         main(sys.argv[1:])
     except UserError as error:
         fail(error)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 class Parser(argparse.ArgumentParser):

@@ -22,6 +22,7 @@ from fastmrcnn.detection.objects import Objects, coco_results
 from fastmrcnn.detection.prediction import as_prediction
 from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.files import expanded, make_folder, to_write, write_json
+from fastmrcnn.training.stopping import Requests, signal_of
 
 RESULTS = "predictions.json"
 UNREAD = (".heic", ".heif", ".jxl")  # images that Pillow cannot read: not to be passed over in silence
@@ -62,27 +63,30 @@ def main(argv: list[str]) -> None:
     entries: list[dict[str, Any]] = []
     notes: list[tuple[str, RangeNote]] = []
     done = 0
-    try:
-        for task in tqdm(tasks, unit="img", desc="predict", dynamic_ncols=True):
-            try:
-                pixels, note = read_task(task, coco, reading)
-            except UserError as error:
-                left.append(Left(task.path, str(error).removeprefix(f"{task.path}: ")))
-                continue
-            if note is not None:
-                notes.append((str(task.path), note))
-            found = detector.detect(pixels, arguments.score)
-            make_folder(output)
-            as_prediction(found, pixels, detector.card).save(task.overlay)
-            entries += as_entries(found, task, detector, category_ids)
-            done += 1
-    except KeyboardInterrupt:
-        kept = f"; what was found in them is in {output}" if done else ""
-        print(f"\nstopped after {done} of {count(len(tasks), 'image')}{kept}", file=sys.stderr)
-        raise SystemExit(130) from None
-    finally:  # what was found is not lost if the rest fails
-        if done:
-            write_json(output / RESULTS, entries)
+    with Requests() as requests:
+        try:
+            for task in tqdm(tasks, unit="img", desc="predict", dynamic_ncols=True):
+                try:
+                    pixels, note = read_task(task, coco, reading)
+                except UserError as error:
+                    left.append(Left(task.path, str(error).removeprefix(f"{task.path}: ")))
+                    continue
+                if note is not None:
+                    notes.append((str(task.path), note))
+                found = detector.detect(pixels, arguments.score)
+                make_folder(output)
+                as_prediction(found, pixels, detector.card).save(task.overlay)
+                entries += as_entries(found, task, detector, category_ids)
+                done += 1
+        except KeyboardInterrupt as stop:
+            number, by = signal_of(stop)
+            kept = f"; what was found in them is in {output}" if done else ""
+            print(f"\nstopped{by} after {done} of {count(len(tasks), 'image')}{kept}", file=sys.stderr)
+            raise SystemExit(128 + number) from None
+        finally:  # what was found is not lost if the rest fails
+            if done:
+                requests.hold()
+                write_json(output / RESULTS, entries)
     untrained = "" if reading.pixel_range else "; the model was not trained with a data.pixel_range"
     for line in note_lines(notes):
         print(line + untrained)

@@ -4,6 +4,7 @@ CUDA tensors run Triton, CPU tensors run PyTorch, and with TRITON_INTERPRET=1 CP
 Triton too. Needs torch and, where Triton runs, triton; importing needs torch alone.
 """
 
+from . import layers
 from .box_decode.op import decode_boxes
 from .common.library import by_reference
 from .level_assign.op import assign_levels
@@ -29,6 +30,7 @@ __all__ = [
     "class_mask_loss",
     "class_mask_loss_from_bitmaps",
     "decode_boxes",
+    "layers",
     "mask_loss",
     "mask_rle",
     "mask_targets",

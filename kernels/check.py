@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .common.library import NAMESPACE, interpreting
+from ._ops import add_op_namespace_prefix
+from .common.library import interpreting
 from .patch import patch
 
 REPEATS = 20
@@ -126,7 +127,7 @@ def check(device: str, shape: Shape, timed: bool) -> list[Row]:
                 actual = case.run()
             patched = median_milliseconds(case.run) if timed else math.nan
         error, fine = _compare(actual, expected, case.tolerance)
-        runs = f"{NAMESPACE}::{case.operator}" in names.seen
+        runs = add_op_namespace_prefix(case.operator) in names.seen
         rows.append(Row(case.name, runs, error, fine, original, patched))
     return rows
 

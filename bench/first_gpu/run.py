@@ -108,7 +108,11 @@ STEPS = [
         2,
         200,
         14,
-        ["torchvision, eager AMP bf16", "torchvision, AMP bf16, channels_last", "torchvision, eager fp32"],
+        [
+            "torchvision, eager AMP bf16",
+            "torchvision, AMP bf16, channels_last",
+            "torchvision, eager fp32 (TF32 in convolutions)",
+        ],
         "--steps",
         "15",
     ),

@@ -87,6 +87,8 @@ def spell_out(entry: dict[str, Any], label: Any, problems: Problems) -> None:
     for key in ("bbox", "keypoints"):
         if key in entry:
             entry[key] = spelt(entry[key], key)
+    if isinstance(entry.get("num_keypoints"), str) and (count := number(entry["num_keypoints"])) is not None:
+        entry["num_keypoints"] = count
     shape = entry.get("segmentation")
     if isinstance(shape, list):
         entry["segmentation"] = [spelt(polygon, "segmentation") for polygon in shape]

@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmrcnn.data.annotation import AS_NUMBER, measured_area, usable_area
-from fastmrcnn.data.extents import FRACTIONS, agree, apart, clip_boxes, likely_reason
+from fastmrcnn.data.extents import FRACTIONS, SLACK, agree, apart, clip_boxes, likely_reason
 from fastmrcnn.data.masks import mask_area
 from fastmrcnn.data.records import ImageRecord, Problems
 
 Flags = NDArray[np.bool_]
 
 FEW = 4  # objects, and more: fewer say little of a set
+REACH = 0.5  # of the longer side of a box by which a keypoint may lie beside it
 TAKE_MASKS = "correct them, or take boxes from the masks (data.boxes=masks)"
 
 
@@ -109,6 +110,88 @@ def boxes_beside_masks(table: Table, considered: Flags, problems: Problems) -> N
     problems.say("note", "object", "whose bbox is not the box of its mask", remedy, table.some(which))
 
 
+def keypoints_beside_objects(
+    table: Table,
+    points: Sequence[NDArray[np.float32] | None],
+    offset: float,
+    inside: NDArray[np.float64],
+    problems: Problems,
+) -> None:
+    """Labelled keypoints that are not near their object: told, and refused if they are in another unit.
+
+    Args:
+        points: (J, 3) x, y, visibility in continuous pixels; None where none is labelled.
+        offset: what was added to the x and y of the file.
+        inside: (n, 4) boxes, clipped to the image.
+    """
+    which = np.array([index for index, found in enumerate(points) if found is not None], np.int64)
+    if not len(which):
+        return
+    given = np.stack([found for found in points if found is not None]).astype(np.float64)
+    place, labelled = given[:, :, :2] - offset, given[:, :, 2] > 0
+    boxes, sizes = inside[which, None], table.sizes[which, None]
+    low, high = boxes[..., :2], boxes[..., 2:]
+    slack = np.maximum(SLACK, REACH * (high - low).max(-1, keepdims=True))
+
+    def strays(at: NDArray[np.float64]) -> Flags:
+        """Which of the objects have a labelled keypoint beyond their reach."""
+        beyond = np.any((at < low - slack) | (at > high + slack), 2)
+        return np.any(beyond & labelled, 1)
+
+    off = strays(place)
+    if not off.any():
+        return
+    ways = [
+        ("keypoints look like fractions of the image, and COCO's are in pixels", place * sizes),
+        ("keypoints look like percent of the image, and COCO's are in pixels", place * sizes / 100),
+        ("keypoints look as if counted from the corner of their box, and COCO's are from that of the image",
+         low + place),
+        ("x and y are exchanged in keypoints", place[..., ::-1]),
+        ("y of keypoints is counted from the bottom of the image", np.abs([[[0, 1]]] * sizes - place)),
+        ("keypoints at 0, 0 are labelled: a flag of 0 says that one is not there",
+         np.where((place == 0).all(-1, keepdims=True), low, place)),
+    ]  # fmt: skip
+    shares = [float((~strays(at))[off].mean()) for _, at in ways]
+    best = int(np.argmax(shares))  # the first of equals: a fraction lies in any box that it is added to
+    remedy = f"{ways[best][0] + '; ' if shares[best] >= 0.5 else ''}correct them"
+    chosen = np.zeros(len(points), bool)
+    chosen[which[off]] = True
+    other_unit = best < 2
+    if other_unit and shares[best] >= 0.8 and off.sum() >= FEW and 2 * off.sum() > len(which):
+        message = f"{off.sum()} of {len(which)} objects have keypoints far from their box"
+        refuse(problems, message, table.some(chosen), remedy)
+    problems.say("note", "object", "with a labelled keypoint far from its box", remedy, table.some(chosen))
+
+
+def repeated_objects(table: Table, classes: Sequence[int], considered: Flags, problems: Problems) -> None:
+    """The same object annotated twice: told, since one of the two is never found.
+
+    Args:
+        classes: n class indices.
+    """
+    images = np.array([record.image_id for record in table.records], np.float64)
+    boxes = np.where(np.isnan(table.boxes), table.extents, table.boxes)
+    keys = np.column_stack((images, boxes))
+    order = np.lexsort(keys.T)
+    order = order[considered[order]]
+    pairs = np.flatnonzero((keys[order[1:]] == keys[order[:-1]]).all(1))  # few have the box of another
+    seen: set[bytes] = set()
+    again = np.zeros(len(keys), bool)
+    for index in np.unique(order[np.concatenate((pairs, pairs + 1))]):
+        mask = (*table.extents[index], table.covered[index])
+        whole = np.array([*keys[index], *mask, classes[index]]).tobytes()
+        again[index] = whole in seen
+        seen.add(whole)
+    if again.any():
+        problems.say(
+            "note",
+            "object",
+            "whose image, class, box and mask are those of another",
+            "remove them; evaluation counts what is found once as missed once",
+            table.some(again),
+        )
+
+
 def sensible_areas(
     table: Table, areas: list[Any], inside: NDArray[np.float64], problems: Problems
 ) -> NDArray[np.float64]:
@@ -142,24 +225,6 @@ def sensible_areas(
                 )
                 problems.say("note", "object", what, "measured anew", [table.labels[index]])
     return found
-
-
-def repeated_objects(table: Table, classes: Sequence[int], problems: Problems) -> None:
-    """Objects with the class, box and mask of another of their image: told. They count twice."""
-    images = np.array([record.image_id for record in table.records], np.float64)
-    covered = np.nan_to_num(table.covered, nan=-1)
-    masks = np.nan_to_num(table.extents, nan=-1)
-    boxes = np.where(np.isnan(table.boxes), masks, table.boxes)
-    keys = np.column_stack((images, np.array(classes, np.float64), boxes, masks, covered))
-    keys = keys[~table.crowd]
-    order = np.lexsort(keys.T)
-    same = np.zeros(len(keys), bool)
-    same[order[1:]] = (keys[order[1:]] == keys[order[:-1]]).all(1)  # order is stable: the first one is not
-    if same.any():
-        again = np.zeros(len(table.crowd), bool)
-        again[np.flatnonzero(~table.crowd)[same]] = True
-        message = "with the class, box and mask of another in its image"
-        problems.say("note", "object", message, "learnt and judged twice; remove one", table.some(again))
 
 
 def crowd_regions(table: Table, problems: Problems) -> None:

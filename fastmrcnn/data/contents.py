@@ -25,6 +25,7 @@ from fastmrcnn.data.checks import (
     classes_without_objects,
     covers_no_pixel,
     crowd_regions,
+    keypoints_beside_objects,
     repeated_objects,
     sensible_areas,
     unusable_boxes,
@@ -120,7 +121,8 @@ def read_contents(
     entries, ignored = _valid_entries(
         tree["annotations"], records, index_of, problems, boxes, require_masks, keypoints, schema, keep_tree
     )
-    skipped, clipped, kept = _place(entries, problems, min_box_side)
+    offset = 0.0 if keypoints is None else keypoints.offset
+    skipped, clipped, kept = _place(entries, problems, min_box_side, offset)
     tree["annotations"] = kept + ignored
     classes_without_objects(
         names, [item.class_index for r in records.values() for item in r.objects], problems
@@ -237,10 +239,12 @@ def _sound(
 
 
 def _place(
-    entries: list[Entry], problems: Problems, min_box_side: float
+    entries: list[Entry], problems: Problems, min_box_side: float, offset: float
 ) -> tuple[Counter[str], int, list[dict[str, Any]]]:
     """Put each object that can be learnt into its image's record.
 
+    Args:
+        offset: what was added to the x and y of keypoints.
     Returns:
         Objects whose box is left out, by reason; how many boxes were clipped; and the entries to judge by, if
         the tree is kept: all but those that nothing could be found of.
@@ -274,8 +278,9 @@ def _place(
     skipped = Counter({reason: int(which.sum()) for reason, which in by_reason.items() if which.any()})
     used = ~(flat | outside | small | empty)
     boxes_beside_masks(table, used, problems)
+    keypoints_beside_objects(table, [entry.points for entry in entries], offset, inside, problems)
+    repeated_objects(table, [entry.class_index for entry in entries], used & ~crowd, problems)
     crowd_regions(table, problems)
-    repeated_objects(table, [entry.class_index for entry in entries], problems)
     areas = sensible_areas(table, [entry.area for entry in entries], inside, problems)
     clipped = int((abs(box - inside).max(1) > 0.01)[used].sum())
     # Too small to learn from, an object can still be found: it is judged.

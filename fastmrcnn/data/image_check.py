@@ -89,7 +89,7 @@ def look_at_images(
         require_files(found, len(records), folder, file, key)
     reading = Reading(options.pixel_range, options.max_pixels)
     there = [
-        replace(record, path=found.paths[record.file_name], reading=reading)
+        located(record, found.paths[record.file_name], reading)
         for record in records
         if record.file_name in found.paths
     ]
@@ -111,6 +111,12 @@ def look_at_images(
             reading = reading._replace(pixel_range=chosen)
             there = [replace(record, reading=reading) for record in there]
     return SeenImages(there, reading, lines)
+
+
+def located(record: ImageRecord, path: str, reading: Reading) -> ImageRecord:
+    if path == os.fspath(record.path) and reading == record.reading:
+        return record
+    return replace(record, path=Path(path), reading=reading)
 
 
 def header_lines(headers: Sequence[tuple[ImageRecord, Header]]) -> list[str]:

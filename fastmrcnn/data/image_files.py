@@ -23,8 +23,8 @@ _NAMES_COMPARED = 5000  # of a folder, to find the nearest
 
 
 class FoundFiles(NamedTuple):
-    paths: dict[str, Path]
-    """By file_name, of those that are there."""
+    paths: dict[str, str]
+    """By file_name, of those that are there. Text, since millions of Paths take their time."""
     missing: list[str]
     lines: list[str]
     """What to tell of those that are there under another name."""
@@ -55,7 +55,7 @@ def find_files(names: Iterable[str], folder: Path) -> FoundFiles:
     """
     listings = Listings()
     root = os.fspath(folder)
-    paths: dict[str, str] = {}  # text, since millions of Paths take their time
+    paths: dict[str, str] = {}
     candidates: dict[str, str] = {}
     missing = []
     for name in dict.fromkeys(names):
@@ -79,7 +79,7 @@ def find_files(names: Iterable[str], folder: Path) -> FoundFiles:
             f"{images} found under another name than file_name says ({kinds}): {name!r} is "
             f"{os.path.relpath(path, folder)!r}"
         )
-    return FoundFiles({name: Path(path) for name, path in (paths | taken).items()}, missing, lines)
+    return FoundFiles(paths | taken, missing, lines)
 
 
 def require_files(found: FoundFiles, total: int, folder: Path, file: Path, key: str) -> None:

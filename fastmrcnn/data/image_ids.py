@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastmrcnn.data.image_files import plain_name
+from fastmrcnn.data.formats import by_id
+from fastmrcnn.data.image_files import plain_parts
 from fastmrcnn.data.images import nearly
 from fastmrcnn.data.values import whole
 from fastmrcnn.errors import UserError
@@ -21,7 +21,7 @@ class KnownImage(NamedTuple):
     image_id: int
     parts: tuple[str, ...]
     """Its file_name: folders, then the name."""
-    size: tuple[int | None, int | None]
+    size: tuple[Any, Any]
     """Width and height, as the file has them; None: it does not."""
 
 
@@ -44,27 +44,40 @@ def read_ids(file: Path) -> CocoIds:
         raise UserError(f"{file}: no such file; --annotations takes a COCO-format JSON file") from None
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or not JSON
         raise UserError(f"{file}: cannot be read ({error}); --annotations takes a JSON file") from None
-    entries = tree.get("images") if isinstance(tree, dict) else None
-    if not isinstance(entries, list) or not entries:
+    entries = _entries(tree, "images")
+    if not entries:
         raise UserError(f"{file}: lists no images; --annotations takes a COCO-format JSON file")
     images = []
     for image_id, entry in _identified(entries, "image", file):
-        name = entry.get("file_name")
-        if not isinstance(name, str) or not (parts := _parts(name)):
+        name = entry.get("file_name") or entry.get("coco_url")  # LVIS has but the second
+        if not isinstance(name, str | int | float) or not (parts := tuple(plain_parts(str(name)))):
             raise UserError(f"{file}: image {image_id} has no file_name, by which it is found")
-        images.append(KnownImage(image_id, parts, (whole(entry.get("width")), whole(entry.get("height")))))
+        images.append(KnownImage(image_id, parts, (_side(entry.get("width")), _side(entry.get("height")))))
     categories = []
-    listed = tree.get("categories")
-    for category, entry in _identified(listed if isinstance(listed, list) else [], "category", file):
+    for category, entry in _identified(_entries(tree, "categories"), "category", file):
         categories.append((category, str(entry.get("name"))))
     return CocoIds(file, images, categories)
+
+
+def _entries(tree: Any, part: str) -> list[Any]:
+    """A list of the file, also one that stands in an object, by id; empty if there is none."""
+    found = tree.get(part) if isinstance(tree, dict) else None
+    if isinstance(found, dict):
+        return list(found.values()) if by_id(found) else []
+    return found if isinstance(found, list) else []
+
+
+def _side(given: Any) -> Any:
+    """A width or height as a number, where it is one or spells one."""
+    found = whole(given)
+    return given if found is None else found
 
 
 def _identified(entries: list[Any], thing: str, file: Path) -> list[tuple[int, dict[str, Any]]]:
     found: dict[int, dict[str, Any]] = {}
     for place, entry in enumerate(entries, start=1):
-        given = entry.get("id") if isinstance(entry, dict) else None
-        if not isinstance(given, int) or isinstance(given, bool):
+        given = whole(entry.get("id")) if isinstance(entry, dict) else None
+        if given is None:
             raise UserError(f"{file}: {thing} number {place} has no id that is a whole number; correct it")
         if given in found:
             raise UserError(f"{file}: {thing} {given} is there twice; give each an id of its own")
@@ -85,7 +98,7 @@ def match_images(paths: Sequence[Path], known: CocoIds) -> list[KnownImage | str
     matches: list[KnownImage | str] = []
     agreement: dict[int, list[int]] = defaultdict(list)  # of each image that was found: with whom, how far
     for path in paths:
-        parts = _parts(str(path.absolute()))
+        parts = plain_parts(str(path.absolute()))
         ranked = [(_shared(image.parts, parts), image) for image in by_name.get(parts[-1], [])]
         most = max((shared for shared, _ in ranked), default=0)
         best = [image for shared, image in ranked if shared == most]
@@ -99,7 +112,7 @@ def match_images(paths: Sequence[Path], known: CocoIds) -> list[KnownImage | str
             agreement[best[0].image_id].append(most)
     for place, (path, match) in enumerate(zip(paths, matches, strict=True)):
         if isinstance(match, KnownImage) and len(rivals := agreement[match.image_id]) > 1:
-            own = _shared(match.parts, _parts(str(path.absolute())))
+            own = _shared(match.parts, plain_parts(str(path.absolute())))
             if own < max(rivals) or rivals.count(own) > 1:
                 matches[place] = (
                     f"image {match.image_id} of {known.file} may be this one or another of the same name"
@@ -148,10 +161,6 @@ def match_categories(names: Sequence[str], ids: Sequence[int], known: CocoIds, s
             "both the same names, or leave --annotations out"
         )
     return found
-
-
-def _parts(name: str) -> tuple[str, ...]:
-    return tuple(plain_name(part) for part in re.split(r"[\\/]+", name) if part not in ("", "."))
 
 
 def _shared(one: Sequence[str], other: Sequence[str]) -> int:

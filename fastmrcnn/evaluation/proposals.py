@@ -18,7 +18,8 @@ from fastmrcnn.data.pixel_range import clipped_line
 from fastmrcnn.data.records import ImageProposals
 from fastmrcnn.detection.objects import coco_boxes, split_detections
 from fastmrcnn.detection.run import run_model
-from fastmrcnn.evaluation.coco import ground_truth, mean_known, new_judge
+from fastmrcnn.evaluation.coco import ground_truth, mean_known
+from fastmrcnn.evaluation.engines import new_judge
 from fastmrcnn.model.mask_rcnn import MaskRCNN, as_detections
 from fastmrcnn.structures import Batch, Detections
 

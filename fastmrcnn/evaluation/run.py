@@ -127,6 +127,7 @@ def judge_results(
             image_ids=sorted(chosen),
             show=show,
             oks_sigmas=config.evaluate.oks_sigmas,
+            engine=config.evaluate.engine,
         )
 
     values = judge(judged(config), given)

@@ -13,6 +13,7 @@ from fastmrcnn.model.boxes import encode
 from fastmrcnn.model.convs import init_convs, make_convs, run_convs
 from fastmrcnn.model.losses import masked_sum, smooth_l1
 from fastmrcnn.model.norms import Norm
+from fastmrcnn.model.roi_linear import RoiLinear
 from fastmrcnn.model.subsample import take
 from fastmrcnn.structures import Detections, Proposals, SampledRois, Targets
 
@@ -68,8 +69,8 @@ class BoxHead(nn.Module):
         inputs = channels if convs else in_channels
         inputs *= in_side * in_side if fcs else 1
         self.fcs = [f"fc{index}" for index in range(1, fcs + 1)]
-        for name in self.fcs:
-            self.add_module(name, nn.Linear(inputs, hidden))
+        for index, name in enumerate(self.fcs):
+            self.add_module(name, nn.Linear(inputs, hidden) if index else RoiLinear(inputs, hidden))
             inputs = hidden
         self.classes = nn.Linear(inputs, num_classes + 1)
         self.deltas = nn.Linear(inputs, 4 * (1 if class_agnostic else num_classes))
@@ -86,7 +87,8 @@ class BoxHead(nn.Module):
         """RoI features (N, S, C, h, w) -> class logits (N, S, K+1), deltas (N, S, K or 1, 4)."""
         if len(self.convs):
             x = run_convs(x.flatten(0, 1), self.convs, self.norms).unflatten(0, x.shape[:2])
-        x = x.flatten(2) if self.fcs else x.mean((3, 4))
+        if not self.fcs:
+            x = x.mean((3, 4))
         for name in self.fcs:
             x = F.relu(getattr(self, name)(x), inplace=True)
         return self.classes(x), self.deltas(x).unflatten(-1, (-1, 4))

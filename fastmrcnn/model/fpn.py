@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -34,11 +36,40 @@ class FeaturePyramid(nn.Module):
         ):
             x = lateral(feature)
             if top_down is not None:
-                x = x + F.interpolate(top_down, scale_factor=2.0, mode="nearest")
+                x = add_doubled(x, top_down)
             top_down = x
             outputs.insert(0, output(x))
         outputs.append(F.max_pool2d(outputs[-1], 1, stride=2))
         return outputs
+
+
+def add_doubled(fine: Tensor, coarse: Tensor) -> Tensor:
+    """fine + the nearest neighbours of coarse, (N, C, 2h, 2w) + (N, C, h, w), in their own dtype and layout.
+
+    What `interpolate` computes. But under autocast on CUDA that is a map in float32, and compiled it has a
+    gradient that is added up atomically, in float32 and in another layout.
+
+    Raises:
+        RuntimeError: fine is not twice as large.
+    """
+    return _AddDoubled.apply(fine, coarse)
+
+
+class _AddDoubled(torch.autograd.Function):
+    @staticmethod
+    def forward(fine: Tensor, coarse: Tensor) -> Tensor:
+        height, width = coarse.shape[2:]
+        squares = fine.unflatten(3, (width, 2)).unflatten(2, (height, 2))
+        return (squares + coarse[:, :, :, None, :, None]).flatten(4).flatten(2, 3)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        # The sum of each 2x2: a sum over the axes of a view would not keep channels_last.
+        return grad, F.avg_pool2d(grad, 2, divisor_override=1)
 
 
 def _conv(inputs: int, outputs: int, kernel: int, norm: Norm | None) -> nn.Sequential:

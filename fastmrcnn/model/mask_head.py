@@ -18,6 +18,7 @@ from fastmrcnn.kernels import (
 )
 from fastmrcnn.model.convs import init_convs, make_convs, run_convs
 from fastmrcnn.model.norms import Norm
+from fastmrcnn.model.roi_linear import RoiLinear
 from fastmrcnn.model.rois import PackedRois
 from fastmrcnn.structures import Batch, PackedMasks, PackedPolygons
 
@@ -218,9 +219,11 @@ class MlpMaskHead(MaskHead):
     ) -> None:
         super().__init__(num_classes, **settings)
         self.side = 2 * self.resolution
-        inputs = in_channels * self.resolution**2
-        self.fcs = nn.ModuleList(nn.Linear(inputs if i == 0 else hidden, hidden) for i in range(fcs))
-        self.predictor = nn.Linear(hidden if fcs else inputs, self.mask_channels * self.side**2)
+        inputs, outputs = in_channels * self.resolution**2, self.mask_channels * self.side**2
+        self.fcs = nn.ModuleList(
+            nn.Linear(hidden, hidden) if index else RoiLinear(inputs, hidden) for index in range(fcs)
+        )
+        self.predictor = nn.Linear(hidden, outputs) if fcs else RoiLinear(inputs, outputs)
         for index in range(fcs):
             nn.init.kaiming_uniform_(self.get_parameter(f"fcs.{index}.weight"), a=1)
             nn.init.zeros_(self.get_parameter(f"fcs.{index}.bias"))
@@ -229,7 +232,6 @@ class MlpMaskHead(MaskHead):
 
     def forward(self, x: Tensor) -> Tensor:
         """RoI features (F, C, M/2, M/2) -> mask logits (F, mask_channels, M, M)."""
-        x = x.flatten(1)
         for fc in self.fcs:
             x = F.relu(fc(x), inplace=True)
         return self.predictor(x).unflatten(1, (-1, self.side, self.side))

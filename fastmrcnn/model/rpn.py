@@ -15,6 +15,7 @@ from fastmrcnn.model.convs import make_convs, run_convs
 from fastmrcnn.model.losses import masked_sum, smooth_l1
 from fastmrcnn.model.matcher import match
 from fastmrcnn.model.subsample import sample, take
+from fastmrcnn.model.wide_product import wide_product
 from fastmrcnn.structures import Proposals, Targets
 
 
@@ -31,13 +32,32 @@ class RpnHead(nn.Module):
             nn.init.zeros_(conv.bias)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Per level: objectness logits (N, R_l) and deltas (N, R_l, 4), in the anchors' order."""
+        """Per level: objectness logits (N, R_l) and deltas (N, R_l, 4), in the anchors' order.
+
+        Under autocast both are float32, so that logits which bf16 would make equal keep their order.
+        """
+        anchors = self.objectness.out_channels
+        weight, bias = self._predictors()
         objectness, deltas = [], []
         for x in features:
             x = run_convs(x, self.convs)
-            objectness.append(self.objectness(x).permute(0, 2, 3, 1).flatten(1))
-            deltas.append(self.deltas(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, 4))
+            if x.dtype in (torch.bfloat16, torch.float16):
+                y = wide_product(x.movedim(1, -1), weight.flatten(1)) + bias
+            else:
+                y = F.conv2d(x, weight, bias).movedim(1, -1)
+            objectness.append(y[..., :anchors].flatten(1))
+            deltas.append(y[..., anchors : 5 * anchors].reshape(x.shape[0], -1, 4))
         return objectness, deltas
+
+    def _predictors(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of both predictors as one, which reads a map once.
+
+        Zeros make its outputs a multiple of 8, as matrix units want them.
+        """
+        weight = torch.cat([self.objectness.weight, self.deltas.weight])
+        bias = torch.cat([self.objectness.bias, self.deltas.bias])  # type: ignore[list-item]
+        spare = -len(bias) % 8
+        return F.pad(weight, (0, 0, 0, 0, 0, 0, 0, spare)), F.pad(bias, (0, spare))
 
 
 class RegionProposalNetwork(nn.Module):

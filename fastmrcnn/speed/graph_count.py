@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from fastmrcnn.kernels.common.library import NAMESPACE
+from fastmrcnn.kernels._ops import add_op_namespace_prefix
 
 
 class GraphCounts(NamedTuple):
@@ -79,4 +79,5 @@ def _kind(node: Any) -> str:
     if not isinstance(node, scheduler.ExternKernelSchedulerNode):
         return "generated"
     operator = getattr(node.node, "op_overload", None)
-    return "ours" if operator is not None and operator.name().startswith(f"{NAMESPACE}::") else "library"
+    ours = operator is not None and operator.name().startswith(add_op_namespace_prefix(""))
+    return "ours" if ours else "library"

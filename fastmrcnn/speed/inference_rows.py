@@ -18,6 +18,7 @@ from fastmrcnn.speed.markdown import spread, table
 from fastmrcnn.speed.step_workload import Workload, changed, on_disk, read_workload
 from fastmrcnn.speed.timing import summary, waited_for
 from fastmrcnn.structures import Batch, Detections, to_device
+from fastmrcnn.training.compile_cache import keep_compile_cache
 from fastmrcnn.weights.start import new_model
 
 BATCHES = (1, 8)
@@ -115,6 +116,7 @@ def _measure(model: MaskRCNN, batch: Batch, precision_name: str, way: str, steps
     run: Callable[[Batch], Detections] = detect
     if way != EAGER:
         torch._dynamo.reset()
+        keep_compile_cache()
         run = torch.compile(detect, fullgraph=True, dynamic=False, mode=_MODES[way])
     height, width = batch.pixels.shape[-2:]
 

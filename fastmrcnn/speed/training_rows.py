@@ -21,6 +21,7 @@ from fastmrcnn.training.step import TrainingStep
 from fastmrcnn.weights.start import new_model
 
 EAGER = Execution()
+CUDA_FP32 = "fp32 (TF32 in convolutions)"  # torch's default there, which stays as it is
 WARM_UP = 3  # steps before the first that counts; as many as there are batches
 
 
@@ -59,13 +60,13 @@ class Runner(Protocol):
 def cuda_rows(max_autotune: bool) -> list[Row]:
     # The number of RoIs in torchvision's mask head changes from step to step, and cuDNN would time its
     # algorithms for each; torchvision's own trainer leaves that off. In one row it is on.
-    peers = [Row("torchvision, eager fp32", "torchvision", cudnn_trials=False)]
+    peers = [Row(f"torchvision, eager {CUDA_FP32}", "torchvision", cudnn_trials=False)]
     peers.append(replace(peers[-1], name="torchvision, eager AMP bf16", precision="bf16"))
     peers.append(replace(peers[-1], name="torchvision, AMP bf16, channels_last", layout="channels_last"))
     last = peers[-1]
     peers.append(replace(last, name=f"{last.name}, cuDNN's trials", cudnn_trials=True))
     peers.append(replace(last, name=f"{last.name}, compiled", execution=Execution(compiled=True)))
-    ours = [Row("eager fp32", layout="nchw", box_kernels=False, one_class=False, folded=False)]
+    ours = [Row(f"eager {CUDA_FP32}", layout="nchw", box_kernels=False, one_class=False, folded=False)]
     ours.append(replace(ours[-1], name="+ channels_last", layout="channels_last"))
     ours.append(replace(ours[-1], name="+ bf16", precision="bf16"))
     ours.append(replace(ours[-1], name="+ mask slots packed", packed=True))

@@ -15,7 +15,7 @@ from fastmrcnn.errors import UserError
 from fastmrcnn.training.console import how_to_go_on
 from fastmrcnn.training.metrics import Metrics
 from fastmrcnn.training.step import TrainingStep
-from fastmrcnn.training.stopping import Requests, Stopped
+from fastmrcnn.training.stopping import Requests, Stopped, signal_of
 from fastmrcnn.weights.card import ModelCard
 from fastmrcnn.weights.checkpoint import save_checkpoint
 
@@ -146,8 +146,8 @@ def tell_stop(stop: KeyboardInterrupt, folder: Path | None) -> int:
     Args:
         folder: of the run, as far as it has one.
     """
-    number, note = (stop.number, stop.note) if isinstance(stop, Stopped) else (signal.SIGINT, "")
-    by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+    number, by = signal_of(stop)
+    note = stop.note if isinstance(stop, Stopped) else ""
     how = "nothing was begun" if folder is None else how_to_go_on(folder)
     with contextlib.suppress(OSError):
         print(f"\nstopped{by}; {note}{how}", file=sys.stderr)

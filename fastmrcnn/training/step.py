@@ -7,9 +7,7 @@ sequence can be recorded once as a CUDA graph and replayed.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,6 +18,7 @@ from fastmrcnn.model.convs import fuse_epilogues
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.model.subsample import SamplingKeys
 from fastmrcnn.structures import Batch, tree_map
+from fastmrcnn.training.compile_cache import keep_compile_cache
 from fastmrcnn.training.cuda_graph import GraphedStep, Result, Run, Shapes, shapes_of
 from fastmrcnn.training.execution import Execution
 from fastmrcnn.training.optim import Ema, GatedStep, build_optimizer
@@ -122,15 +121,3 @@ def compiled(forward: Run, execution: Execution) -> Run:
     # The whole step is recorded as a CUDA graph, optimizer included, so Inductor is not to make its own.
     mode = "max-autotune-no-cudagraphs" if execution.max_autotune else None
     return torch.compile(forward, fullgraph=True, dynamic=False, mode=mode)
-
-
-def keep_compile_cache() -> None:
-    """Let Inductor's cache outlive the machine's temporary files, unless the user has put it elsewhere."""
-    # Imported here: it takes seconds, which a run that compiles nothing can do without.
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
-    key = "TORCHINDUCTOR_CACHE_DIR"
-    # Importing torch._dynamo writes torch's own default there, which is not the user's choice.
-    if os.environ.get(key) in (None, os.path.abspath(default_cache_dir())):
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        os.environ[key] = str(Path(home) / "fastmrcnn" / "inductor")

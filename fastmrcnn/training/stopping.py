@@ -27,6 +27,12 @@ class Stopped(KeyboardInterrupt):
         self.number, self.at_once, self.note = number, at_once, note
 
 
+def signal_of(stop: KeyboardInterrupt) -> tuple[int, str]:
+    """The number of the signal that asked for it, and " by SIGTERM" for messages; nothing of Ctrl-C."""
+    number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
+    return number, "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+
+
 class Requests:
     """A block in which signals become requests.
 

@@ -99,6 +99,8 @@ def check_range(name: str, index: Tensor, size: int, counts: Tensor | None = Non
     """
     if not may_look(index):
         return
+    if not index.dtype.is_floating_point:
+        index = index.long()  # a narrower one would be compared with a size of its own dtype
     fine = (index >= 0) & (index < size)
     if counts is not None:
         fine = fine | (counts == 0)

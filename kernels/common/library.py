@@ -1,8 +1,4 @@
-"""What every operator's registration shares.
-
-The operators' namespace comes from the package's own name, so that a copy of this folder under
-another name registers beside the original instead of colliding with it.
-"""
+"""What every operator's registration shares."""
 
 from __future__ import annotations
 
@@ -12,14 +8,16 @@ import importlib
 import importlib.util
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix
+
 PACKAGE = __package__.rpartition(".")[0]  # of the operators: fastmrcnn.kernels, or what a copy is called
-NAMESPACE = PACKAGE.replace(".", "_")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _switchable: set[str] = set()
@@ -36,7 +34,10 @@ def runs_triton(tensor: Tensor) -> bool:
     if tensor.device.type == "cuda":
         require_triton()
         return True
-    return interpreting() and tensor.device.type == "cpu"
+    if interpreting() and tensor.device.type == "cpu":
+        require_interpreter()
+        return True
+    return False
 
 
 @functools.cache
@@ -50,6 +51,30 @@ def require_triton() -> None:
             f"{PACKAGE}: triton builds its launchers with a C compiler and found none; "
             "install gcc or clang, or set CC"
         )
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton looks for it
+    include = sysconfig.get_paths(scheme)["include"]
+    searched = os.pathsep.join([include, os.environ.get("CPATH", ""), os.environ.get("C_INCLUDE_PATH", "")])
+    if not any(os.path.exists(os.path.join(folder, "Python.h")) for folder in searched.split(os.pathsep)):
+        raise RuntimeError(
+            f"{PACKAGE}: triton builds its launchers with Python's headers, and there is no Python.h in "
+            f"{include}; install them (python3-dev or python3-devel)"
+        )
+
+
+@functools.cache
+def require_interpreter() -> None:
+    """Raise one clear error where Triton's interpreter cannot work, instead of one from deep inside it."""
+    triton, numpy = (importlib.import_module(name).__version__ for name in ("triton", "numpy"))
+    if _release(triton) < (3, 7) and _release(numpy) >= (2, 4):
+        raise RuntimeError(
+            f"{PACKAGE}: the interpreter of triton {triton} does not work with numpy {numpy}: "
+            "pip install 'numpy<2.4', or a newer triton"
+        )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The first two numbers."""
+    return tuple(int(number) for number in version.split(".")[:2])
 
 
 def sum_dtype(values: Tensor) -> torch.dtype:
@@ -70,7 +95,7 @@ def register(plain: Callable[..., Any]) -> torch.library.CustomOpDef:
         return in_full_precision(plain, *arguments)
 
     schema = torch.library.infer_schema(plain, mutates_args=())
-    return torch.library.custom_op(f"{NAMESPACE}::{name}", run, mutates_args=(), schema=schema)
+    return torch.library.custom_op(add_op_namespace_prefix(name), run, mutates_args=(), schema=schema)
 
 
 @contextlib.contextmanager

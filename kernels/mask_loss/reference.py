@@ -38,7 +38,7 @@ def _active_pixels(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(F, M, M) logits of the class and targets, zero in slots that do not count; and (F,) weights."""
     dtype = sum_dtype(logits)
-    K = logits.shape[1]
+    K, classes = logits.shape[1], classes.long()
     active = weight.to(dtype)
     if K > 1:
         active = active.where((classes >= 0) & (classes < K), 0)

@@ -12,6 +12,7 @@ from ..common.launch import Launch, plain
 from ..common.library import sum_dtype
 from .cpu import FeatureLayout, SlotSums
 from .tiles import (
+    STAGES,
     feature_arguments,
     load_features,
     pixels_of,
@@ -104,7 +105,7 @@ def _sums_kernel(
     weight_sums = tl.zeros((ROWS, BLOCK_C), dtype)
     bias_sums = tl.zeros((ROWS,), dtype)
     features_ptr += slot * stride_slot
-    for first in range(begin, counted, ROWS):
+    for first in tl.range(begin, counted, ROWS, num_stages=STAGES):
         pixel = first + tl.arange(0, ROWS)
         counts = pixel < counted
         x = load_features(features_ptr, pixel, channel, stride_pixel, stride_channel, counts, channels, dtype)
@@ -180,7 +181,7 @@ def _grad_weight_kernel(
         slot = first + tl.arange(0, SLOTS)
         mine = slot < slots
         if K > 1:
-            mine = mine & (tl.load(classes_ptr + slot, mask=mine, other=-1) == row)
+            mine = mine & (tl.load(classes_ptr + slot, mask=mine, other=0) == row)
         at = (slot.to(tl.int64) * channels)[:, None] + channel[None, :]
         mask = mine[:, None] & (channel < channels)[None, :]
         weight_sums += tl.load(weight_sum_ptr + at, mask=mask, other=0.0)

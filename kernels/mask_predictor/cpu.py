@@ -113,11 +113,11 @@ def _channel(
     classes: Tensor, weight: Tensor, slot_weight: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """(F,) the row of weight to use, and (F,) the slot's weight, which is 0 if its class is out of range."""
-    K = len(weight)
+    K, classes = len(weight), classes.long()
     if slot_weight is None:
         slot_weight = torch.ones_like(classes)
     active = slot_weight.to(dtype)
     if K == 1:
         return torch.zeros_like(classes, dtype=torch.int64), active
     in_range = (classes >= 0) & (classes < K)
-    return classes.long().clamp(0, K - 1), active.where(in_range, 0)
+    return classes.clamp(0, K - 1), active.where(in_range, 0)

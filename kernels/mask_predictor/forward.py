@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,7 +16,15 @@ from ..common.launch import Launch, plain
 from ..common.library import sum_dtype
 from ..mask_targets.kernel import bitmap_arguments
 from ..mask_targets.sampling import target_pixels
-from .tiles import feature_arguments, load_features, pixels_of, predictor_arguments, slot_of, store_sums
+from .tiles import (
+    STAGES,
+    feature_arguments,
+    load_features,
+    pixels_of,
+    predictor_arguments,
+    slot_of,
+    store_sums,
+)
 
 TARGETS = 256  # mask pixels whose targets are computed at once, a thread for each
 
@@ -49,6 +58,7 @@ def loss_launch(
     else:
         boxes, image, matched, tables, how = ground_truth
         arguments |= bitmap_arguments(boxes, image, matched, slot_weight, tables, how)
+        targets = torch.empty_like(slope, dtype=torch.uint8 if how.bitmap else None)
     arguments |= {
         **predictor_arguments(weight, classes),
         "bias_ptr": bias.contiguous(),
@@ -59,6 +69,7 @@ def loss_launch(
         "bias_sum_ptr": bias_sums,
         "loss_ptr": losses,
         "SIDE": width,
+        "CUT": ground_truth is not None,
         "BITMAP": ground_truth is not None and ground_truth[-1].bitmap,
         "TARGETS": TARGETS,
     }
@@ -71,7 +82,7 @@ def _loss_kernel(
     weight_ptr,  # (K, C) floating point
     bias_ptr,  # (K,) floating point
     classes_ptr,  # (F,) int
-    targets_ptr,  # (F, M, M) any; None: cut from what follows
+    targets_ptr,  # (F, M, M) any; written if CUT, from what follows
     rois,  # boxes, image, matched, valid; see `target_pixels`
     bitmaps,  # the tables; see `target_pixels`
     limits,
@@ -88,6 +99,7 @@ def _loss_kernel(
     part,
     K,
     SIDE: tl.constexpr,
+    CUT: tl.constexpr,
     SAMPLES: tl.constexpr,
     ALIGNED: tl.constexpr,
     POSITION: tl.constexpr,
@@ -102,20 +114,19 @@ def _loss_kernel(
     active, row = slot_of(classes_ptr, slot_weight_ptr, slot, K, dtype)
     counted = tl.where(active != 0, end, begin)
     slope_ptr += slot * pixels
-    if targets_ptr is None:
-        # A target waits where its slope will be, close by in the cache.
-        wait_ptr = slope_ptr
+    targets_ptr += slot * pixels
+    if CUT:
+        # In memory of their own, not where the slopes will be: the loads below could not go ahead of stores
+        # to the same place.
         for first in range(begin, counted, TARGETS):
             pixel = first + tl.arange(0, TARGETS)
             target = target_pixels(
                 rois, bitmaps, limits, slot, pixel, pixel < counted, SIDE, SAMPLES, ALIGNED, POSITION
             )
             if BITMAP:
-                target = tl.where(target >= 0.5, 1.0, 0.0)
-            tl.store(wait_ptr + pixel, target.to(dtype), mask=pixel < counted)
+                target = target >= 0.5
+            tl.store(targets_ptr + pixel, target.to(targets_ptr.dtype.element_ty), mask=pixel < counted)
         tl.debug_barrier()  # all threads have written before any reads
-    else:
-        wait_ptr = targets_ptr + slot * pixels
 
     channel = tl.arange(0, BLOCK_C)
     weight = tl.load(weight_ptr + row * channels + channel, mask=channel < channels, other=0.0).to(dtype)
@@ -124,13 +135,11 @@ def _loss_kernel(
     bias_sums = tl.zeros((ROWS,), dtype)
     losses = tl.zeros((ROWS,), dtype)
     features_ptr += slot * stride_slot
-    for first in range(begin, end, ROWS):
+    for first in tl.range(begin, end, ROWS, num_stages=STAGES):
         pixel = first + tl.arange(0, ROWS)
         counts = pixel < counted
         x = load_features(features_ptr, pixel, channel, stride_pixel, stride_channel, counts, channels, dtype)
-        target = tl.load(wait_ptr + pixel, mask=counts, other=0).to(dtype)
-        if targets_ptr is None:
-            tl.debug_barrier()  # all threads have read before any writes
+        target = tl.load(targets_ptr + pixel, mask=counts, other=0).to(dtype)
         logit = tl.sum(x * weight[None, :], axis=1) + bias
         small = tl.exp(-tl.abs(logit))
         cross_entropy = tl.maximum(logit, 0.0) - logit * target + tl.log(1.0 + small)
@@ -171,7 +180,7 @@ def _logits_kernel(
     weight = tl.load(weight_ptr + row * channels + channel, mask=channel < channels, other=0.0).to(dtype)
     bias = tl.load(bias_ptr + row).to(dtype)
     features_ptr += slot * stride_slot
-    for first in range(begin, end, ROWS):
+    for first in tl.range(begin, end, ROWS, num_stages=STAGES):
         pixel = first + tl.arange(0, ROWS)
         counts = pixel < counted
         x = load_features(features_ptr, pixel, channel, stride_pixel, stride_channel, counts, channels, dtype)

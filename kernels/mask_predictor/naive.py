@@ -40,6 +40,7 @@ def class_mask_loss(
 
     Slots without weight have no part in it, whatever they hold; one whose class does not exist adds nothing.
     """
+    classes = classes.long()
     exists = (classes >= 0) & (classes < len(weight)) | (len(weight) == 1)
     (some,) = torch.where(exists & (slot_weight != 0))
     logits = class_mask_logits(features[some], weight, bias, classes[some])

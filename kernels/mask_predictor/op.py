@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix
 from ..common.bitmaps import BITMAPS_SCHEMA, Bitmaps, Sampling, from_arguments
 from ..common.checks import require
-from ..common.library import NAMESPACE, in_full_precision, register, runs_triton, sum_dtype
+from ..common.library import in_full_precision, register, runs_triton, sum_dtype
 from ..mask_targets import cpu as mask_targets_cpu
 from ..mask_targets import op as mask_targets_op
 from . import cpu
@@ -159,7 +160,7 @@ def _logits_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, No
 _class_mask_logits.register_autograd(_logits_backward, setup_context=_save_logits)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::class_mask_loss", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("class_mask_loss"), mutates_args=())
 def _class_mask_loss(
     features: Tensor, weight: Tensor, bias: Tensor, classes: Tensor, targets: Tensor, slot_weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -174,7 +175,7 @@ def _class_mask_loss(
 
 
 @torch.library.custom_op(
-    f"{NAMESPACE}::class_mask_loss_from_bitmaps",
+    add_op_namespace_prefix("class_mask_loss_from_bitmaps"),
     mutates_args=(),
     schema="(Tensor features, Tensor weight, Tensor bias, Tensor classes, Tensor slot_weight, Tensor boxes, "
     f"Tensor image, Tensor matched, {BITMAPS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -215,7 +216,7 @@ def _(features: Tensor, *rest: Any) -> Kept:
     return loss, divisor, slope, weight_sums, bias_sums
 
 
-@torch.library.custom_op(f"{NAMESPACE}::class_mask_loss_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("class_mask_loss_backward"), mutates_args=())
 def _class_mask_loss_backward(
     grad: Tensor,
     divisor: Tensor,

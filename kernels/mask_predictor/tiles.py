@@ -14,6 +14,7 @@ from ..common.launch import reach
 
 TILE = 4096  # elements of the features at once
 PART = 208  # pixels of a program: a slot of 28 x 28 goes to four, for more bytes on their way at once
+STAGES = tl.constexpr(2)  # of a loop over pixels: the loads of the next are on their way
 
 
 def feature_arguments(features: Tensor) -> tuple[dict[str, Any], tuple[int, int]]:

@@ -29,7 +29,7 @@ def mask_rle(
         valid_one = None if valid is None else valid[one]
         bitmap = paste.paste_masks(masks[one], boxes[one], valid_one, height, width, threshold, False)[0]
         if sizes is not None:
-            own_height, own_width = sizes[index].clamp(min=0).tolist()
+            own_height, own_width = sizes[index].long().clamp(min=0).tolist()
             bitmap = bitmap[:own_height, :own_width]
         found = run_lengths(bitmap)
         count[index] = len(found)

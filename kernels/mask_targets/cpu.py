@@ -26,11 +26,12 @@ def mask_targets(
 ) -> Tensor:
     """See `op.mask_targets`. Positions, weights and result are float64 for float64 boxes, else float32."""
     dtype, resolution = sum_dtype(boxes), how.resolution
+    image, matched = image.long(), matched.long()  # narrower, they could not be compared with all sizes
     real = is_real(boxes, image, matched, valid, bitmaps.offset)
     soft = torch.zeros((len(boxes), resolution, resolution), dtype=dtype, device=boxes.device)
     if len(boxes) and bitmaps.offset.numel() and bitmaps.buffer.numel():
         boxes = boxes.to(dtype).where(real[:, None], 0)
-        image, matched = image.long().where(real, 0), matched.long().where(real, 0)
+        image, matched = image.where(real, 0), matched.where(real, 0)
         sample = _fixed if how.sampling_ratio > 0 else _adaptive
         soft = torch.where(real[:, None, None], sample(boxes, image, matched, bitmaps, how), soft)
     return soft >= 0.5 if how.bitmap else soft
@@ -125,8 +126,8 @@ def _neighbours(position: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]
 def _crop(bitmaps: Bitmaps, image: Tensor, matched: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The buffer, and of each RoI's object the first byte (F,) and the window (F, 4)."""
     row = image * bitmaps.offset.shape[1] + matched
-    offset = bitmaps.offset.flatten().index_select(0, row).long()
-    return bitmaps.buffer, offset, bitmaps.window.flatten(0, 1).index_select(0, row).long()
+    offset = bitmaps.offset.long().flatten().index_select(0, row)
+    return bitmaps.buffer, offset, bitmaps.window.long().flatten(0, 1).index_select(0, row)
 
 
 def _read(buffer: Tensor, offset: Tensor, window: Tensor, column: Tensor, row: Tensor) -> Tensor:

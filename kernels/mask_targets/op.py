@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix
 from ..common.bitmaps import BITMAPS_SCHEMA, Bitmaps, Sampling, from_arguments
 from ..common.checks import check_range, require, require_at_least
-from ..common.library import NAMESPACE, chosen, in_full_precision, runs_triton, sum_dtype, switchable
+from ..common.library import chosen, in_full_precision, runs_triton, sum_dtype, switchable
 from . import cpu
 
 
@@ -101,7 +102,7 @@ def _plain(boxes: Tensor, image: Tensor, matched: Tensor, valid: Tensor | None, 
 
 
 @torch.library.custom_op(
-    f"{NAMESPACE}::mask_targets",
+    add_op_namespace_prefix("mask_targets"),
     mutates_args=(),
     schema=f"(Tensor boxes, Tensor image, Tensor matched, Tensor? valid, {BITMAPS_SCHEMA}) -> Tensor",
 )

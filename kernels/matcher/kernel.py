@@ -303,6 +303,9 @@ def _intersection(sides, gt):
 @triton.jit
 def _bits_of_iou(sides, gt, inter):
     """IoU, as the integer of the same bits; all NaN are one."""
-    iou = tl.div_rn(inter, _area(sides) + _area(gt) - inter)
+    # Where they do not meet, a dividend of 0 would take the slow path of IEEE division.
+    meet = inter > 0
+    union = _area(sides) + _area(gt) - inter
+    iou = tl.div_rn(tl.where(meet, inter, 1.0), tl.where(meet, union, 1.0))
     bits = tl.where(iou == iou, iou.to(tl.int32, bitcast=True), NAN)
-    return tl.where(inter > 0, bits, 0)
+    return tl.where(meet, bits, 0)

@@ -15,7 +15,7 @@ import triton.language as tl
 def greedy_kernel(
     boxes_ptr,  # (4, slots) fp32, sorted by run, then falling score, as all that follows
     run_ptr,  # (slots,) int64, rising; bit 32 is set in slots that are not valid
-    group_ptr,  # (slots,) int, read if HAS_GROUPS
+    group_ptr,  # (slots,) int64, read if HAS_GROUPS
     rank_ptr,  # (slots,) int64, place by image and falling score, read if HAS_GROUPS
     first_tile_ptr,  # (tiles,) int64, where the run of a tile's first slot begins
     keep_ptr,  # (slots,) uint8, written, by image and falling score
@@ -109,7 +109,11 @@ def _overlapping(
         inter = tl.maximum(width, 0.0) * tl.maximum(height, 0.0)
         row_area = (a2 - a1) * (b2 - b1)
         union = row_area[:, None] + area[None, :] - inter
-        over = (tl.div_rn(inter, union) > threshold) & (row_run[:, None] == run[None, :])
+        # Boxes that do not meet have an IoU of 0 or NaN, above no threshold. They are most of the pairs, and
+        # a dividend of 0 would take the slow path of IEEE division.
+        meet = inter > 0
+        iou = tl.div_rn(tl.where(meet, inter, 1.0), tl.where(meet, union, 1.0))
+        over = meet & (iou > threshold) & (row_run[:, None] == run[None, :])
         if HAS_GROUPS:
             row_group = tl.load(group_ptr + row, mask=row < slots, other=0)
             over = over & (row_group[:, None] == group[None, :])

@@ -105,7 +105,8 @@ def _launches(
     run = key >> 32 << 32
     rank = order = by_score
     if groups is not None:
-        group_by_score = groups.reshape(slots).index_select(0, by_score)
+        # Widened first: a narrower one that is negative would set the bits of the image too.
+        group_by_score = groups.reshape(slots).long().index_select(0, by_score)
         run, rank = (run | (group_by_score & 0xFFFFFFFF)).sort(stable=True)
         order = by_score.index_select(0, rank)
         groups = group_by_score.index_select(0, rank)

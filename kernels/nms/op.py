@@ -24,7 +24,10 @@ def padded_nms(
 
     A box is dropped if a better box of its own group that is not dropped overlaps it with an IoU above
     `iou_threshold`. Boxes of equal score stand in the order of their index, on every device. IoU is
-    torchvision's, in float32 whatever the dtype of the boxes: inter / (area_a + area_b - inter).
+    torchvision's, in float32 whatever the dtype of the boxes: inter / (area_a + area_b - inter). It is
+    compared with `iou_threshold` in float64, on every device, as torchvision does on the CPU. (On CUDA,
+    torchvision rounds the threshold to float32 first: there a box whose IoU is 0.6, as float32 has it,
+    survives a threshold of 0.6, and here it does not.)
 
     Args:
         boxes: (N, P, 4) floating point, xyxy. Boxes that are not finite count as not valid.

@@ -38,9 +38,10 @@ def polygon_mask_targets(
     resolution: int,
 ) -> Tensor:
     """See `op.polygon_mask_targets`."""
+    image, matched, step = image.long(), matched.long(), step.long()
     known = boxes.isfinite().all(1) & in_range(image, matched, first_part)
     image, matched = image.where(known, 0), matched.where(known, 0)
-    row = image.long() * first_part.shape[1] + matched
+    row = image * first_part.shape[1] + matched
     first = first_part.flatten().index_select(0, row).long()
     count = parts.flatten().index_select(0, row).where(known, 0)
     begin, end = part_start.index_select(0, first), part_start.index_select(0, first + count)

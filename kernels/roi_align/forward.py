@@ -12,8 +12,6 @@ from ..common.launch import Launch, Target, target_of
 from ..common.pooling import Pooling, empty_pooled
 from .geometry import axis, bins_of, level_of, load_boxes, scale_of, select, touched, weights
 from .launch import (
-    TILE,
-    Config,
     bin_arguments,
     box_arguments,
     configure,
@@ -21,9 +19,10 @@ from .launch import (
     level_arguments,
     parts_of,
     product_arguments,
+    two_programs,
 )
 
-STAGES = 3  # of the loop over tiles: what is loaded while the product of a tile runs
+STAGES = 3  # of the loop over tiles: the loads of one run ahead of the products of others
 
 
 def launch(
@@ -42,7 +41,7 @@ def launch(
     vectors, target = layout == "channels_last", target or target_of(first.device)
     config = configure(first.dtype, channels, vectors, target)
     if vectors and first.element_size() == 2 and target.backend == "cuda":
-        config = two_programs(config, target)
+        config = two_programs(config, target, STAGES)
     arguments = {
         "maps": tuple(features),
         "out_ptr": out,
@@ -59,25 +58,6 @@ def launch(
     }
     grid = (rois * parts_of(how), triton.cdiv(channels, config.block_c))
     return out, Launch(_roi_align_kernel, grid, arguments, config.num_warps, config.options)
-
-
-def two_programs(config: Config, target: Target) -> Config:
-    """For channels_last in half precision on NVIDIA: room for two programs on a multiprocessor.
-
-    While one computes weights the other loads. Two of 8 warps have 128 registers a thread, and each has
-    three buffers of a tile beside its weights. Where that is too much shared memory, half the channels; so
-    too where sums are kept in tensor memory, all of which 256 channels take.
-    """
-    fits = 2 * _shared(config.block_c) <= target.shared and not target.tensor_memory
-    return config._replace(
-        block_c=config.block_c if fits else min(config.block_c, 128),
-        options={"num_stages": STAGES, "maxnreg": 128},
-    )
-
-
-def _shared(block_c: int) -> int:
-    """Bytes, in half precision; and 1 KiB that the system takes for each program."""
-    return 2 * TILE**2 * (TILE**2 + STAGES * block_c) + 1024
 
 
 @triton.jit

@@ -63,6 +63,8 @@ def load_boxes(
     real = exists & (x1 - x1 == 0) & (y1 - y1 == 0) & (x2 - x2 == 0) & (y2 - y2 == 0)
     if HAS_BATCH:
         given = tl.load(batch_ptr + roi.to(tl.int64) * stride_batch, mask=exists, other=0)
+        if not given.dtype.is_floating():
+            given = given.to(tl.int64)  # what a narrow one is compared with may be beyond it
         real = real & (given >= 0) & (given < num_images)
         image = tl.where(real, given, 0).to(tl.int32)
     else:

@@ -4,8 +4,8 @@ An output bin is a weighted sum of pixels, and the weight of a pixel is that of 
 column. So both directions are products of small matrices on the tensor cores, whose weights are computed
 on the fly: forward, one program has up to 8 x 8 bins of an RoI and runs over the 8 x 8 pixel tiles that
 they touch, reading each pixel once; backward, one program has an 8 x 8 pixel tile of a map and runs over
-the RoIs that touch it in the order of their index, writing each pixel once. No atomics, no float32 copy
-of the maps, and the same bits in every run.
+the RoIs that touch it in the order of their index, writing each pixel once. No atomics on sums, no
+float32 copy of the maps, and the same bits in every run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def multilevel_roi_align(
 
 
 def multilevel_roi_align_backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
-    """Arguments as of `backward.launches`. Two launches, and a bit of memory per RoI and tile."""
+    """Arguments as of `backward.launches`. Three launches, and four bytes for a tile and RoI of its image."""
     grads, launches = backward.launches(grad, *arguments)
     if grads[0].numel() == 0:
         return grads
@@ -67,7 +67,7 @@ def compile_specs(target: Target = H100) -> list[CompileSpec]:
                 valid = torch.empty((rois,), dtype=torch.bool, device="meta")
                 grad = torch.empty((rois, channels, bins, bins), **like)
                 _, pool = forward.launch(maps, boxes, None, valid, how, target)
-                _, (find, gather) = backward.launches(
+                _, (find, write, gather) = backward.launches(
                     grad, boxes, None, valid, images, sizes, channels_last, how, target
                 )
                 moved = sum(t.nbytes for t in [*maps, grad, boxes])
@@ -75,6 +75,22 @@ def compile_specs(target: Target = H100) -> list[CompileSpec]:
                 size = f"{bins}x{bins}"
                 specs.append(pool.spec(f"roi_align forward {size}", variant, moved, flops, widest))
                 specs.append(gather.spec(f"roi_align backward {size}", variant, moved, flops, widest))
+                if channels_last:  # a head that flattens its features hands back such a gradient
+                    _, (*_, gather) = backward.launches(
+                        grad.contiguous(), boxes, None, valid, images, sizes, True, how, target
+                    )
+                    flat = f"{variant}, nchw gradient"
+                    specs.append(gather.spec(f"roi_align backward {size}", flat, moved, flops))
             moved = boxes.nbytes + find.arguments["hits_ptr"].nbytes
             specs.append(find.spec("roi_align backward hits", variant, moved, 0))
+            moved = find.arguments["hits_ptr"].nbytes
+            specs.append(write.spec("roi_align backward lists", variant, moved, 0))
+            index = torch.empty((rois,), dtype=torch.int64, device="meta")
+            _, (find, write, _) = backward.launches(
+                grad, boxes, index, valid, images, sizes, channels_last, how, target
+            )
+            hits = find.arguments["hits_ptr"].nbytes
+            packed = f"{variant}, packed"
+            specs.append(find.spec("roi_align backward hits", packed, boxes.nbytes + hits, 0))
+            specs.append(write.spec("roi_align backward lists", packed, hits, 0))
     return specs

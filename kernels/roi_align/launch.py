@@ -16,6 +16,7 @@ from ..level_assign.reference import first_threshold
 
 TILE = 8  # bins or pixels along a side; tl.dot multiplies TILE**2 of each
 ADAPTIVE_SLOTS = 4
+BUFFERS = 3  # of tiles that the loop loads ahead
 
 
 class Config(NamedTuple):
@@ -50,6 +51,26 @@ def configure(dtype: torch.dtype, channels: int, vectors: bool, target: Target) 
         return Config(wide, tl.float16, "ieee", 4096.0, *blocks)
     three_products = dtype == torch.float32 and not hip
     return Config(wide, wide, "tf32x3" if three_products else "ieee", 1.0, *blocks)
+
+
+def two_programs(config: Config, target: Target, stages: int) -> Config:
+    """For channels_last in half precision on NVIDIA: room for two programs on a multiprocessor.
+
+    While one computes weights the other loads. Two of 8 warps have 128 registers a thread, and each has
+    three buffers of a tile, which `stages` must be such that the compiler makes, beside its weights. Where
+    that is too much shared memory, half the channels; so too where sums are kept in tensor memory, all of
+    which 256 channels take.
+    """
+    fits = 2 * _shared(config.block_c) <= target.shared and not target.tensor_memory
+    return config._replace(
+        block_c=config.block_c if fits else min(config.block_c, 128),
+        options={"num_stages": stages, "maxnreg": 128},
+    )
+
+
+def _shared(block_c: int) -> int:
+    """Bytes, in half precision; and 1 KiB that the system takes for each program."""
+    return 2 * TILE**2 * (TILE**2 + BUFFERS * block_c) + 1024
 
 
 def parts_of(how: Pooling) -> int:

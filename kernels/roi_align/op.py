@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.library import NAMESPACE, runs_triton
+from .._ops import add_op_namespace_prefix
+from ..common.library import runs_triton
 from ..common.pooling import (
     MAPS_SCHEMA,
     POOLING_SCHEMA,
@@ -172,7 +173,7 @@ class MultiScaleRoIAlign(nn.Module):
 
 
 @torch.library.custom_op(
-    f"{NAMESPACE}::roi_align",
+    add_op_namespace_prefix("roi_align"),
     mutates_args=(),
     schema="(Tensor[] features, Tensor boxes, Tensor? batch_index, Tensor? valid, "
     f"{POOLING_SCHEMA}) -> Tensor",
@@ -206,7 +207,7 @@ def _(
 
 
 @torch.library.custom_op(
-    f"{NAMESPACE}::roi_align_backward",
+    add_op_namespace_prefix("roi_align_backward"),
     mutates_args=(),
     schema="(Tensor grad, Tensor boxes, Tensor? batch_index, Tensor? valid, "
     f"{MAPS_SCHEMA}, {POOLING_SCHEMA}) -> Tensor[]",

@@ -54,6 +54,8 @@ def on_level(
     scale = torch.tensor(how.spatial_scales, dtype=boxes.dtype, device=device).index_select(0, level)
     if batch_index is None:
         batch_index = torch.arange(boxes.shape[0], device=device) // (boxes.shape[0] // num_images)
+    if not batch_index.is_floating_point():
+        batch_index = batch_index.long()  # a narrow one would wrap what it is compared with
     real = boxes.isfinite().all(dim=1) & (batch_index >= 0) & (batch_index < num_images)
     if valid is not None:
         real = real & valid

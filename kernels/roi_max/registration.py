@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.library import NAMESPACE, runs_triton
+from .._ops import add_op_namespace_prefix
+from ..common.library import runs_triton
 from ..common.pooling import (
     MAPS_SCHEMA,
     POOLING_SCHEMA,
@@ -36,7 +37,7 @@ def largest(inputs: Inputs, kind: str, how: Pooling) -> Tensor:
 
 
 @torch.library.custom_op(
-    f"{NAMESPACE}::roi_max",
+    add_op_namespace_prefix("roi_max"),
     mutates_args=(),
     schema="(Tensor[] features, Tensor boxes, Tensor? batch_index, Tensor? valid, str kind, "
     f"{POOLING_SCHEMA}) -> (Tensor, Tensor)",
@@ -74,7 +75,7 @@ def _(
 
 
 @torch.library.custom_op(
-    f"{NAMESPACE}::roi_max_backward",
+    add_op_namespace_prefix("roi_max_backward"),
     mutates_args=(),
     schema="(Tensor grad, Tensor winner, Tensor boxes, Tensor? batch_index, Tensor? valid, "
     f"{MAPS_SCHEMA}, str kind, {POOLING_SCHEMA}) -> Tensor[]",

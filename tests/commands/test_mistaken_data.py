@@ -16,7 +16,7 @@ from fastmrcnn.errors import UserError
 
 
 @pytest.mark.slow
-@quiet(max_examples=25)
+@quiet(max_examples=60)
 @given(mistakes())
 def test_two_steps_and_an_evaluation(tmp_path_factory: pytest.TempPathFactory, tree: Any) -> None:
     folder = tmp_path_factory.getbasetemp()

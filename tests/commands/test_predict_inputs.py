@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from fastmrcnn.data.image_ids import CocoIds, KnownImage, match_categories, matc
 from fastmrcnn.detection.detector import Detector
 from fastmrcnn.errors import UserError, run_main
 from fastmrcnn.evaluation.run import run_evaluation
+from fastmrcnn.training.stopping import STOP
 from fastmrcnn.weights.card import ModelCard
 
 
@@ -159,10 +161,20 @@ def test_all_kinds_of_images_of_a_folder(images: Path, run: Any) -> None:
     assert {Path(entry["file_name"]).name for entry in done.entries} >= {"a.gif", "b.jfif", "c.PPM", "d.jp2"}
 
 
-@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (UserError("x: disk full"), 2)])
+@pytest.mark.parametrize(
+    ("error", "code", "by"),
+    [
+        (KeyboardInterrupt(), 130, ""),
+        (signal.SIGINT, 130, ""),
+        (signal.SIGTERM, 143, " by SIGTERM"),
+        (signal.SIGHUP, 129, " by SIGHUP"),
+        (UserError("x: disk full"), 2, ""),
+    ],
+)
 def test_what_was_found_is_kept_when_the_rest_fails(
-    error: BaseException,
+    error: BaseException | signal.Signals,
     code: int,
+    by: str,
     images: Path,
     planted: Detector,
     run: Any,
@@ -172,16 +184,36 @@ def test_what_was_found_is_kept_when_the_rest_fails(
 
     def detect(self: Detector, pixels: Any, score: float) -> Any:
         if pixels.shape[:2] == SIZES[5]:
-            raise error
+            if isinstance(error, BaseException):
+                raise error
+            signal.raise_signal(error)
         return real(self, pixels, score)
 
     monkeypatch.setattr(Detector, "detect", detect)
-    done = run(images)
+    before = {number: signal.getsignal(number) for number in STOP}
+    for number in STOP:  # a background job of a shell ignores some, and so would the command
+        signal.signal(number, signal.default_int_handler)
+    try:
+        done = run(images)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assert done.code == code
     assert done.names == ["11.png", "2.png", "predictions.json"]
     assert {Path(entry["file_name"]).name for entry in done.entries} == {"11.png"}
-    if code == 130:
-        assert "stopped after 2 of 4 images; what was found in them is in " in done.err
+    if code != 2:
+        assert f"stopped{by} after 2 of 4 images; what was found in them is in " in done.err
+
+
+def test_a_stop_before_the_first_image_is_one_line(
+    images: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(path: str, device: str) -> Detector:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "load", load)
+    done = run(images)
+    assert (done.code, done.names, done.err.strip()) == (130, [], "stopped")
 
 
 def judge(file: Path, results: Path, kind: str) -> float:
@@ -310,6 +342,23 @@ def test_results_have_the_category_ids_of_the_file(dataset: CocoDataset, images:
     assert {(e["category_name"], e["category_id"]) for e in done.entries} == {("disc", 1), ("box", 2)}
 
 
+def test_a_file_that_training_reads_gives_its_ids(dataset: CocoDataset, images: Path, run: Any) -> None:
+    """Ids and sizes as text and floats, lists in objects by id, and addresses for file names, as in LVIS."""
+    tree = json.loads(dataset.annotations.read_text())
+    for entry in tree["images"]:
+        entry["coco_url"] = f"http://example.org/val/{entry.pop('file_name')}?size=1"
+        entry |= {"id": str(entry["id"]), "width": str(entry["width"]), "height": float(entry["height"])}
+    for entry in tree["categories"]:
+        entry["id"] = float(entry["id"] + 100)
+    for part in ("images", "categories"):
+        tree[part] = {str(entry["id"]): entry for entry in tree[part]}
+    dataset.annotations.write_text(json.dumps(tree))
+    done = run(images, "--annotations", dataset.annotations)
+    assert done.code == 0
+    assert {Path(e["file_name"]).stem: e["image_id"] for e in done.entries} == {"11": 11, "5": 5, "8": 8}
+    assert {e["category_name"]: e["category_id"] for e in done.entries} == {"disc": 107, "box": 103}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -320,7 +369,12 @@ def test_results_have_the_category_ids_of_the_file(dataset: CocoDataset, images:
         ('{"images": {}}', "lists no images"),
         ('{"images": []}', "lists no images"),
         ('{"images": [1]}', "image number 1 has no id that is a whole number"),
-        ('{"images": [{"id": "7", "file_name": "a"}]}', "image number 1 has no id that is a whole number"),
+        ('{"images": [{"id": "x", "file_name": "a"}]}', "image number 1 has no id that is a whole number"),
+        ('{"images": [{"id": true, "file_name": "a"}]}', "image number 1 has no id that is a whole number"),
+        (
+            '{"images": [{"id": "7", "file_name": "a"}, {"id": 7.0, "file_name": "b"}]}',
+            "image 7 is there twice",
+        ),
         ('{"images": [{"id": 7}]}', "image 7 has no file_name"),
         ('{"images": [{"id": 7, "file_name": "a"}, {"id": 7, "file_name": "b"}]}', "image 7 is there twice"),
         ('{"images": [{"id": 7, "file_name": "a"}], "categories": [{}]}', "category number 1 has no id"),

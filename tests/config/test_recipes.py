@@ -166,6 +166,8 @@ def test_recipe_holds_the_published_numbers(name: str) -> None:
     assert model.box_head.resolution == (14 if want.architecture == "c4" else 7)
     assert model.mask_head.resolution == 14
     assert model.box_head.detections == 100
+    # The paper's own keep room for every RoI that may be foreground.
+    assert model.mask_head.slots_per_image == (None if name.startswith("paper") else 48)
     if name.startswith("paper"):
         assert (model.roi.aligned, model.roi.sampling_ratio) == (False, 2)
         assert model.rpn.box_loss_beta == pytest.approx(1 / 9)

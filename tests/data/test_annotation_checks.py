@@ -251,17 +251,6 @@ def test_keypoints_are_counted_by_their_flags(tmp_path: Path) -> None:
         assert {entry["num_keypoints"] for entry in dataset.tree["annotations"]} == {2}
 
 
-def test_objects_that_repeat_another_are_told(tmp_path: Path) -> None:
-    content = tree()
-    first, second = content["annotations"][:2]
-    content["annotations"] += [first | {"id": 70}, second | {"id": 80, "category_id": 2}, first | {"id": 90}]
-    content["categories"].append({"id": 2, "name": "other"})
-    words = "2 objects with the class, box and mask of another in its image (annotations 70, 90); learnt and"
-    assert len(told(tmp_path, content, words).records[0].objects) == 9
-    content["annotations"] = content["annotations"][:6]
-    assert "of another" not in "".join(read(tmp_path, content).summary())
-
-
 def test_keypoints_may_be_text(tmp_path: Path) -> None:
     content = tree()
     content["categories"][0]["keypoints"] = ["a", "b"]
@@ -401,3 +390,107 @@ def test_hundreds_of_rles(tmp_path: Path) -> None:
 def test_ignore_of_other_programs_is_told(tmp_path: Path) -> None:
     told(tmp_path, each(tree(), lambda e: e.update(ignore=1), 1), "1 object with ignore set (annotation 1)")
     assert len(read(tmp_path, each(tree(), lambda e: e.update(ignore=0))).summary()) == 1
+
+
+def points_of(entry: dict[str, Any]) -> list[float]:
+    x, y, w, h = entry["bbox"]
+    return [x + 2, y + 3, 2, x + w - 3, y + h - 2, 1]
+
+
+def with_keypoints(
+    change: Callable[[dict[str, Any]], list[float]], count: int | None = None
+) -> dict[str, Any]:
+    """Two keypoints in each box, those of the first `count` objects as `change` makes them."""
+    content = tree()
+    content["categories"][0]["keypoints"] = ["a", "b"]
+    each(content, lambda e: e.update(keypoints=points_of(e)))
+    return each(content, lambda e: e.update(keypoints=change(e)), count)
+
+
+def each_place(
+    entry: dict[str, Any], x: Callable[[float], float], y: Callable[[float], float]
+) -> list[float]:
+    a, b, v, c, d, u = points_of(entry)
+    return [x(a), y(b), v, x(c), y(d), u]
+
+
+def test_keypoints_as_text(tmp_path: Path) -> None:
+    plain = read(tmp_path, with_keypoints(points_of), keypoints=KeypointOptions(), keep_tree=True)
+    content = with_keypoints(lambda e: [str(value) for value in points_of(e)])
+    dataset = told(tmp_path, content, "6 objects with keypoints given as text", keypoints=KeypointOptions())
+    for one, other in zip(dataset.records[0].objects, plain.records[0].objects, strict=True):
+        assert one.keypoints is not None
+        assert other.keypoints is not None
+        assert one.keypoints.tolist() == other.keypoints.tolist()
+    content["annotations"][0] |= {"keypoints": [], "num_keypoints": "0"}
+    dataset = read(tmp_path, content, keypoints=KeypointOptions(), keep_tree=True)
+    assert dataset.tree is not None
+    assert [entry["num_keypoints"] for entry in dataset.tree["annotations"]] == [0, 2, 2, 2, 2, 2]
+
+
+def test_keypoints_within_reach_of_their_boxes_are_no_finding(tmp_path: Path) -> None:
+    """Hands reach beyond the box of what is seen; what is not labelled stands at 0, 0."""
+    content = with_keypoints(lambda e: [e["bbox"][0] - 4, e["bbox"][1], 1, 0, 0, 0])
+    assert len(read(tmp_path, content, keypoints=KeypointOptions()).summary()) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            lambda e: each_place(e, lambda x: x - e["bbox"][0], lambda y: y - e["bbox"][1]),
+            "corner of their box",
+        ),
+        (lambda e: [points_of(e)[i] for i in (1, 0, 2, 4, 3, 5)], "x and y are exchanged"),
+        (lambda e: each_place(e, lambda x: x, lambda y: HEIGHT - y), "from the bottom of the image"),
+        (lambda e: [0, 0, 2, *points_of(e)[3:]], "a flag of 0 says that one is not there"),
+        (lambda e: each_place(e, lambda x: x + 500, lambda y: y), "box (annotations 2, 3, 4"),
+    ],
+)
+def test_keypoints_far_from_their_objects_are_told(tmp_path: Path, change: Any, reason: str) -> None:
+    content = with_keypoints(change)
+    content["annotations"][0]["keypoints"] = points_of(content["annotations"][0])
+    told(tmp_path, content, "with a labelled keypoint far from its box", reason, keypoints=KeypointOptions())
+    assert len(read(tmp_path, content).summary()) == 1  # nothing, where keypoints are not learnt
+
+
+@pytest.mark.parametrize(("factor", "unit"), [(1, "fractions"), (100, "percent")])
+def test_keypoints_in_another_unit_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float, unit: str
+) -> None:
+    for name, sizes in (("WIDTH", 960), ("HEIGHT", 640), ("BOXES", [[10 * v for v in box] for box in BOXES])):
+        monkeypatch.setitem(globals(), name, sizes)
+
+    def change(entry: dict[str, Any]) -> list[float]:
+        return each_place(entry, lambda x: factor * x / WIDTH, lambda y: factor * y / HEIGHT)
+
+    words = ("objects have keypoints far from their box", f"keypoints look like {unit} of the image")
+    refused(tmp_path, with_keypoints(change), *words, keypoints=KeypointOptions())
+    told(tmp_path, with_keypoints(change, 2), "1 object with a labelled", unit, keypoints=KeypointOptions())
+
+
+@pytest.mark.parametrize("boxes", ["file", "masks"])
+def test_an_object_that_is_annotated_twice_is_told(tmp_path: Path, boxes: str) -> None:
+    content = tree()
+    again = [copy.deepcopy(entry) | {"id": 90 + entry["id"]} for entry in content["annotations"][1:3]]
+    content["annotations"] = [*again, *content["annotations"], copy.deepcopy(again[0]) | {"id": 100}]
+    words = "3 objects whose image, class, box and mask are those of another (annotations 2, 3, 100)"
+    dataset = told(tmp_path, content, words, boxes=boxes)
+    assert len(dataset.summary()) == 2
+
+
+def test_objects_that_only_look_alike_are_no_finding(tmp_path: Path) -> None:
+    """One box with two masks, one mask of two classes, one object in two images, and a crowd region."""
+    content = tree()
+    content["categories"].append({"id": 2, "name": "nucleus"})
+    content["images"].append({"id": 1, "file_name": "a.png", "width": WIDTH, "height": HEIGHT})
+    first = content["annotations"][0]
+    x, y, w, h = first["bbox"]
+    others = (
+        {"segmentation": [[x, y, x + w, y, x + w, y + h]], "area": w * h / 2},
+        {"category_id": 2},
+        {"image_id": 1},
+        {"iscrowd": 1},
+    )
+    content["annotations"] += [first | {"id": 50 + i} | other for i, other in enumerate(others)]
+    assert "those of another" not in "\n".join(read(tmp_path, content).summary())

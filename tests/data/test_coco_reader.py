@@ -145,7 +145,7 @@ def test_missing_folder_and_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "not valid JSON"),
+        ("", "not a JSON file: it is empty"),
         ("{'images': 1}", "not valid JSON"),
         ("[1, 2]", "not COCO format: it holds a list"),
         ("{}", "no list of images and no list of annotations and no list of categories"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,18 @@ def read(folder: Path, content: Any, name: str = "set.json") -> CocoDataset:
         ([{**ENTRY, "score": 0.5}], "results"),
         ([ENTRY], "annotations alone"),
         ([{"image": "1.png", "annotations": []}], "Create ML"),
+        ([{"imagefilename": "1.png", "annotation": []}], "Create ML"),
+        ([{"filename": "1.png", "regions": []}], "VGG Image Annotator"),
+        ([{"id": 1, "data": {"image": "1.png"}, "annotations": []}], "Label Studio"),
+        ([{"ID": "x", "Label": {}}], "Labelbox"),
+        ([{"data_row": {}, "projects": {}}], "Labelbox"),
+        ([{"name": "1.png", "labels": []}], "BDD100K"),
+        ({"imgHeight": 20, "imgWidth": 30, "objects": []}, "Cityscapes"),
+        ({"size": {"height": 20, "width": 30}, "objects": []}, "Supervisely"),
+        ({"categories": {"label": {}}, "items": []}, "Datumaro"),
+        ({"videos": [], "annotations": [], "categories": []}, "a set of videos"),
+        ({"results": [{**ENTRY, "score": 0.5}]}, "results"),
+        ({"version": 1, "dataset": tree()}, "has its lists within 'dataset'"),
         (tree(images=PICTURE), "one entry where a list of images is expected; write [ ] around it"),
         (tree(annotations=ENTRY), "one entry where a list of annotations is expected"),
         (tree(categories={"id": 1, "name": "cell"}), "one entry where a list of categories is expected"),
@@ -65,6 +78,32 @@ def test_files_of_other_kinds(tmp_path: Path, name: str, words: str) -> None:
     with pytest.raises(UserError, match=r"not a JSON file: it .*; export the set as COCO JSON") as caught:
         read(tmp_path, "0 0.5 0.5 0.1 0.1", name)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty; export or download the set anew"),
+        (gzip.compress(b"{}"), "is compressed with gzip; unpack it"),
+        (b"PK\x03\x04....", "is a ZIP archive; unpack it"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (json.dumps(tree()).encode("utf-16"), "is text in UTF-16; save it in UTF-8"),
+        (b"\xfe\xff" + json.dumps(tree()).encode("utf-16-be"), "is text in UTF-16"),
+        (b"<!DOCTYPE html>", "is XML or HTML"),
+    ],
+)
+def test_files_that_are_known_by_their_beginning(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "set.json").write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"set\.json: not a JSON file: it .* set data\.train\.annotations"
+    ) as caught:
+        read_coco(tmp_path, tmp_path / "set.json")
+    assert words in str(caught.value)
+
+
+def test_a_folder_of_annotations(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="it is a folder, as where there is a file for each image; export"):
+        read_coco(tmp_path, tmp_path)
 
 
 def test_a_number_of_thousands_of_digits(tmp_path: Path) -> None:

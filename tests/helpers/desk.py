@@ -102,6 +102,7 @@ class Performer:
             (*module, "fastmrcnn.kernels.report"): lambda words: check_options(
                 "fastmrcnn.kernels.report", words
             ),
+            (*module, "fastmrcnn.kernels.hub"): self.hub,
             (*module, "YOUR_PACKAGE.roi_kernels.report"): self.report_of_copy,
             ("python", "bench/tune.py"): lambda words: check_options("bench/tune.py", words),
             ("python", "bench/table.py"): self.table,
@@ -156,6 +157,9 @@ class Performer:
         (file,) = words
         assert (ROOT / file).parent.is_dir()
         check_options("bench/table.py", words)
+
+    def hub(self, words: list[str]) -> None:
+        assert self.main_of("fastmrcnn.kernels.hub")(words) == 0
 
     def copy_kernels(self, words: list[str]) -> None:
         (target,) = words

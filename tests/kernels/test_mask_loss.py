@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from golden import load
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from integers import INTEGERS
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -105,6 +106,14 @@ def test_dtypes_and_layouts(dtype: torch.dtype, layout: str, device: str) -> Non
     check(logits, classes.int(), targets > 0.5, weight.bool())
     check(logits, classes.short(), (targets > 0.5).byte(), weight.long())
     check(logits, classes, targets.to(torch.bfloat16), weight * 0.7)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_classes_of_every_integer_type(dtype: torch.dtype, device: str) -> None:
+    """Also where the number of classes is too large for it."""
+    logits, classes, targets, weight = inputs(4, 256, 2, device=device)
+    check(logits, (classes % 100).to(dtype), targets, weight)
 
 
 @pytest.mark.parametrize("device", DEVICES)

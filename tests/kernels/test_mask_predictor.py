@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from integers import INTEGERS
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -118,6 +119,14 @@ def test_dtypes_and_layouts(dtype: torch.dtype, layout: str, device: str) -> Non
     check(given._replace(classes=classes.short(), targets=hard.byte(), slot_weight=slot_weight * 0.7))
     convolution = given.weight.detach()[:, :, None, None].requires_grad_()
     check(given._replace(weight=convolution))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_classes_of_every_integer_type(dtype: torch.dtype, device: str) -> None:
+    """Also where the number of classes is too large for it."""
+    given = inputs(4, 256, side=2, device=device)
+    check(given._replace(classes=(given.classes % 100).to(dtype)))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -480,6 +489,16 @@ def test_feature_loads_are_wide_beside_those_of_the_tables() -> None:
     (fused,) = (spec for spec in specs if "from_bitmaps" in spec.name)
     row = inspect_kernel(fused, "sm_90")
     assert (row.widest_load, row.spilled, row.failures) == (16, 0, [])
+
+
+@pytest.mark.skipif(interpreting(), reason="nothing is compiled")
+def test_features_are_loaded_ahead() -> None:
+    """Past the registers, in pieces of 16 bytes, wherever they are read."""
+    from fastmrcnn.kernels.mask_predictor import kernel
+
+    for spec in kernel._specs(8 * 48, torch.bfloat16, True):
+        if "features_ptr" in spec.arguments:
+            assert "cp.async.cg.shared.global" in spec.compile().asm["ptx"], spec.name
 
 
 @pytest.mark.gpu

@@ -13,6 +13,7 @@ import torch
 from golden import arrays
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from integers import INTEGERS
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
@@ -123,6 +124,26 @@ def test_definition(name: str, ratio: int, aligned: bool, device: str) -> None:
             torch.testing.assert_close(found.cpu().double(), exact, rtol=0, atol=2e-4)
         if matched == 2:
             assert not found.any()  # an object without a window
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_indices_and_windows_of_every_integer_type(dtype: torch.dtype, device: str) -> None:
+    """Also where there are more images and slots than it counts."""
+    arguments = {key: moved(value, device) for key, value in tables(IDENTITY).arguments.items()}
+    arguments["offset"] = arguments["offset"].clamp(max=100)
+    for key in ("offset", "window", "to_annotation", "size", "image_sizes"):
+        arguments[key] = torch.cat([arguments[key]] * 128)
+    for key in ("offset", "window"):
+        arguments[key] = torch.cat([arguments[key]] * 86, dim=1)
+    boxes = boxes_of(IDENTITY)[:2].to(device)
+    image, matched = torch.tensor([[0, 101], [1, 84]], device=device)
+    expected = mask_targets(boxes, image, matched, **arguments, resolution=3)
+    assert expected.flatten(1).any(1).all()
+    for key in ("offset", "window"):
+        arguments[key] = arguments[key].to(dtype)
+    found = mask_targets(boxes, image.to(dtype), matched.to(dtype), **arguments, resolution=3)
+    assert found.equal(expected)
 
 
 @pytest.mark.parametrize("ratio", [1, 2, 3, 0])

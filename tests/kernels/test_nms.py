@@ -11,6 +11,7 @@ import torch
 from golden import load
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from integers import INTEGERS
 from torch import Tensor
 
 from fastmrcnn.kernels.nms import naive, op
@@ -121,6 +122,21 @@ def test_groups_that_need_64_bits(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_groups_of_every_integer_type(dtype: torch.dtype, device: str) -> None:
+    """Negative ones too, in more than one image, beside slots that are not valid."""
+    boxes, scores, groups = clustered(47, 5, images=2)
+    valid = torch.rand(2, 47, generator=torch.Generator().manual_seed(1)) > 0.2
+    lowest = torch.iinfo(dtype).min
+    for some in ([-2, -1, 0, 1, 2], [lowest, -1, 0, lowest + 1, torch.iinfo(dtype).max]):
+        values = torch.tensor([value for value in some if value >= lowest], dtype=dtype)
+        narrow = values[groups % len(values)]
+        check_padded(boxes, scores, narrow, valid, 0.5, 47, device)
+        kept = batched_nms(boxes[0].to(device), scores[0].to(device), narrow[0].to(device), 0.5)
+        assert kept.tolist() == naive.batched_nms(boxes[0], scores[0], narrow[0], 0.5).tolist()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("threshold", [0.0, 0.1, 0.3, 0.5, 0.6, 0.7, 0.9, 1.0, 2.0])
 def test_iou_on_the_threshold(threshold: float, device: str) -> None:
     """Shifted boxes with IoU k/10 exactly, before rounding; torchvision compares in float64 on the CPU."""
@@ -128,6 +144,19 @@ def test_iou_on_the_threshold(threshold: float, device: str) -> None:
     boxes = torch.stack([torch.zeros(10), torch.zeros(10), widths, torch.ones(10)], -1)[None]
     for scores in (widths[None], -widths[None]):
         check_padded(boxes, scores, None, None, threshold, 10, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("tenths", "kept"), [(1, [0]), (3, [0]), (6, [0]), (7, [0, 1]), (9, [0, 1])])
+def test_the_threshold_is_not_rounded_as_torchvision_does_on_cuda(
+    tenths: int, kept: list[int], device: str
+) -> None:
+    """With the threshold in float32 both boxes would survive each of these ties."""
+    boxes = torch.tensor([[0.0, 0, 10, 1], [0, 0, tenths, 1]], device=device)
+    scores = torch.tensor([0.9, 0.8], device=device)
+    assert nms(boxes, scores, tenths / 10).tolist() == kept
+    index, valid = padded_nms(boxes[None], scores[None], None, None, tenths / 10, 2)
+    assert index[valid].tolist() == kept
 
 
 def test_threshold_in_float32() -> None:

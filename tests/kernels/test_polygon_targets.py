@@ -14,6 +14,7 @@ import torch
 from golden import load
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from integers import INTEGERS
 from nosync import NoSync
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
@@ -227,6 +228,22 @@ def test_boxes_find_their_objects(device: str) -> None:
     expected[3, 4:, 4:] = True
     assert found.equal(expected)
     assert naive.polygon_mask_targets(**arguments).equal(expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_indices_of_every_integer_type(dtype: torch.dtype, device: str) -> None:
+    """Also where there are more images and slots than it counts."""
+    arguments = two_images()
+    for name in ("first_part", "parts", "to_input"):
+        arguments[name] = torch.cat([arguments[name]] * 128)
+    for name in ("first_part", "parts"):
+        arguments[name] = torch.cat([arguments[name]] * 128, dim=1)
+    arguments = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    expected = polygon_mask_targets(**arguments)
+    assert expected.any()
+    narrow = {name: arguments[name].to(dtype) for name in ("image", "matched", "step")}
+    assert polygon_mask_targets(**{**arguments, **narrow}).equal(expected)
 
 
 @pytest.mark.parametrize("device", DEVICES)

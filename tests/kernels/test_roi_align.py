@@ -228,6 +228,28 @@ def test_edges(case: str, device: str) -> None:
     assert bool(pooled.any()) == moved
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_tiles_of_many_boxes_and_of_none(device: str) -> None:
+    """Backward keeps lists of who touches which 8 x 8 pixels, made from 256 boxes at a time."""
+    feature = torch.randn(1, 2, 8, 24, dtype=torch.float64, requires_grad=True)
+    r = torch.Generator().manual_seed(4)
+    corner = torch.rand(300, 2, generator=r) * 3
+    boxes = torch.cat([corner, corner + 1 + torch.rand(300, 2, generator=r) * 3], dim=1)
+    boxes[20:280, 0::2] += 8  # of the second 8 columns, the others of the first
+    valid = torch.rand(1, 300, generator=r) < 0.3
+    how: dict[str, Any] = {"spatial_scales": [1.0], "sampling_ratio": 1}
+    pooled = naive.multilevel_roi_align([feature], boxes[None], (1, 1), valid=valid, **how)
+    grad = torch.randn(300, 2, 1, 1, dtype=torch.float64, generator=r)
+    (exact,) = torch.autograd.grad(pooled, feature, grad.view_as(pooled))
+    given = [t.to(device) for t in (grad, boxes.double(), valid.flatten())]
+    maps, how_pooled = (1, [8], [24], False), ([1, 1], [1.0], 1, False, 224.0, 4, 0)
+    (found,) = op._roi_align_backward(given[0], given[1], None, given[2], *maps, *how_pooled)
+    assert_near(found, exact, torch.float64, terms=300, extent=16)
+    assert found[..., :8].any()
+    assert found[..., 8:16].any()
+    assert not found[..., 16:].any()
+
+
 NICE = st.floats(-30, 80, width=32)
 ANY = st.one_of(
     NICE, st.sampled_from([0.0, -4.0, 52.0, 56.0, 1e4, -1e9, 1e9, 3e38, math.inf, -math.inf, math.nan])
@@ -281,6 +303,28 @@ def test_image_out_of_range(device: str) -> None:
     assert not pooled[1:].any()
     pooled.sum().backward()
     assert not maps[0].grad[1].any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_integers_of_any_width_name_images(dtype: torch.dtype, device: str) -> None:
+    """Of more images than int8 can count; what names none gives zeros, and no gradient."""
+    feature = torch.rand(130, 1, 2, 2, dtype=torch.float64) + 1
+    info = torch.iinfo(dtype)
+    images = torch.tensor([1, 127, info.max, info.min, -1 if info.min < 0 else 129], dtype=dtype)
+    if info.max > 2**32:
+        images = torch.cat([images, torch.tensor([2**32 + 1])])
+    boxes = torch.tensor([0.0, 0, 2, 2], dtype=torch.float64).repeat(len(images), 1)
+    same = on_cpu([feature])
+    exact = naive.multilevel_roi_align(same, boxes, (1, 1), spatial_scales=[1.0], batch_index=images)
+    (expected,) = torch.autograd.grad(exact.sum(), same)
+    feature = feature.to(device).requires_grad_()
+    where = (boxes.to(device), images.to(device), None)
+    pooled = op._roi_align([feature], *where, [1, 1], [1.0], 0, False, 224.0, 4, 0)
+    assert_near(pooled, exact, torch.float64)
+    pooled.sum().backward()
+    assert_near(feature.grad, expected, torch.float64)
+    assert pooled[:2].all()
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -47,3 +47,11 @@ def test_strided_convolutions_of_few_channels_stay_within_their_memory() -> None
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.gpu
+def test_a_gpus_tests_have_no_tf32() -> None:
+    torch.manual_seed(0)
+    x, conv = torch.randn(2, 64, 40, 40, device="cuda"), nn.Conv2d(64, 64, 3, device="cuda")
+    found = conv(x).double()
+    torch.testing.assert_close(found, conv.double()(x.double()), rtol=1e-5, atol=1e-5)

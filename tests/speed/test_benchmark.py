@@ -240,6 +240,13 @@ def test_mask_slots_match_torchvisions_foreground() -> None:
     assert matching_slots(found, 12) == 4
 
 
+def test_fp32_on_a_gpu_is_called_what_it_is() -> None:
+    fp32 = [row.name for row in cuda_rows(max_autotune=False) if row.precision == "fp32"]
+    assert len(fp32) == 3  # torchvision's, ours, ours in the other layout
+    assert [name for name in fp32 if "TF32" not in name] == ["+ channels_last"]  # one technique more
+    assert not [row.name for row in cpu_rows(compiled=True) if "TF32" in row.name]
+
+
 def test_the_rows_add_one_technique_each() -> None:
     ours = [row for row in cuda_rows(max_autotune=True) if row.program == "fastmrcnn"]
     for before, after in itertools.pairwise(ours):

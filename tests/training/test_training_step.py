@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import pytest
 import torch
 from batches import random_batch, small_config, small_model
 from nosync import NoSync
-from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
 from fastmrcnn.config.schema import Config, OptimConfig
 from fastmrcnn.device import choose_precision, set_up_cuda
@@ -20,7 +18,7 @@ from fastmrcnn.model.subsample import SamplingKeys
 from fastmrcnn.structures import Batch, present, to_device
 from fastmrcnn.training.cuda_graph import GraphedStep, Result, Run, leaves
 from fastmrcnn.training.execution import Execution, choose_execution
-from fastmrcnn.training.step import TrainingStep, keep_compile_cache
+from fastmrcnn.training.step import TrainingStep
 
 CPU = torch.device("cpu")
 SGD = OptimConfig(clip_norm=5.0, ema=0.9)
@@ -176,20 +174,6 @@ def test_epilogues_are_fused_where_that_was_chosen() -> None:
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
 
 
-def test_the_compile_cache_is_where_it_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is put back
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    keep_compile_cache()
-    assert cache_dir() == str(tmp_path / "fastmrcnn" / "inductor")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # as torch sets it
-    keep_compile_cache()
-    assert cache_dir() == str(tmp_path / "fastmrcnn" / "inductor")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
-    keep_compile_cache()
-    assert cache_dir() == str(tmp_path / "mine")
-
-
 def test_an_update_that_is_recorded_must_allow_it() -> None:
     """AdamW refuses to be recorded unless it was told; SGD always can be."""
     model = small_model().train()
@@ -212,13 +196,15 @@ def test_cuda_graphs_train_as_eager_steps_do(precision: str, optim: OptimConfig)
     eager, graphed = steps
     batches = [to_device(random_batch(seed, shape=shape), device) for seed, shape in SHAPES]
     graphed.warm_up(batches[0], [(128, 96), (96, 128)])
-    tolerance = 1e-4 if precision == "fp32" else 3e-2
+    first = 1e-4 if precision == "fp32" else 3e-2
+    # After an update rounding may keep another proposal. Two that change places, of all that are sampled:
+    later = max(first, 2 / (len(batches[0].pixels) * small_config().model.roi.batch_per_image))
     for number, batch in enumerate(batches):
         expected = eager(batch, number, 0.002)[0].total().item()
         guard = syncs_are_errors() if number else nullcontext()
         with guard:
             losses, _ = graphed(batch, number, 0.002)
-        assert losses.total().item() == pytest.approx(expected, rel=tolerance)
+        assert losses.total().item() == pytest.approx(expected, rel=later if number else first)
     assert isinstance(graphed.run, GraphedStep)
     assert len(graphed.run.recordings) == 2
 
