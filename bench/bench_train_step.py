@@ -7,28 +7,19 @@ images, eagerly, to show that it works.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from first_gpu.run import NARROW
 
 from conftest import FOUND
-from fastmrcnn.speed.ladder import MASK_SLOTS, climb, make_runner
+from fastmrcnn.speed.entry import Entry, make_runner
+from fastmrcnn.speed.ladder import MASK_SLOTS, climb
 from fastmrcnn.speed.step_workload import Workload, load_recipe, set_up_device
 from fastmrcnn.speed.timing import Times, wait
 from fastmrcnn.speed.training_rows import Row, Runner, cpu_rows, cuda_rows
-
-NARROW = [
-    "model.backbone.name=resnet18",
-    "model.backbone.width=8",
-    "model.fpn.channels=16",
-    "model.rpn.pre_nms_top_n=64",
-    "model.rpn.post_nms_top_n=64",
-    "model.roi.batch_per_image=32",
-    "model.roi.sampling_ratio=1",
-    "model.box_head.hidden=32",
-    "model.mask_head.channels=16",
-]
 
 
 def choose(device: torch.device) -> tuple[Workload, list[Row]]:
@@ -53,7 +44,7 @@ def test_training_step(benchmark: Any, device: torch.device, pytestconfig: pytes
             last.append(runner)  # it is run once more below
         return runner
 
-    *peers, reference, ours = climb(rows, workload, mask_slots=MASK_SLOTS, make=make)
+    *peers, reference, ours = climb(rows, workload, mask_slots=MASK_SLOTS, start=partial(Entry, make=make))
     assert "failure" not in ours, ours["failure"]
     assert "failure" not in reference, reference["failure"]
     assert "disagrees" not in ours, ours["disagrees"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from fastmrcnn.config.schema import Config
 from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.files import to_write, write_text
 from fastmrcnn.speed.environment import environment
-from fastmrcnn.speed.inference_rows import inference_table, measure_inference
-from fastmrcnn.speed.ladder import MASK_SLOTS, broken, climb, ladder_table
+from fastmrcnn.speed.inference_rows import inference_table, measure_inference_apart
+from fastmrcnn.speed.ladder import MASK_SLOTS, broken, climb_apart, kernel_table, ladder_table, takes_turns
 from fastmrcnn.speed.loading import loading_table, measure_loading
 from fastmrcnn.speed.markdown import origin
 from fastmrcnn.speed.profile import profile_step, profile_table
@@ -27,43 +28,59 @@ from fastmrcnn.training.execution import choose_execution
 
 def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
-    config = load_recipe(arguments.config, arguments.overrides)
+    names, overrides = row_names(arguments)
+    config = load_recipe(arguments.config, overrides)
     device = set_up_device(config)
     check_synthetic(config)
+    if names == ["help"]:
+        print("\n".join(row.name for row in all_rows(device)))
+        return
+    rows = choose_rows(names, config, device)
     workload = make_workload(arguments, config, device)
     found: dict[str, Any] = {
         **environment(device),
         "workload": workload.facts,
         "config": config.model_dump(mode="json"),
     }
+    keep = partial(write, found, arguments.json)
+    keep()
     print(heading(found) + "\n")
 
     slots = mask_slots(arguments, device)
     if not arguments.no_ladder:
-        found["ladder"] = climb(choose_rows(config, device), workload, mask_slots=slots, report=tell)
+        found["rows_took_turns"] = takes_turns(device)
+        climb_apart(
+            rows,
+            workload,
+            mask_slots=slots,
+            limit_s=arguments.row_limit,
+            report=tell,
+            keep=partial(keep, "ladder"),
+        )
         print(ladder_table(found["ladder"]) + "\n")
+        print(how_they_ran(found["ladder"], device) + "\n")
+        for row in found["ladder"] if arguments.kernels else []:
+            print(kernel_table(row, arguments.kernels) + "\n")
     if arguments.profile is not None:
         row = profiled_row(device)
         tell(f"profile: {row.name}")
         runner = OurRunner(row, workload, slots or MASK_SLOTS)
         runner.warm_up()
-        found["profile"] = profile_step(runner, to_write(arguments.profile))
+        keep("profile", profile_step(runner, to_write(arguments.profile)))
         del runner
         print(profile_table(found["profile"]) + "\n")
     if arguments.inference:
         compiled = choose_execution(config, device).compiled
-        found["inference"] = measure_inference(workload, compiled=compiled, report=tell)
+        measure_inference_apart(workload, compiled=compiled, report=tell, keep=partial(keep, "inference"))
         print(inference_table(found["inference"]) + "\n")
     if arguments.loader:
         tell("loader")
-        found["loader"] = measure_loading(config, device, workload.images, workload.steps)
+        keep("loader", measure_loading(config, device, workload.images, workload.steps))
         print(loading_table(found["loader"]) + "\n")
     if arguments.reader:
         tell("reader")
-        found["reader"] = measure_reading()
+        keep("reader", measure_reading())
         print(reading_table(found["reader"]) + "\n")
-    if arguments.json is not None:
-        write_text(to_write(arguments.json), json.dumps(found, indent=1) + "\n")
     if broken(found.get("ladder", [])):
         print("error: a row failed or does not agree with the first of ours; see the table", file=sys.stderr)
         raise SystemExit(1)
@@ -89,6 +106,26 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--no-ladder", action="store_true", help="leave out the training rows")
     parser.add_argument(
+        "--rows",
+        nargs="+",
+        metavar="NAME",
+        help="the training rows to measure, in the ladder's order; help: print the names of all. The first "
+        "of ours among them is what the others of ours must agree with",
+    )
+    parser.add_argument(
+        "--row-limit",
+        type=float,
+        metavar="S",
+        help="seconds that a training row may take, compilation included; one that takes longer has failed",
+    )
+    parser.add_argument(
+        "--kernels",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also print the N kernels of each row that take the GPU longest",
+    )
+    parser.add_argument(
         "--inference", action="store_true", help="also measure inference, batch 1 and 8, masks pasted"
     )
     parser.add_argument(
@@ -102,7 +139,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--profile", metavar="DIR", help="also print the eager step's time by part, and write a trace"
     )
-    parser.add_argument("--json", metavar="FILE", help="write everything that was measured")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write everything that was measured, anew after each row"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.compile=on")
     return parser.parse_intermixed_args(argv)
 
@@ -120,10 +159,31 @@ def make_workload(arguments: argparse.Namespace, config: Config, device: torch.d
     return Workload(config, device, (height, width), images, steps, seed=config.train.seed)
 
 
-def choose_rows(config: Config, device: torch.device) -> list[Row]:
-    if device.type == "cuda":
-        return cuda_rows(max_autotune=config.train.compile == "max-autotune")
-    return cpu_rows(compiled=config.train.compile in ("on", "max-autotune"))
+def row_names(arguments: argparse.Namespace) -> tuple[list[str] | None, list[str]]:
+    """Names after --rows, None for those that the configuration chooses; and the settings, which may stand
+    after them."""
+    words = arguments.rows or []
+    settings = [word for word in words if "=" in word]
+    names = [word for word in words if "=" not in word]
+    return (names if arguments.rows else None), [*arguments.overrides, *settings]
+
+
+def all_rows(device: torch.device) -> list[Row]:
+    return cuda_rows(max_autotune=True) if device.type == "cuda" else cpu_rows(compiled=True)
+
+
+def choose_rows(names: list[str] | None, config: Config, device: torch.device) -> list[Row]:
+    """Those of these names, or what the configuration compiles."""
+    if names is None:
+        if device.type == "cuda":
+            return cuda_rows(max_autotune=config.train.compile == "max-autotune")
+        return cpu_rows(compiled=config.train.compile in ("on", "max-autotune"))
+    rows = all_rows(device)
+    known = [row.name for row in rows]
+    for name in names:
+        if name not in known:
+            raise UserError(f"--rows: no row '{name}' on this device; there are: {'; '.join(known)}")
+    return [row for row in rows if row.name in names]
 
 
 def profiled_row(device: torch.device) -> Row:
@@ -141,6 +201,24 @@ def heading(found: dict[str, Any]) -> str:
         f"{what['height']}x{what['width']} a step, noise with {what['objects_per_image']} objects an image, "
         f"{what['rois_per_image']} RoIs an image, {what['steps']} steps.{small}"
     )
+
+
+def how_they_ran(rows: list[dict[str, Any]], device: torch.device) -> str:
+    """How fairly rows compare."""
+    text = "Each row ran in a process of its own"
+    if not takes_turns(device):
+        return f"{text}, one after the other with all of the GPU, not in turns."
+    waits = [row["waiting_processor_ms"] for row in rows if "waiting_processor_ms" in row]
+    most = f"; waiting for its turn cost it {max(waits):.0f} ms of processor time at most" if waits else ""
+    return f"{text}, and they took turns step by step{most}."
+
+
+def write(found: dict[str, Any], file: str | None, key: str | None = None, value: Any = None) -> None:
+    """Add to what has been found, and write the file anew, if there is to be one."""
+    if key is not None:
+        found[key] = value
+    if file is not None:
+        write_text(to_write(file), json.dumps(found, indent=1) + "\n")
 
 
 def mask_slots(arguments: argparse.Namespace, device: torch.device) -> int | None:

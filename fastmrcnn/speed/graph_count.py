@@ -10,10 +10,6 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import torch._functorch.config
-import torch._inductor.config
-from torch._inductor import ir, scheduler
-
 from fastmrcnn.kernels._ops import add_op_namespace_prefix
 
 
@@ -35,6 +31,8 @@ class GraphCounter:
         self.counts = GraphCounts()
 
     def add(self, nodes: list[Any]) -> None:
+        from torch._inductor import ir, scheduler
+
         for node in nodes:
             if isinstance(node, scheduler.NopKernelSchedulerNode) or isinstance(node.node, ir.MultiOutput):
                 continue  # nothing is run: the second is one of several results
@@ -50,6 +48,10 @@ def counting_graphs() -> Iterator[GraphCounter]:
 
     A graph out of a cache is not scheduled again, so it takes none from there; kernels it may take.
     """
+    import torch._functorch.config
+    import torch._inductor.config
+    from torch._inductor import scheduler
+
     counter = GraphCounter()
     original = scheduler.Scheduler
 
@@ -72,6 +74,8 @@ def counting_graphs() -> Iterator[GraphCounter]:
 
 
 def _kind(node: Any) -> str:
+    from torch._inductor import scheduler
+
     if not isinstance(node, scheduler.ExternKernelSchedulerNode):
         return "generated"
     operator = getattr(node.node, "op_overload", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from fastmrcnn.data.synthetic import synthetic_batch
 from fastmrcnn.detection.paste import paste_masks
 from fastmrcnn.device import choose_precision
 from fastmrcnn.model.mask_rcnn import MaskRCNN
+from fastmrcnn.speed.apart import Apart, GoneError, one_line
 from fastmrcnn.speed.markdown import spread, table
-from fastmrcnn.speed.step_workload import Workload, changed
+from fastmrcnn.speed.step_workload import Workload, changed, on_disk, read_workload
 from fastmrcnn.speed.timing import summary, waited_for
 from fastmrcnn.structures import Batch, Detections, to_device
 from fastmrcnn.training.compile_cache import keep_compile_cache
@@ -26,37 +28,80 @@ EAGER, COMPILED, GRAPHS = "eager", "compiled", "compiled, CUDA graphs"
 _MODES = {COMPILED: "default", GRAPHS: "reduce-overhead"}
 
 
+class Inference:
+    """The model on synthetic images, one batch size and one way at a time."""
+
+    def __init__(self, workload: Workload) -> None:
+        device = workload.device
+        # Weights are random: without a threshold there are as many detections as there are slots.
+        config = changed(workload.config, "model.box_head.score_threshold", 0.0)
+        card = Workload(config, device, workload.shape, 1, 1, num_classes=workload.num_classes).card
+        self.workload = workload
+        self.model = new_model(card, device)
+        self.model.load_state_dict(workload.start)
+        self.model.eval()
+
+    def measure(self, images: int, way: str) -> dict[str, Any]:
+        load = self.workload
+        batch = synthetic_batch(images, load.shape, load.objects, load.num_classes, load.seed)
+        batch = to_device(batch._replace(targets=None), load.device)
+        return _measure(self.model, batch, load.config.runtime.precision, way, load.steps)
+
+
+def inference_from(file: Path) -> Inference:
+    return Inference(read_workload(file))
+
+
+def measure_inference_apart(
+    workload: Workload,
+    *,
+    compiled: bool,
+    report: Callable[[str], None] = print,
+    keep: Callable[[list[dict[str, Any]]], None] = lambda found: None,
+) -> list[dict[str, Any]]:
+    """As `measure_inference`, each row in a process of its own."""
+    with on_disk(workload) as file:
+
+        def measure(images: int, way: str) -> dict[str, Any]:
+            with Apart(inference_from, file) as process:
+                found: dict[str, Any] = process.ask("measure", images, way)
+            return found
+
+        return measure_inference(workload, compiled=compiled, measure=measure, report=report, keep=keep)
+
+
 def measure_inference(
-    workload: Workload, *, compiled: bool, report: Callable[[str], None] = print
+    workload: Workload,
+    *,
+    compiled: bool,
+    measure: Callable[[int, str], dict[str, Any]] | None = None,
+    report: Callable[[str], None] = print,
+    keep: Callable[[list[dict[str, Any]]], None] = lambda found: None,
 ) -> list[dict[str, Any]]:
     """Milliseconds of a batch of 1 and of 8, and images a second.
 
-    Weights are random, so the score threshold is 0 to have as many detections as there are slots.
-
     Args:
         compiled: measure the compiled model too, on CUDA also with CUDA graphs.
+        measure: a batch size and a way; None: in this process.
+        keep: is given the rows so far after each.
     """
-    device = workload.device
-    config = changed(workload.config, "model.box_head.score_threshold", 0.0)
-    card = Workload(config, device, workload.shape, 1, 1, num_classes=workload.num_classes).card
-    model = new_model(card, device)
-    model.load_state_dict(workload.start)
-    model.eval()
+    measure = measure or Inference(workload).measure
     ways = [EAGER]
     if compiled:
-        ways += [COMPILED, GRAPHS] if device.type == "cuda" else [COMPILED]
+        ways += [COMPILED, GRAPHS] if workload.device.type == "cuda" else [COMPILED]
     found = []
     for images in BATCHES:
-        batch = synthetic_batch(images, workload.shape, workload.objects, workload.num_classes, workload.seed)
-        batch = to_device(batch._replace(targets=None), device)
         for way in ways:
             report(f"inference, batch {images}, {way}")
             row: dict[str, Any] = {"batch": images, "way": way}
             try:
-                row |= _measure(model, batch, config.runtime.precision, way, workload.steps)
+                row |= measure(images, way)
+            except GoneError as error:
+                row["failure"] = str(error)
             except Exception as error:  # that one way breaks is a result too
-                row["failure"] = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+                row["failure"] = one_line(error)
             found.append(row)
+            keep(found)
     return found
 
 

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import gc
 import math
-import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
-from torch._dynamo.utils import counters
 
-from fastmrcnn.speed.graph_count import counting_graphs
+from fastmrcnn.speed import clocks
+from fastmrcnn.speed.entry import Entry, EntryApart
 from fastmrcnn.speed.markdown import spread, table
-from fastmrcnn.speed.step_workload import Workload
-from fastmrcnn.speed.timing import Stopwatch, device_calls, summary
-from fastmrcnn.speed.torchvision_row import NotComparableError, TorchvisionRunner
-from fastmrcnn.speed.training_rows import OurRunner, Row, Runner
+from fastmrcnn.speed.step_workload import Workload, on_disk
+from fastmrcnn.speed.training_rows import Row
 from fastmrcnn.structures import Counts
 
 MASK_SLOTS = 48  # an image, where nothing else was said
@@ -37,46 +32,50 @@ class Tolerance(NamedTuple):
 # by 3e-4 at first, 5e-4 at last and not at all in the distance.)
 TOLERANCES = {"fp32": Tolerance(5e-3, 0.03, 0.05), "bf16": Tolerance(0.01, 0.05, 0.1)}
 
-MakeRunner = Callable[[Row, Workload, int], Runner]
+
+class Running(Protocol):
+    """What `Entry` does, and `EntryApart` in a process of its own."""
+
+    row: Row
+    found: dict[str, Any]
+
+    def prepare(self, mask_slots: int) -> dict[str, Any]: ...
+
+    def steps(self, numbers: range) -> dict[str, Any]: ...
+
+    def finish(self) -> dict[str, Any]: ...
+
+    def close(self) -> None: ...
 
 
-class Entry:
-    """A row under way."""
-
-    def __init__(self, row: Row, device: torch.device) -> None:
-        self.row = row
-        self.watch = Stopwatch(device)
-        self.runner: Runner | None = None
-        self.losses: list[list[Tensor]] = []  # of each step
-        self.found: dict[str, Any] = {
-            "row": row.name,
-            "program": row.program,
-            "precision": row.precision,
-            "compiled": row.execution.compiled,
-            "cuda_graphs": row.execution.cuda_graphs,
-        }
-
-    @property
-    def running(self) -> bool:
-        return self.runner is not None and "failure" not in self.found
-
-    def attempt(self, function: Callable[[], Any]) -> None:
-        """Whatever breaks ends this row, and no other."""
-        try:
-            function()
-        except NotComparableError as error:
-            self.found["not_run"] = str(error)
-            self.runner = None
-        except Exception as error:
-            first_line = (str(error).strip() or "no message").splitlines()[0]
-            self.found["failure"] = f"{type(error).__name__}: {first_line}"
-            self.runner = None
+Start = Callable[[Row, Workload], Running]
 
 
-def make_runner(row: Row, workload: Workload, mask_slots: int) -> Runner:
-    if row.program == "torchvision":
-        return TorchvisionRunner(row, workload)
-    return OurRunner(row, workload, mask_slots)
+def takes_turns(device: torch.device) -> bool:
+    """Whether rows take turns step by step. A GPU has not memory enough for all of them."""
+    return device.type != "cuda"
+
+
+def climb_apart(
+    rows: Sequence[Row],
+    workload: Workload,
+    *,
+    mask_slots: int | None = None,
+    limit_s: float | None = None,
+    report: Callable[[str], None] = print,
+    keep: Callable[[list[dict[str, Any]]], None] = lambda found: None,
+) -> list[dict[str, Any]]:
+    """As `climb`, each row in a process of its own: one that breaks or spoils the device spoils no other.
+
+    Args:
+        limit_s: of a row, its compilation included; None: none. A row that takes longer has failed.
+    """
+    with on_disk(workload) as file:
+
+        def start(row: Row, workload: Workload) -> EntryApart:
+            return EntryApart(row, file, limit_s)
+
+        return climb(rows, workload, mask_slots=mask_slots, start=start, report=report, keep=keep)
 
 
 def climb(
@@ -84,130 +83,70 @@ def climb(
     workload: Workload,
     *,
     mask_slots: int | None = None,
-    make: MakeRunner = make_runner,
+    start: Start = Entry,
     report: Callable[[str], None] = print,
+    keep: Callable[[list[dict[str, Any]]], None] = lambda found: None,
 ) -> list[dict[str, Any]]:
     """Measure every row; returns a dictionary for each, with `failure` where it broke.
 
-    On a GPU one row runs after the other, with the memory freed between. On a CPU, where other programs
-    disturb, the rows take turns step by step, so that all are disturbed alike.
+    On a GPU one row runs after the other, each with all of its memory, and how fast the clocks were is noted.
+    On a CPU, where other programs disturb, the rows take turns step by step, so that all are disturbed alike.
 
     Args:
         mask_slots: an image, of the rows that pack them; None: as many as torchvision has foreground RoIs
             in the run, rounded up to 16 for the batch, or MASK_SLOTS if torchvision does not run.
         report: is told what is going on.
+        keep: is given what has been found so far whenever a row is ready to run, or done.
     """
-    entries = [Entry(row, workload.device) for row in rows]
+    found: list[dict[str, Any]] = []
     slots = mask_slots
-    if workload.device.type == "cuda":
-        for entry in entries:
-            slots = slots or matching_slots(entries, workload.images)
-            torch.cuda.reset_peak_memory_stats()
-            _prepare(entry, workload, slots or MASK_SLOTS, make, report)
-            for number in range(workload.steps):
-                _step(entry, number)
-            _finish(entry, workload)
-            entry.found["peak_bytes"] = torch.cuda.max_memory_allocated()
-            _free(entry)
-    else:
-        for entry in entries:
-            slots = slots or matching_slots(entries, workload.images)
-            _prepare(entry, workload, slots or MASK_SLOTS, make, report)
-        for number in range(workload.steps):
-            report(f"step {number + 1} of {workload.steps}, {len(entries)} rows")
+    in_turns = takes_turns(workload.device)
+    every = range(workload.steps)
+    for group in [rows] if in_turns else [[row] for row in rows]:
+        entries: list[Running] = []
+        try:
+            for row in group:
+                entries.append(start(row, workload))
+            found += [entry.found for entry in entries]
             for entry in entries:
-                _step(entry, number)
-        for entry in entries:
-            _finish(entry, workload)
-            _free(entry)
-    found = [entry.found for entry in entries]
-    compare(found)
+                slots = slots or matching_slots(found, workload.images)
+                report(f"{entry.row.name}: warming up")
+                entry.prepare(slots or MASK_SLOTS)
+                keep(found)
+            with clocks.watching_clocks(workload.device) as speeds:
+                for numbers in [every[n : n + 1] for n in every] if in_turns else [every]:
+                    if in_turns:
+                        report(f"step {numbers.start + 1} of {workload.steps}, {len(entries)} rows")
+                    for entry in entries:
+                        entry.steps(numbers)
+            for entry in entries:
+                if speeds:
+                    entry.found["clocks"] = speeds
+                entry.finish()
+                compare(found)
+                keep(found)
+        finally:
+            for entry in entries:
+                entry.close()
     return found
 
 
-def matching_slots(entries: Sequence[Entry], images: int) -> int | None:
+def matching_slots(found: Sequence[dict[str, Any]], images: int) -> int | None:
     """Mask slots an image that hold the most foreground RoIs that torchvision had in a batch."""
-    counts = [entry.found["foreground"] for entry in entries if "foreground" in entry.found]
+    counts = [row["foreground"] for row in found if "foreground" in row]
     if not counts:
         return None
     whole = math.ceil(max(counts) / SLOTS_MULTIPLE) * SLOTS_MULTIPLE
     return max(1, math.ceil(whole / images))
 
 
-def _prepare(
-    entry: Entry, workload: Workload, mask_slots: int, make: MakeRunner, report: Callable[[str], None]
-) -> None:
-    report(f"{entry.row.name}: warming up")
-    if entry.row.execution.compiled:
-        torch._dynamo.reset()
-        counters.clear()
-    if entry.row.packed:
-        entry.found["mask_slots_per_image"] = mask_slots
-    started = time.perf_counter()
-
-    def prepare() -> None:
-        entry.runner = make(entry.row, workload, mask_slots)
-        if entry.row.execution.compiled:
-            with counting_graphs() as counter:
-                entry.runner.warm_up()
-            entry.found["compiled_graphs"] = counter.counts._asdict()
-        else:
-            entry.runner.warm_up()
-        entry.found["first_losses"] = entry.runner.first_losses
-        if isinstance(entry.runner, TorchvisionRunner):
-            entry.found["foreground"] = max(entry.runner.foreground)
-
-    entry.attempt(prepare)
-    entry.found["warm_up_s"] = time.perf_counter() - started
-
-
-def _step(entry: Entry, number: int) -> None:
-    if not entry.running:
-        return
-    runner = entry.runner
-    assert runner is not None
-    entry.attempt(lambda: entry.losses.append(entry.watch(lambda: runner.step(number))))
-
-
-def _finish(entry: Entry, workload: Workload) -> None:
-    if not entry.running:
-        return
-    runner, found = entry.runner, entry.found
-    assert runner is not None
-
-    def finish() -> None:
-        times = entry.watch.milliseconds()
-        losses = [float(sum(parts)) for parts in entry.losses]
-        found.update(summary(times)._asdict(), total_s=sum(times) / 1e3, steps=len(times))
-        found["processor_ms"] = entry.watch.processor_ms()
-        found["images_per_second"] = workload.images * found["steps"] / found["total_s"]
-        last_fifth = losses[-max(1, len(losses) // 5) :]
-        found["last_loss"] = sum(last_fifth) / len(last_fifth)
-        found["moved"] = runner.moved()
-        # After the weights were looked at: the step that is counted would move them on.
-        calls = device_calls(lambda: runner.step(workload.steps), workload.device)
-        if calls is not None:
-            found.update(calls._asdict())
-        if entry.row.execution.compiled:
-            found["graphs"] = counters["stats"]["unique_graphs"]
-            found["graph_breaks"] = sum(counters["graph_break"].values())
-
-    entry.attempt(finish)
-
-
-def _free(entry: Entry) -> None:
-    entry.runner = None
-    entry.losses = []
-    if torch.cuda.is_available():
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
 def compare(found: list[dict[str, Any]]) -> None:
-    """Note as `disagrees` what sets a row of ours apart from the first of them."""
+    """Note in each row of ours which one it is `compared_with`, the first, and how it `disagrees` with it."""
     ours = [row for row in found if row["program"] == "fastmrcnn" and "moved" in row]
     for row in ours:
         problems = [] if finite(row) else ["its loss is not finite"]
+        if row is not ours[0]:
+            row["compared_with"] = ours[0]["row"]
         if row is not ours[0] and not problems and finite(ours[0]):
             tolerance = TOLERANCES[row["precision"]]
             for name, allowed in tolerance._asdict().items():
@@ -242,12 +181,14 @@ def broken(found: list[dict[str, Any]]) -> bool:
 
 
 def ladder_table(rows: list[dict[str, Any]]) -> str:
+    """With a line on rows of ours that nothing was held against."""
     head = [
         "row",
         "images/s",
         "ms (p20 to p80)",
         "processor ms",
         "peak MB",
+        "SM MHz, slowed by",
         "launches",
         "host syncs",
         "graphs, breaks",
@@ -257,7 +198,22 @@ def ladder_table(rows: list[dict[str, Any]]) -> str:
         "loss at first, at last",
         "weights moved",
     ]
-    return table(head, [[row["row"], *_cells(row)] for row in rows])
+    text = table(head, [[row["row"], *_cells(row)] for row in rows])
+    ours = [row for row in rows if row["program"] == "fastmrcnn" and "moved" in row]
+    if len(ours) == 1:
+        text += f"\n\nThere is no other row of ours to hold the loss of '{ours[0]['row']}' against."
+    return text
+
+
+def kernel_table(row: dict[str, Any], count: int) -> str:
+    """What a GPU did in one step of a row, by time; empty where that is not known."""
+    kernels = row.get("kernels", [])
+    if not kernels:
+        return ""
+    calls, busy = sum(kernel[1] for kernel in kernels), sum(kernel[2] for kernel in kernels)
+    lines = [[f"{ms:.3f}", str(times), name[:120]] for name, times, ms in kernels[:count]]
+    lead = f"{row['row']}: {calls} kernels, copies and fills in a step, {busy:.2f} ms"
+    return f"{lead}\n\n{table(['ms', 'calls', 'name'], lines)}"
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -276,6 +232,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         spread(row),
         "" if busy is None else f"{busy:.1f}",
         f"{row['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in row else "",
+        clocks.describe(row.get("clocks", {})),
         str(row.get("launches", "")),
         str(row.get("syncs", "")),
         graphs,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -83,6 +86,24 @@ class Workload:
             "sampling_ratio": model.roi.sampling_ratio,
             "rois_per_image": model.roi.batch_per_image,
         }
+
+
+@contextlib.contextmanager
+def on_disk(workload: Workload) -> Iterator[Path]:
+    """A file with the workload, its batches and its weights made, for other processes to read."""
+    assert workload.batches
+    assert workload.start
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "workload.pt"
+        torch.save(workload, file)
+        yield file
+
+
+def read_workload(file: Path) -> Workload:
+    """What `on_disk` wrote; sets up its device."""
+    workload: Workload = torch.load(file, mmap=True, weights_only=False)  # of our own making
+    set_up_device(workload.config)
+    return workload
 
 
 def load_recipe(path: str | Path | None, overrides: list[str]) -> Config:

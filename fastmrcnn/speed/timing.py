@@ -33,6 +33,14 @@ class DeviceCalls(NamedTuple):
     syncs: int  # waits of the host
 
 
+class Kernel(NamedTuple):
+    """All that a device did under one name."""
+
+    name: str
+    calls: int
+    ms: float
+
+
 class Ceilings(NamedTuple):
     """What a device gives at best, measured: no operation is done faster, no byte moved."""
 
@@ -130,16 +138,15 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def device_calls(function: Callable[[], Any], device: torch.device) -> DeviceCalls | None:
-    """Calls to the CUDA runtime in one call of `function`; None on a CPU."""
-    if device.type != "cuda":
-        return None
+def recorded_step(function: Callable[[], Any]) -> tuple[DeviceCalls, list[Kernel]]:
+    """Calls to the CUDA runtime in one call of `function`, and what it made the current device do."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
         with record_function(STEP):
             function()
         torch.cuda.synchronize()
-    return count_calls(recorded.events())
+    events = recorded.events()
+    return count_calls(events), kernels_by_time(events)
 
 
 def count_calls(events: Iterable[Any]) -> DeviceCalls:
@@ -149,6 +156,18 @@ def count_calls(events: Iterable[Any]) -> DeviceCalls:
         launches=sum(name.startswith(LAUNCHES) for name in names),
         syncs=sum(name.startswith(SYNCS) or name == BLOCKING_COPY for name in names),
     )
+
+
+def kernels_by_time(events: Iterable[Any]) -> list[Kernel]:
+    """The kernels, copies and fills among torch.profiler's events, those of one name together, longest
+    first."""
+    found: dict[str, list[float]] = {}
+    for event in events:
+        # The marked step has a stretch on the device's time line, too.
+        if event.device_type == DeviceType.CUDA and event.name != STEP:
+            found.setdefault(event.name, []).append(event.time_range.end - event.time_range.start)
+    kernels = (Kernel(name, len(micros), sum(micros) / 1e3) for name, micros in found.items())
+    return sorted(kernels, key=lambda kernel: -kernel.ms)
 
 
 def marked_step(events: Sequence[Any]) -> tuple[list[Any], float]:

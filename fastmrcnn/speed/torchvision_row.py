@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from fastmrcnn.structures import Batch
 from fastmrcnn.training.optim import learning_rate
 from fastmrcnn.weights.peers.programs import export_state
 
+COMPILED_TAKES = 5  # times as many steps: what is compiled for one shape is compiled again when others come
+
 
 class NotComparableError(Exception):
     """Why there is no such row: torchvision is missing, or has no such model."""
@@ -24,6 +28,7 @@ class NotComparableError(Exception):
 class TorchvisionRunner:
     """Its images and targets lie on the device; its resizing is off, since they have the right size.
 
+    Compiled, it is `torch.compile` of the whole model, with the graph breaks and the shapes that change.
     Its learning rate, sampled numbers and thresholds are the recipe's; RoIAlign is its own (2 samples per
     bin and axis, not aligned), and so are the mask targets (an average of the bitmap).
     """
@@ -35,7 +40,14 @@ class TorchvisionRunner:
         model = build(workload.config.model, workload.num_classes)
         ids = list(range(1, workload.num_classes + 1))
         model.load_state_dict(export_state(workload.start, "torchvision", "the benchmark's weights", ids))
-        self.model = model.to(self.device).train()
+        layout = torch.channels_last if row.layout == "channels_last" else torch.contiguous_format
+        self.model = model.to(self.device, memory_format=layout).train()  # type: ignore[call-overload]
+        self.run: Callable[..., dict[str, Tensor]] = self.model
+        self.warm_up_steps = WARM_UP
+        if row.execution.compiled:
+            self.run = torch.compile(self.model)
+            self.warm_up_steps *= COMPILED_TAKES
+        self.cudnn_trials = row.cudnn_trials
         optim = workload.config.optim
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.start = [p.detach().cpu().clone() for p in self.parameters]
@@ -66,7 +78,7 @@ class TorchvisionRunner:
         return images, targets
 
     def warm_up(self) -> None:
-        for number in range(WARM_UP):
+        for number in range(self.warm_up_steps):
             losses = self._run(number, 0.0)
             if number == 0:
                 self.first_losses = {name: float(value) for name, value in losses.items()}
@@ -83,12 +95,22 @@ class TorchvisionRunner:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         kind, dtype = self.device.type, self.precision.dtype
-        with torch.autocast(kind, dtype=dtype, enabled=self.precision.autocast):
-            losses = self.model(images, targets)
-        self.optimizer.zero_grad(set_to_none=True)
-        sum(losses.values()).backward()
-        self.optimizer.step()
+        with self._with_or_without_trials():
+            with torch.autocast(kind, dtype=dtype, enabled=self.precision.autocast):
+                losses = self.run(images, targets)
+            self.optimizer.zero_grad(set_to_none=True)
+            torch.stack(list(losses.values())).sum().backward()
+            self.optimizer.step()
         return {name: value.detach() for name, value in losses.items()}
+
+    @contextlib.contextmanager
+    def _with_or_without_trials(self) -> Iterator[None]:
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = self.cudnn_trials
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.benchmark = before
 
     def moved(self) -> float:
         moves = [

@@ -106,6 +106,9 @@ class Performer:
             (*module, "YOUR_PACKAGE.roi_kernels.report"): self.report_of_copy,
             ("python", "bench/tune.py"): lambda words: check_options("bench/tune.py", words),
             ("python", "bench/table.py"): self.table,
+            ("python", "bench/first_gpu/run.py"): lambda words: check_options(
+                "bench/first_gpu/run.py", words
+            ),
             ("pytest",): lambda words: check_pytest(words, self.config),
             ("pip", "install"): check_installation,
             ("cp", "-r", "kernels"): self.copy_kernels,

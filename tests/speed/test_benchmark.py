@@ -7,6 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,8 +29,9 @@ from fastmrcnn.data.synthetic import full_masks, synthetic_batch, synthetic_batc
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_head import MaskHead
-from fastmrcnn.speed import inference_rows, ladder, loading, timing
-from fastmrcnn.speed.ladder import Entry, broken, climb, compare, matching_slots
+from fastmrcnn.speed import entry, inference_rows, ladder, loading, timing, torchvision_row
+from fastmrcnn.speed.entry import Entry
+from fastmrcnn.speed.ladder import broken, climb, compare, matching_slots
 from fastmrcnn.speed.parts import OPTIMIZER, OTHER, PARTS, Parts, Place, places
 from fastmrcnn.speed.profile import profile_step, profile_table, times_by_part
 from fastmrcnn.speed.step_workload import Workload, changed, check_synthetic, load_recipe
@@ -160,13 +162,13 @@ class Scripted:
 
 def scripted(*runners: Scripted) -> Callable[..., Any]:
     named = {runner.name: runner for runner in runners}
-    return lambda row, workload, slots: named[row.name]
+    return partial(Entry, make=lambda row, workload, slots: named[row.name])
 
 
 def test_rows_take_turns_on_a_cpu(workload: Workload) -> None:
     log: list[str] = []
-    make = scripted(Scripted("a", log), Scripted("b", log))
-    found = climb([Row("a"), Row("b")], workload, make=make, report=quiet)
+    start = scripted(Scripted("a", log), Scripted("b", log))
+    found = climb([Row("a"), Row("b")], workload, start=start, report=quiet)
     assert log == ["warm a", "warm b", "a0", "b0", "a1", "b1"]
     assert not broken(found)
     assert [row["last_loss"] for row in found] == [3.0, 3.0]
@@ -175,7 +177,7 @@ def test_rows_take_turns_on_a_cpu(workload: Workload) -> None:
 def test_a_rows_figures_follow_from_its_times(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
     times = [10.0, 20.0, 30.0, 40.0, 50.0, 60.0]
     monkeypatch.setattr(timing.Stopwatch, "milliseconds", lambda self: times)
-    (row,) = climb([Row("a")], workload, make=scripted(Scripted("a", [])), report=quiet)
+    (row,) = climb([Row("a")], workload, start=scripted(Scripted("a", [])), report=quiet)
     assert (row["p20_ms"], row["p50_ms"], row["p80_ms"]) == (20.0, 35.0, 50.0)
     assert row["steps"] == 6
     assert row["total_s"] == pytest.approx(0.21)
@@ -184,8 +186,8 @@ def test_a_rows_figures_follow_from_its_times(workload: Workload, monkeypatch: p
 
 def test_a_row_that_fails_leaves_the_others_alone(workload: Workload) -> None:
     log: list[str] = []
-    make = scripted(Scripted("a", log), Scripted("broken", log), Scripted("c", log))
-    found = climb([Row("a"), Row("broken"), Row("none"), Row("c")], workload, make=make, report=quiet)
+    start = scripted(Scripted("a", log), Scripted("broken", log), Scripted("c", log))
+    found = climb([Row("a"), Row("broken"), Row("none"), Row("c")], workload, start=start, report=quiet)
     assert log[-3:] == ["a1", "broken1", "c1"]
     assert found[1]["failure"] == "RuntimeError: CUDA error: out of"
     assert found[2]["failure"].startswith("KeyError")
@@ -206,7 +208,7 @@ def test_a_row_that_fails_leaves_the_others_alone(workload: Workload) -> None:
     ],
 )
 def test_a_row_that_trains_otherwise_is_flagged(workload: Workload, other: Scripted, message: str) -> None:
-    found = climb([Row("a"), Row("b")], workload, make=scripted(Scripted("a", []), other), report=quiet)
+    found = climb([Row("a"), Row("b")], workload, start=scripted(Scripted("a", []), other), report=quiet)
     assert "disagrees" not in found[0]
     assert message in found[1]["disagrees"]
     assert broken(found)
@@ -216,6 +218,7 @@ def test_a_row_that_trains_otherwise_is_flagged(workload: Workload, other: Scrip
 def test_bf16_may_differ_more_than_fp32_and_torchvision_as_it_likes() -> None:
     def row(precision: str, first: float, program: str = "fastmrcnn") -> dict[str, Any]:
         return {
+            "row": f"{program}, {precision}",
             "program": program,
             "precision": precision,
             "first_losses": {"loss_cls": first},
@@ -226,14 +229,15 @@ def test_bf16_may_differ_more_than_fp32_and_torchvision_as_it_likes() -> None:
     found = [row("fp32", 9.0, "torchvision"), row("fp32", 1.0), row("fp32", 1.008), row("bf16", 1.008)]
     compare(found)
     assert ["disagrees" in row for row in found] == [False, False, True, False]
+    assert ["compared_with" in row for row in found] == [False, False, True, True]
 
 
 def test_mask_slots_match_torchvisions_foreground() -> None:
-    entries = [Entry(Row("a"), CPU), Entry(Row("b"), CPU)]
-    assert matching_slots(entries, 2) is None
-    entries[0].found["foreground"] = 33
-    assert matching_slots(entries, 2) == 24  # 48 of the batch
-    assert matching_slots(entries, 12) == 4
+    found: list[dict[str, Any]] = [{}, {}]
+    assert matching_slots(found, 2) is None
+    found[0]["foreground"] = 33
+    assert matching_slots(found, 2) == 24  # 48 of the batch
+    assert matching_slots(found, 12) == 4
 
 
 def test_fp32_on_a_gpu_is_called_what_it_is() -> None:
@@ -332,6 +336,24 @@ def test_torchvision_starts_from_the_same_losses(config: Config) -> None:
     assert theirs.first_losses["num_fg"] > 0
 
 
+@pytest.mark.torchvision
+@pytest.mark.slow
+def test_torchvision_runs_in_channels_last_and_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced in earnest, without Inductor. Its first losses differ by what it samples alone."""
+    monkeypatch.setattr(torch, "compile", without_inductor)
+    monkeypatch.setattr(torchvision_row, "COMPILED_TAKES", 1)
+    workload = Workload(load_recipe(None, []), CPU, (96, 128), images=1, steps=1, objects=3)
+    plain = Row("plain", "torchvision", cudnn_trials=False)
+    last = replace(plain, name="channels_last", layout="channels_last")
+    rows = [plain, last, replace(last, name="compiled", execution=Execution(compiled=True))]
+    found = climb(rows, workload, report=quiet)
+    assert not [row["failure"] for row in found if "failure" in row]
+    losses = [row["first_losses"]["loss_classifier"] for row in found]
+    assert losses == pytest.approx([losses[0]] * 3, rel=0.1)
+    assert found[2]["graphs"] > 1
+    assert found[2]["graph_breaks"] > 0
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_every_row_of_ours_runs_and_agrees(config: Config, tmp_path: Path) -> None:
     workload = Workload(config, torch.device("cuda"), (64, 96), images=2, steps=10, objects=3, num_classes=3)
@@ -397,6 +419,26 @@ def test_calls_are_counted_within_the_step_alone() -> None:
     ]
     events[1:1] = [SimpleNamespace(**{**vars(event(timing.STEP, 0, 99)), "device_type": DeviceType.CUDA})]
     assert timing.count_calls(events) == timing.DeviceCalls(launches=4, syncs=2)
+
+
+def test_what_a_gpu_did_is_summed_by_name() -> None:
+    def event(name: str, device: DeviceType, micros: float) -> Any:
+        when = SimpleNamespace(start=10.0, end=10.0 + micros)
+        return SimpleNamespace(name=name, time_range=when, device_type=device)
+
+    events = [
+        event("aten::mm", DeviceType.CPU, 500),
+        event(timing.STEP, DeviceType.CUDA, 900),
+        event("gemm", DeviceType.CUDA, 100),
+        event("fill", DeviceType.CUDA, 250),
+        event("gemm", DeviceType.CUDA, 200),
+    ]
+    kernels = timing.kernels_by_time(events)
+    assert kernels == [timing.Kernel("gemm", 2, 0.3), timing.Kernel("fill", 1, 0.25)]
+    lines = ladder.kernel_table({"row": "a", "kernels": kernels}, 1).splitlines()
+    assert lines[0] == "a: 3 kernels, copies and fills in a step, 0.55 ms"
+    assert lines[-1] == "| 0.300 | 2 | gemm |"
+    assert ladder.kernel_table({"row": "a"}, 1) == ""
 
 
 def test_ceilings_are_measured() -> None:
@@ -609,8 +651,16 @@ def test_command_prints_the_ladder_and_writes_it(
         assert row["moved"] > 0
         assert row["first_losses"]["num_fg"] > 0
         assert "disagrees" not in row
+        assert row["waiting_processor_ms"] < 100
     assert packed["mask_slots_per_image"] == 48
+    assert found["rows_took_turns"] is True
+    assert "in a process of its own, and they took turns step by step; waiting" in printed
     assert Config.model_validate(found["config"]).model.backbone.weights is None
+
+
+def here(*arguments: Any, limit_s: float | None, **options: Any) -> list[dict[str, Any]]:
+    """Rows in this process, which sees what a test has changed."""
+    return climb(*arguments, **options)
 
 
 def test_command_fails_when_rows_do_not_agree(
@@ -628,7 +678,8 @@ def test_command_fails_when_rows_do_not_agree(
                 return losses
             return super().step(number)
 
-    monkeypatch.setattr(ladder, "OurRunner", Wrong)
+    monkeypatch.setattr(entry, "OurRunner", Wrong)
+    monkeypatch.setattr(benchmark, "climb_apart", here)
     output = tmp_path / "found.json"
     arguments = ["--config", str(recipe), "--shape", "64", "96", "--steps", "2", "--json", str(output)]
     with pytest.raises(SystemExit) as stopped:
@@ -636,6 +687,32 @@ def test_command_fails_when_rows_do_not_agree(
     assert stopped.value.code == 1
     assert "distance of the weights" in json.loads(output.read_text())["ladder"][2]["disagrees"]
     assert "DISAGREES" in capsys.readouterr().out
+
+
+def test_rows_can_be_chosen(recipe: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """One that takes too long is a row with its reason, and the file holds what there is after each."""
+    benchmark.main(["--rows", "help", "runtime.device=cpu"])
+    assert capsys.readouterr().out.splitlines() == [row.name for row in cpu_rows(compiled=True)]
+    output = tmp_path / "found.json"
+    arguments = ["--config", str(recipe), "--shape", "64", "96", "--steps", "1", "--json", str(output)]
+    chosen = ["--rows", "+ mask slots packed", "train.seed=3"]
+    with pytest.raises(SystemExit):
+        benchmark.main([*arguments, "--row-limit", "0.01", *chosen])
+    (row,) = json.loads(output.read_text())["ladder"]
+    assert (row["row"], row["failure"]) == ("+ mask slots packed", "stopped after 0.01 s")
+    assert json.loads(output.read_text())["workload"]["seed"] == 3
+
+
+def test_the_file_is_written_after_each_row(workload: Workload) -> None:
+    kept: list[list[tuple[str, bool]]] = []
+
+    def keep(found: list[dict[str, Any]]) -> None:
+        kept.append([(row["row"], "p50_ms" in row) for row in found])
+
+    start = scripted(Scripted("a", []), Scripted("b", []))
+    climb([Row("a"), Row("b")], workload, start=start, report=quiet, keep=keep)
+    assert kept[0] == kept[1] == [("a", False), ("b", False)]
+    assert kept[2:] == [[("a", True), ("b", False)], [("a", True), ("b", True)]]
 
 
 @pytest.mark.parametrize(
@@ -646,6 +723,10 @@ def test_command_fails_when_rows_do_not_agree(
         (["--shape", "320", "16"], "--shape must be at least 32, got 16"),
         (["--mask-slots", "some"], "--mask-slots must be a number above 0, or match, got some"),
         (["model.rpn.enabled=false"], "no proposals: set model.rpn.enabled=true"),
+        (
+            ["--rows", "+ warp", "train.steps=3"],
+            r"no row '\+ warp' on this device; there are: torchvision, .*; ",
+        ),
         (["--profil", "x"], "see python -m fastmrcnn.benchmark --help"),
     ],
 )
