@@ -16,6 +16,7 @@ from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.files import to_write, write_text
 from fastmrcnn.speed.environment import environment
 from fastmrcnn.speed.inference_rows import inference_table, measure_inference_apart
+from fastmrcnn.speed.judging import judging_table, measure_judging
 from fastmrcnn.speed.ladder import MASK_SLOTS, broken, climb_apart, kernel_table, ladder_table, takes_turns
 from fastmrcnn.speed.loading import loading_table, measure_loading
 from fastmrcnn.speed.markdown import origin
@@ -81,6 +82,10 @@ def main(argv: list[str]) -> None:
         tell("reader")
         keep("reader", measure_reading())
         print(reading_table(found["reader"]) + "\n")
+    if arguments.evaluation:
+        tell("evaluation")
+        keep("evaluation", measure_judging())
+        print(judging_table(found["evaluation"]) + "\n")
     if broken(found.get("ladder", [])):
         print("error: a row failed or does not agree with the first of ours; see the table", file=sys.stderr)
         raise SystemExit(1)
@@ -132,6 +137,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--loader",
         action="store_true",
         help="also measure the step fed by the loader, from data.train or the embedded shapes",
+    )
+    parser.add_argument(
+        "--evaluation", action="store_true", help="also measure COCO's evaluation of results that are made up"
     )
     parser.add_argument(
         "--reader", action="store_true", help="also measure the reading of an annotation file that is made up"

@@ -30,6 +30,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "detection": ("weights", "data", "kernels", *GROUND),
     "evaluation": ("detection", "weights", "model", "data", "config", *GROUND),
     "speed": (
+        "evaluation",
         "training",
         "detection",
         "weights",
