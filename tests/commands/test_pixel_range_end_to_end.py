@@ -47,9 +47,9 @@ def brightest(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     real, found = worker.read_image, []
 
     def read_image(record: ImageRecord) -> Any:
-        pixels = real(record)
+        pixels, note = real(record)
         found.append(int(pixels.max()))
-        return pixels
+        return pixels, note
 
     monkeypatch.setattr(worker, "read_image", read_image)
     return found
