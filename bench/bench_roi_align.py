@@ -22,8 +22,29 @@ def roi_align_reference(
     features: list[Tensor], boxes: Tensor, output_size: int, sampling_ratio: int, aligned: bool
 ) -> Tensor:
     how = pooling(output_size, sampling_ratio, aligned)
-    out = cpu.multilevel_roi_align(features, boxes.flatten(0, 1), None, None, how)
+    out = _Reference.apply(boxes.flatten(0, 1), how, *features)
     return out.unflatten(0, boxes.shape[:2])
+
+
+class _Reference(torch.autograd.Function):
+    """Plain PyTorch both ways. The gradient that PyTorch itself has for `embedding_bag` was NaN in a few of
+    many runs on a CPU."""
+
+    @staticmethod
+    def forward(boxes: Tensor, how: cpu.Pooling, *features: Tensor) -> Tensor:
+        return cpu.multilevel_roi_align(list(features), boxes, None, None, how)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        boxes, ctx.how, *features = inputs
+        ctx.images, ctx.sizes = features[0].shape[0], [(f.shape[2], f.shape[3]) for f in features]
+        ctx.save_for_backward(boxes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        [boxes] = ctx.saved_tensors
+        grads = cpu.multilevel_roi_align_backward(grad, boxes, None, None, ctx.images, ctx.sizes, ctx.how)
+        return None, None, *grads
 
 
 def pooling(output_size: int, sampling_ratio: int, aligned: bool) -> cpu.Pooling:

@@ -235,7 +235,8 @@ def test_what_is_imported_is_declared(
     distributions: dict[str, Path], folders: tuple[str, ...], extras: tuple[str, ...]
 ) -> None:
     peers = {"torchvision", "detectron2"}  # where they are missing, their tests are skipped
-    here = {path.stem for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    here = {name for path in paths for name in (path.stem, path.parent.name)}
     own = {"fastmrcnn", *sys.stdlib_module_names, *peers, *here}
     known = declared(distributions["wheel"], *extras)
     sources = metadata.packages_distributions()
