@@ -65,7 +65,7 @@ def evaluate_coco(
     truth = ground_truth(annotations, keypoints="keypoints" in iou_types)
     names = class_labels(truth)
     values: dict[str, float] = {}
-    compute = ENGINES[engine](truth, results)
+    compute = ENGINES[engine](truth, results, iou_types)
     for kind in iou_types:
         judge, note = COCOeval(iouType=kind), ""
         judge.params.imgIds = sorted(truth.getImgIds() if image_ids is None else image_ids)

@@ -18,7 +18,7 @@ Compute = Callable[[Params], dict[str, Any]]
 recall (T, K, A, M), of IoU thresholds, recall thresholds, classes, area ranges, limits on detections."""
 
 
-def by_pycocotools(truth: COCO, results: Sequence[dict[str, Any]]) -> Compute:
+def by_pycocotools(truth: COCO, results: Sequence[dict[str, Any]], kinds: Sequence[str]) -> Compute:
     """The reference. The results are left as they are."""
 
     def compute(params: Params) -> dict[str, Any]:
@@ -33,14 +33,25 @@ def by_pycocotools(truth: COCO, results: Sequence[dict[str, Any]]) -> Compute:
     return compute
 
 
-def by_hotcoco(truth: COCO, results: Sequence[dict[str, Any]]) -> Compute:
+def by_hotcoco(truth: COCO, results: Sequence[dict[str, Any]], kinds: Sequence[str]) -> Compute:
     """hotcoco does in Rust what pycocotools does, in the same order, on all cores. Results and ground truth
-    are taken over once for all kinds."""
-    own = hotcoco.COCO(truth.dataset)
-    found = own.load_res(list(results))
+    are taken over once for all kinds; of what else a file holds it is given nothing, since not all of it can
+    be: half of a pair of JSON's escapes, for one."""
+    keys = ["image_id", "category_id", "bbox", "segmentation", "score"]
+    own = ["id", "image_id", "category_id", "bbox", "segmentation", "area", "iscrowd"]
+    if "keypoints" in kinds:
+        keys.append("keypoints")
+        own += ["keypoints", "num_keypoints"]
+    dataset = {
+        "images": _only(truth.dataset["images"], ("id", "height", "width")),
+        "categories": [{"id": c["id"], "name": str(k)} for k, c in enumerate(truth.dataset["categories"])],
+        "annotations": _only(truth.dataset["annotations"], own),
+    }
+    known = hotcoco.COCO(dataset)
+    found = known.load_res(_only(results, keys))
 
     def compute(params: Params) -> dict[str, Any]:
-        judge = hotcoco.COCOeval(own, found, params.iouType)
+        judge = hotcoco.COCOeval(known, found, params.iouType)
         if params.iouType == "keypoints":
             judge.params.kpt_oks_sigmas = [float(sigma) for sigma in params.kpt_oks_sigmas]
         judge.params.max_dets = list(params.maxDets)
@@ -54,10 +65,15 @@ def by_hotcoco(truth: COCO, results: Sequence[dict[str, Any]]) -> Compute:
     return compute
 
 
-ENGINES: Mapping[EngineName, Callable[[COCO, Sequence[dict[str, Any]]], Compute]] = {
+ENGINES: Mapping[EngineName, Callable[[COCO, Sequence[dict[str, Any]], Sequence[str]], Compute]] = {
     "auto": by_hotcoco,
     "pycocotools": by_pycocotools,
 }
+"""Each takes a ground truth, results, and the kinds that will be asked for."""
+
+
+def _only(entries: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
+    return [{key: entry[key] for key in keys if key in entry} for entry in entries]
 
 
 def new_judge(truth: COCO, results: list[dict[str, Any]], kind: str) -> COCOeval:

@@ -154,3 +154,13 @@ def test_sigmas(tmp_path: Path) -> None:
     tree, results = adversarial(3, images=4, classes=1, objects=6, detections=30, joints=3)
     wide = compare(tmp_path / "set.json", tree, results, oks_sigmas=[0.9, 0.5, 0.7])
     assert wide["keypoints/AP"] > compare(tmp_path / "set.json", tree, results)["keypoints/AP"]
+
+
+def test_what_cannot_be_written_and_is_not_needed(tmp_path: Path) -> None:
+    tree, results = adversarial(4, images=2, classes=2, objects=4, detections=9, joints=3)
+    plain = compare(tmp_path / "set.json", tree, results)
+    half = "\ud800"
+    tree |= {"info": half, "licenses": [half]}
+    for entry in (*tree["images"], *tree["annotations"], *tree["categories"], *results):
+        entry["note"] = half
+    np.testing.assert_equal(compare(tmp_path / "set.json", tree, results), plain)
