@@ -238,10 +238,9 @@ def read_task(
         height, width = pixels.shape[:2]
         if fault := size_fault(task.known, width, height, coco.file):
             raise UserError(fault)
-        width, height = (
-            stated or side for stated, side in zip(task.known.size, (width, height), strict=True)
-        )
-        pixels = fitted(pixels, height, width)
+        if task.known.size != (None, None):
+            width, height = task.known.size
+            pixels = fitted(pixels, height, width)
     return pixels, note
 
 

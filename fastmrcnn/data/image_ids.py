@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastmrcnn.data.coco_json import parse_json
 from fastmrcnn.data.formats import by_id
 from fastmrcnn.data.image_files import plain_parts
 from fastmrcnn.data.images import nearly
@@ -39,7 +39,7 @@ def read_ids(file: Path) -> CocoIds:
         UserError: it cannot be read, or an id or a name is missing or there twice.
     """
     try:
-        tree = json.loads(file.read_text(encoding="utf-8-sig"))
+        tree = parse_json(file.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; --annotations takes a COCO-format JSON file") from None
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or not JSON
