@@ -41,6 +41,18 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "kernels",
         *GROUND,
     ),
+    "study": (
+        "speed",
+        "evaluation",
+        "training",
+        "detection",
+        "weights",
+        "weights/peers",
+        "model",
+        "data",
+        "config",
+        *GROUND,
+    ),
 }
 # The one module of a room that reads the configuration and gives the others values.
 BUILD = {"data": "config", "model": "config"}

@@ -1,0 +1,1 @@
+"""The paper's comparisons: what is trained for each, and the report on what came out."""
