@@ -98,6 +98,7 @@ class Performer:
             (*module, "fastmrcnn.propose"): self.main_of("fastmrcnn.propose"),
             (*module, "fastmrcnn.convert"): self.convert,
             (*module, "fastmrcnn.benchmark"): self.benchmark,
+            (*module, "fastmrcnn.experiments"): self.experiments,
             (*module, "fastmrcnn.kernels.check"): self.compare,
             (*module, "fastmrcnn.kernels.report"): lambda words: check_options(
                 "fastmrcnn.kernels.report", words
@@ -148,6 +149,9 @@ class Performer:
     def benchmark(self, words: list[str]) -> None:
         small = ["--shape", "64", "64", "--batch", "1", "--steps", "1", "--mask-slots", "16", *TINY]
         self.main_of("fastmrcnn.benchmark")([*words, *small])
+
+    def experiments(self, words: list[str]) -> None:
+        self.main_of("fastmrcnn.experiments")([*words, *([] if "--plan" in words else ["--plan"])])
 
     def compare(self, words: list[str]) -> None:
         check_options("fastmrcnn.kernels.check", words)

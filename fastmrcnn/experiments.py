@@ -1,0 +1,119 @@
+"""python -m fastmrcnn.experiments: run the paper's comparisons, and report what came out."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fastmrcnn.errors import Parser, UserError, run_main
+from fastmrcnn.files import to_write
+from fastmrcnn.study.coco import COCO, expected_seconds
+from fastmrcnn.study.plan import PastTimes, Row, plan
+from fastmrcnn.study.runs import Bench, Run
+from fastmrcnn.study.sets import Sets, given_sets
+from fastmrcnn.study.small import SMALL
+from fastmrcnn.study.suite import Suite
+from fastmrcnn.study.writing import write_report
+
+SUITES = {suite.name: suite for suite in (SMALL, COCO)}
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse_arguments(argv)
+    suite, output = SUITES[arguments.suite], to_write(arguments.output)
+    seeds = arguments.seeds or suite.seeds
+    try:
+        chosen = suite.chosen(tuple(arguments.only or ()))
+    except ValueError as error:
+        raise UserError(f"--only: {error}") from None
+    work = output / "work" if arguments.work is None else to_write(arguments.work)
+    given = given_sets(arguments.data)
+    jobs = arguments.jobs or (os.cpu_count() or 1 if suite is SMALL else 1)
+    bench = Bench(suite, output, work, Sets(work, given), extra=tuple(arguments.set))
+    if arguments.report:
+        tell_report(suite, output)
+        return
+    rows = plan(bench, chosen, seeds, expectation(bench))
+    if arguments.plan:
+        print_plan(rows, jobs, known_by="operations" if suite is COCO else "past runs")
+        return
+    left = sum(row.runs - row.finished for row in rows)
+    print(f"{sum(row.runs for row in rows)} runs, {left} of them to do, {jobs} at a time")
+    try:
+        bench.run_all(bench.runs_of(chosen, seeds), jobs)
+    except KeyboardInterrupt:
+        print(f"\nstopped; the same command goes on. What is finished is in {output / 'metrics'}")
+        raise SystemExit(130) from None
+    tell_report(suite, output)
+
+
+def tell_report(suite: Suite, output: Path) -> None:
+    print("The report:")
+    for path in write_report(suite, output):
+        print(f"  {path}")
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        "experiments",
+        "Run the comparisons of the Mask R-CNN paper. What is finished is not run again, and what was "
+        "interrupted goes on.",
+    )
+    parser.add_argument(
+        "--suite",
+        choices=sorted(SUITES),
+        default="small",
+        help="small (default): narrow networks on drawn scenes; coco: the paper's recipes",
+    )
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these comparisons (default: all)")
+    parser.add_argument("--seeds", type=count, help="runs of each cell (default: the suite's)")
+    parser.add_argument("--output", default="report", help="folder of metrics and report (report)")
+    parser.add_argument("--work", help="folder of the runs themselves (default: work, in the output)")
+    parser.add_argument(
+        "--data", action="append", default=[], metavar="NAME=DIR", help="a data set, such as coco=DIR"
+    )
+    parser.add_argument("--jobs", type=count, help="runs at a time (default: the cores; coco: 1)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="key=value", help="a setting of all runs"
+    )
+    parser.add_argument("--plan", action="store_true", help="say what would run and how long, and end")
+    parser.add_argument("--report", action="store_true", help="write the report on what is there, and end")
+    return parser.parse_args(argv)
+
+
+def count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def expectation(bench: Bench) -> Callable[[Run], float]:
+    """Seconds of a run: by those that are finished; of the coco suite else by counted operations."""
+    past = PastTimes(bench)
+    if bench.suite is not COCO:
+        return past
+
+    def seconds(run: Run) -> float:
+        known = past(run)
+        return expected_seconds(bench.config(run)) if math.isnan(known) else known
+
+    return seconds
+
+
+def print_plan(rows: Sequence[Row], jobs: int, known_by: str) -> None:
+    width = max(len(row.comparison) for row in rows)
+    print(f"{'comparison':{width}}  cells  runs  finished  hours left")
+    for row in rows:
+        hours = "not known" if math.isnan(row.hours) else f"{row.hours:.2f}"
+        print(f"{row.comparison:{width}}  {row.cells:5d}  {row.runs:4d}  {row.finished:8d}  {hours:>10}")
+    total = math.fsum(row.hours for row in rows) / jobs
+    left = "not known" if math.isnan(total) else f"{total:.2f}"
+    print(f"In all {left} hours, {jobs} at a time; by {known_by}.")
+
+
+if __name__ == "__main__":
+    run_main(main)
