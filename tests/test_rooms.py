@@ -28,6 +28,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "weights": ("weights/peers", "model", "data", "config", *GROUND),
     "training": ("weights", "model", "data", "config", *GROUND),
     "detection": ("weights", "data", "kernels", *GROUND),
+    "deployment": ("detection", "weights", "model", "data", "config", "kernels", *GROUND),
     "evaluation": ("detection", "weights", "model", "data", "config", *GROUND),
     "speed": (
         "evaluation",
