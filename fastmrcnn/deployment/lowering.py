@@ -1,8 +1,8 @@
 """Our operators in PyTorch's own, for graphs that are to run where only PyTorch is.
 
 To an exported program an operator registered from Python is a name, which a process that has not imported
-fastmrcnn.kernels does not know. So what is traced in place of each is plain PyTorch: the code that CPU tensors
-run, which is made of tensors of fixed shape in all operators but one, and for that one `loop_nms`.
+fastmrcnn.kernels does not know. So plain PyTorch is traced in place of each: the code that CPU tensors run,
+which is made of tensors of fixed shape in all operators but one, and for that one `loop_nms`.
 """
 
 from __future__ import annotations
