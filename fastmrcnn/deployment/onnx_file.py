@@ -17,6 +17,7 @@ from fastmrcnn.deployment.graph import INPUTS, ServingGraph
 from fastmrcnn.deployment.onnx_operators import check_operators, translations
 from fastmrcnn.errors import UserError
 from fastmrcnn.kernels.box_decode.reference import decode_boxes
+from fastmrcnn.weights.exported import CARD, ExportedCard, as_text
 
 OPSET = 18  # RoIAlign's half pixels came with 16; the exporter's own operators are of 18
 INSTALL = "pip install 'fastmrcnn[export]'"
@@ -86,6 +87,21 @@ def to_onnx(
         )
     assert program is not None
     return program.model_proto
+
+
+def with_card(model: Any, exported: ExportedCard) -> bytes:
+    """The content of a file: an `onnx.ModelProto` that says what it is.
+
+    Raises:
+        UserError: it would be larger than a file of ONNX can be.
+    """
+    entry = model.metadata_props.add()
+    entry.key, entry.value = CARD, as_text(exported)
+    model.producer_name = "fastmrcnn"
+    if model.ByteSize() >= 2**31:
+        raise UserError("the model is larger than 2 GiB, the most that a file of ONNX holds; try --half")
+    content: bytes = model.SerializeToString()
+    return content
 
 
 @contextlib.contextmanager

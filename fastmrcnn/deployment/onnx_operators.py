@@ -39,6 +39,7 @@ def translations(groups: int) -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.roi_max.default: roi_max,
         ops.assign_levels.default: assign_levels,
         ops.class_mask_logits.default: class_mask_logits,
+        torch.ops.aten.sort.stable: stable_sort,
         torch.ops.prims.signbit.default: lambda x: _opset().Less(x, _numbers(0.0)),
     }
 
@@ -193,6 +194,15 @@ def check_operators(roi: RoiConfig) -> None:
             "ONNX has no RoIAlign of the largest of an adaptive number of samples (model.roi.mode=max with "
             "model.roi.sampling_ratio=0); use --format pt2"
         )
+
+
+def stable_sort(
+    values: Value, *, stable: bool, dim: int = -1, descending: bool = False
+) -> tuple[Value, Value]:
+    """TopK of all: it takes equal values by rising index."""
+    op = _opset()
+    count = int(values.shape[dim])
+    return op.TopK(values, _integers([count]), axis=dim, largest=int(descending), sorted=1)
 
 
 def assign_levels(boxes: Value, k_min: int, k_max: int, canonical_size: float, canonical_level: int) -> Value:
