@@ -11,7 +11,7 @@ import pytest
 from places import ROOT
 
 PACKAGE = ROOT / "fastmrcnn"
-COMMANDS = ("train", "evaluate", "predict", "propose", "convert", "benchmark")
+COMMANDS = ("train", "evaluate", "predict", "propose", "convert", "export", "benchmark")
 GROUND = ("errors", "structures", "device", "files")
 
 # What a room may import, the ground first. A room's own modules import each other freely.

@@ -111,6 +111,8 @@ def check_detects(config: Config) -> None:
 def prepared(model: MaskRCNN, half: bool) -> MaskRCNN:
     """A copy to be exported: in eval mode, without gradients, batch norms folded, in fp16 if `half`."""
     model = copy.deepcopy(model).eval().requires_grad_(False)
+    if model.box_head is not None:
+        model.box_head.stable = True
     fold_batch_norms(model)
     if half:
         to_half(model)
