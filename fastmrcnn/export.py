@@ -16,26 +16,38 @@ from fastmrcnn.data.build import read_split
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.images import read_image
 from fastmrcnn.data.transforms import Size
-from fastmrcnn.deployment.beside import MODEL, check_labels, files_beside
+from fastmrcnn.deployment.beside import check_labels, files_beside
 from fastmrcnn.deployment.graph import INPUTS, ServingGraph, check_shape
 from fastmrcnn.deployment.onnx_file import as_onnx, require_onnx, with_card
 from fastmrcnn.deployment.parity import FULL, HALF, Inputs, compare, eager, median_times
 from fastmrcnn.deployment.preprocess import as_inputs, default_shape, noise
+from fastmrcnn.deployment.pt2 import as_compiled, as_program
+from fastmrcnn.device import choose_device
 from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.files import expanded, make_folder, new_run_folder, replacing, to_write, write_text
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.speed.torchvision_row import NotComparableError, torchvision_detector
 from fastmrcnn.weights.checkpoint import find_checkpoint
-from fastmrcnn.weights.exported import Arrays, ExportedCard, Runner, open_session, session_runner
+from fastmrcnn.weights.exported import (
+    CARD,
+    Arrays,
+    ExportedCard,
+    Runner,
+    as_text,
+    open_session,
+    session_runner,
+)
+from fastmrcnn.weights.pt2_file import pt2_runner
 from fastmrcnn.weights.sources import is_url
 from fastmrcnn.weights.trained import TrainedModel, load_overridden
 
 
 def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
-    require_onnx()
+    if arguments.format == "onnx":
+        require_onnx()
     torch.manual_seed(0)
-    trained = load_overridden(arguments.checkpoint, "cpu", arguments.overrides)
+    trained = load_overridden(arguments.checkpoint, arguments.aot or "cpu", arguments.overrides)
     config = trained.card.config
     if config.runtime.threads is not None:
         torch.set_num_threads(config.runtime.threads)
@@ -43,23 +55,22 @@ def main(argv: list[str]) -> None:
     graph = ServingGraph(trained, half=arguments.half, paste=arguments.paste)
     dataset, where = validation_images(config)
     shape = choose_shape(arguments.shape, config, dataset)
-    target = choose_output(arguments.output)
+    target = choose_output(arguments.output, arguments.format)
     print(f"Images of {shape[0]} x {shape[1]}, {arguments.batch} at a time; {where}", flush=True)
     exported = ExportedCard(trained.card, shape, arguments.batch, arguments.half)
-    model = as_onnx(graph, config.model, len(trained.card.class_names), arguments.batch, shape)
-    content = with_card(model, exported)
-    run = session_runner(open_session(content))
+    content, run, engine = as_file(graph, exported, arguments.format, arguments.aot)
     batches = parity_inputs(dataset, config, shape, arguments.batch, arguments.images)
-    faults = report(trained, exported, run, batches)
+    faults = report(trained, exported, run, batches, engine)
     if faults:
         print(f"error: the file does not find what the model finds: {'; '.join(faults)}", file=sys.stderr)
         print("Nothing was written", file=sys.stderr)
         raise SystemExit(1)
     if target is None:
-        target = new_folder(arguments.checkpoint, config.output) / MODEL
+        target = new_folder(arguments.checkpoint, config.output) / f"model.{arguments.format}"
     make_folder(target.parent)
     example: Arrays = dict(zip(INPUTS, batches[0], strict=True))
-    beside = files_beside(exported, target.name, {"input": example, "output": run(*batches[0])})
+    tensors = {"input": example, "output": run(*batches[0])}
+    beside = files_beside(exported, target.name, tensors, arguments.aot)
     for name, text in beside.items():
         write_text(target.parent / name, text)
     with replacing(target) as stream:  # the last: where it is, the others are
@@ -73,6 +84,25 @@ def main(argv: list[str]) -> None:
     )
 
 
+def as_file(
+    graph: ServingGraph, exported: ExportedCard, form: str, aot: str | None
+) -> tuple[bytes, Runner, str]:
+    """The content of the file, a function that runs it, and the name of what runs it."""
+    batch, shape = exported.batch, exported.shape
+    if form == "onnx":
+        model = as_onnx(graph, exported.card.config.model, len(exported.card.class_names), batch, shape)
+        content = with_card(model, exported)
+        return content, session_runner(open_session(content)), "onnxruntime"
+    told = {CARD: as_text(exported)}
+    if aot is None:
+        content = as_program(graph, batch, shape, told)
+    else:
+        print(f"AOTInductor compiles it for {aot}, which takes minutes ...", flush=True)
+        content = as_compiled(graph, batch, shape, told)
+    run = pt2_runner(content, choose_device(aot or "cpu"))
+    return content, run, "torch.export" if aot is None else "AOTInductor"
+
+
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
         "export",
@@ -84,7 +114,15 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         required=True,
         help="checkpoint, run folder (its last one), or file or URL of a torchvision or detectron2 model",
     )
-    parser.add_argument("--format", choices=("onnx",), default="onnx", help="onnx (default)")
+    parser.add_argument(
+        "--format",
+        choices=("onnx", "pt2"),
+        default="onnx",
+        help="onnx (default), or pt2: a program of torch.export",
+    )
+    parser.add_argument(
+        "--aot", choices=("cpu", "cuda"), help="with pt2: compiled by AOTInductor for this kind of device"
+    )
     parser.add_argument(
         "--shape",
         nargs=2,
@@ -99,7 +137,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--paste", action="store_true", help="one more output: masks in the size of the images, as bits"
     )
     parser.add_argument(
-        "--output", metavar="F", help=f"file to write (default: a new folder exported_001/{MODEL} in the run)"
+        "--output", metavar="F", help="file to write (default: a new folder exported_001 in the run)"
     )
     parser.add_argument(
         "--images",
@@ -118,6 +156,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     for name in ("batch", "images"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name} {getattr(arguments, name)}: must be at least 1")
+    if arguments.aot is not None and arguments.format != "pt2":
+        raise UserError("--aot goes with --format pt2")
     return arguments
 
 
@@ -142,13 +182,13 @@ def choose_shape(given: Sequence[int] | None, config: Config, dataset: CocoDatas
     return height, width
 
 
-def choose_output(given: str | None) -> Path | None:
+def choose_output(given: str | None, form: str) -> Path | None:
     """The file that was asked for, which is not there yet; None: the default."""
     if given is None:
         return None
     target = to_write(given)
-    if target.suffix != ".onnx":
-        raise UserError(f"--output {target}: must end in .onnx")
+    if target.suffix != f".{form}":
+        raise UserError(f"--output {target}: must end in .{form}")
     for name in (target.name, "labels.txt", "preprocessing.json", "run_model.py", "config.pbtxt"):
         if (target.parent / name).exists():
             raise UserError(f"{target.parent / name}: is already there; choose another --output or remove it")
@@ -180,9 +220,13 @@ def parity_inputs(
 
 
 def report(
-    trained: TrainedModel, exported: ExportedCard, run: Runner, batches: Sequence[Inputs]
+    trained: TrainedModel, exported: ExportedCard, run: Runner, batches: Sequence[Inputs], engine: str
 ) -> list[str]:
-    """Print how far the file differs from the model, and how long each takes; what is out of tolerance."""
+    """Print how far the file differs from the model, and how long each takes; what is out of tolerance.
+
+    Args:
+        engine: the name of what runs the file.
+    """
     model, config = trained.model, trained.card.config
     assert isinstance(model, MaskRCNN)
     tolerances = HALF if exported.half else FULL
@@ -192,7 +236,7 @@ def report(
         print("The model finds nothing in these images, which tells little; give data.val.images=DIR ...")
     pixels, sizes = batches[0]
     calls = {
-        "the file (onnxruntime)": lambda: run(pixels, sizes),
+        f"the file ({engine})": lambda: run(pixels, sizes),
         "eager": lambda: eager(model, pixels, sizes),
     }
     try:

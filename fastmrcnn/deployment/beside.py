@@ -22,19 +22,25 @@ _TYPES = {
 }
 
 
-def files_beside(exported: ExportedCard, model: str, tensors: Mapping[str, Arrays]) -> dict[str, str]:
+def files_beside(
+    exported: ExportedCard, model: str, tensors: Mapping[str, Arrays], compiled_for: str | None = None
+) -> dict[str, str]:
     """Texts by file name.
 
     Args:
         model: the file's name.
         tensors: "input" and "output": of each tensor by name an array of its shape and type.
+        compiled_for: the kind of device that AOTInductor compiled it for; None: it is not compiled.
     """
-    return {
+    told = preprocessing(exported, list(tensors["output"]), compiled_for)
+    texts = {
         "labels.txt": "".join(f"{name}\n" for name in exported.card.class_names),
-        "preprocessing.json": json.dumps(preprocessing(exported), indent=2) + "\n",
+        "preprocessing.json": json.dumps(told, indent=2) + "\n",
         "run_model.py": RUNNER.read_text(encoding="utf-8").replace(f'"{MODEL}"', json.dumps(model)),
-        "config.pbtxt": triton_config(model, tensors),
     }
+    if Path(model).suffix == ".onnx":
+        texts["config.pbtxt"] = triton_config(model, tensors)
+    return texts
 
 
 def triton_config(model: str, tensors: Mapping[str, Arrays]) -> str:

@@ -65,8 +65,15 @@ def noise(count: int, shape: Size, seed: int = 0) -> NDArray[np.uint8]:
     return np.stack(images)
 
 
-def preprocessing(exported: ExportedCard) -> dict[str, Any]:
-    """What preprocessing.json says."""
+def preprocessing(
+    exported: ExportedCard, outputs: Sequence[str], compiled_for: str | None = None
+) -> dict[str, Any]:
+    """What preprocessing.json says.
+
+    Args:
+        outputs: names, in the order of the file.
+        compiled_for: the kind of device that the file holds machine code for; None: it holds none.
+    """
     config = exported.card.config
     height, width = exported.shape
     data = config.data
@@ -92,6 +99,8 @@ def preprocessing(exported: ExportedCard) -> dict[str, Any]:
             "filter": "bilinear with antialiasing (Pillow's BILINEAR)",
         },
         "pad": "zeros to the right and below",
+        "outputs": list(outputs),
+        "file": {"compiled": compiled_for is not None, "device": compiled_for or "cpu"},
         "normalize": "no: the file does it",
         "pixel_range": None if data.pixel_range == "auto" else list(data.pixel_range),
         "mask_threshold": config.model.mask_head.threshold if config.model.mask_head.enabled else None,

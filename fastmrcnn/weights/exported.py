@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from importlib import import_module, metadata
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +19,11 @@ from fastmrcnn.device import choose_device
 from fastmrcnn.errors import UserError
 from fastmrcnn.structures import Batch, Detections
 from fastmrcnn.weights.card import ModelCard, read_card
+from fastmrcnn.weights.pt2_file import DEVICE, pt2_runner, read_metadata
 
 CARD = "fastmrcnn"  # key of the card in a file's metadata
 FORMAT_VERSION = 1
-SUFFIX = ".onnx"
+SUFFIXES = (".onnx", ".pt2")
 Arrays = dict[str, NDArray[Any]]
 Runner = Callable[[NDArray[np.uint8], NDArray[np.int32]], Arrays]
 """Runs a file on pixels (N, H, W, 3) and sizes (N, 2); gives its outputs by name."""
@@ -106,12 +108,12 @@ def as_text(exported: ExportedCard) -> str:
     """JSON, as a file carries it in its metadata."""
     card = exported.card
     try:
-        version = metadata.version("fastmrcnn")
-    except metadata.PackageNotFoundError:
-        version = "unknown"
+        own_version = version("fastmrcnn")
+    except PackageNotFoundError:
+        own_version = "unknown"
     tree = {
         "format_version": FORMAT_VERSION,
-        "fastmrcnn_version": version,
+        "fastmrcnn_version": own_version,
         "shape": list(exported.shape),
         "batch": exported.batch,
         "half": exported.half,
@@ -142,8 +144,8 @@ def from_text(text: str | None, path: Path) -> ExportedCard:
 
 
 def is_exported(path: str | Path) -> bool:
-    """Whether a path's suffix is that of an exported file."""
-    return Path(path).suffix.lower() == SUFFIX
+    """Whether a path has the suffix of an exported file."""
+    return Path(path).suffix.lower() in SUFFIXES
 
 
 def load_exported(path: Path, device: str) -> tuple[ExportedModel, ModelCard]:
@@ -154,6 +156,11 @@ def load_exported(path: Path, device: str) -> tuple[ExportedModel, ModelCard]:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    if path.suffix.lower() == ".pt2":
+        metadata = read_metadata(path)
+        exported = from_text(metadata.get(CARD), path)
+        run = pt2_runner(path, choose_device(metadata.get(DEVICE, device) if device == "auto" else device))
+        return ExportedModel(run, exported.shape, exported.batch).eval(), exported.card
     session = open_session(path, device)
     exported = from_text(session.get_modelmeta().custom_metadata_map.get(CARD), path)
     model = ExportedModel(session_runner(session), exported.shape, exported.batch)

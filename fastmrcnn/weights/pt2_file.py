@@ -25,6 +25,9 @@ METADATA = "fastmrcnn.json"
 OUTPUTS = "outputs"
 """Key in the metadata of the names of the outputs, a comma between two."""
 
+DEVICE = "AOTI_DEVICE_KEY"
+"""Key in the metadata of what a package is compiled for, which AOTInductor writes."""
+
 Source = Path | bytes
 """A file, or the content of what is to become one."""
 
@@ -95,7 +98,7 @@ def _program(source: Source, device: torch.device) -> Callable[..., tuple[Tensor
 
 
 def _compiled(source: Source, device: torch.device) -> Callable[..., list[Tensor]]:
-    compiled_for = read_metadata(source).get("AOTI_DEVICE_KEY")
+    compiled_for = read_metadata(source).get(DEVICE)
     if compiled_for != device.type:
         raise UserError(
             f"{_name(source)}: is compiled for {compiled_for} and cannot run on {device.type}; export it "
