@@ -20,7 +20,7 @@ from fastmrcnn.kernels.box_decode.reference import decode_boxes
 from fastmrcnn.weights.exported import CARD, ExportedCard, as_text
 
 OPSET = 18  # RoIAlign's half pixels came with 16; the exporter's own operators are of 18
-INSTALL = "pip install 'fastmrcnn[export]'"
+INSTALL = "pip install onnx onnxscript onnxruntime"
 
 
 def require_onnx() -> None:

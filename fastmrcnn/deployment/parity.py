@@ -119,7 +119,7 @@ def compare(
         ours, theirs = eager(model, pixels, sizes), run(pixels, sizes)
         for image in range(len(pixels)):
             one, other = ({key: value[image] for key, value in found.items()} for found in (ours, theirs))
-            _compare_image(parity, one, other, sizes[image].tolist(), least, mask_threshold)
+            compare_image(parity, one, other, sizes[image].tolist(), least, mask_threshold)
     return parity
 
 
@@ -151,7 +151,7 @@ def median_times(calls: Mapping[str, Callable[[], Any]], repeats: int = 5) -> di
     return {name: statistics.median(own) for name, own in times.items()}
 
 
-def _compare_image(
+def compare_image(
     parity: Parity,
     ours: Arrays,
     theirs: Arrays,
@@ -159,6 +159,11 @@ def _compare_image(
     least_score: float,
     mask_threshold: float,
 ) -> None:
+    """Add what one image tells; its arrays are without an axis of images.
+
+    Args:
+        size: its height and width, to which masks are pasted.
+    """
     parity.images += 1
     parity.kinds |= {"masks", "keypoints"} & ours.keys()
     most = parity.tolerances
@@ -175,7 +180,11 @@ def _compare_image(
             if theirs["classes"][other] == ours["classes"][row]
             and abs(theirs["scores"][other] - ours["scores"][row]) <= most.scores
         ]
-        distances = {other: np.abs(theirs["boxes"][other] - ours["boxes"][row]).max() for other in candidates}
+        box = ours["boxes"][row]
+        distances = {other: np.abs(theirs["boxes"][other] - box).max() for other in candidates}
+        # Two boxes further apart than half a side are not one object's.
+        side = min(box[2] - box[0], box[3] - box[1])
+        candidates = [other for other in candidates if distances[other] <= max(side / 2, most.boxes)]
         nearest = min(candidates, key=lambda other: distances[other], default=None)
         if nearest is None:
             edgy = ours["scores"][row] <= edge

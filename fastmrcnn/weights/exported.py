@@ -137,6 +137,8 @@ def from_text(text: str | None, path: Path) -> ExportedCard:
                 f"{path}: was written by fastmrcnn {tree['fastmrcnn_version']}, which is newer than this; "
                 "upgrade fastmrcnn"
             )
+        if (known := tree["keypoints"]) is not None:
+            known["skeleton"] = [(first, second) for first, second in known["skeleton"]]
         height, width = tree["shape"]
         return ExportedCard(read_card(tree, path), (height, width), tree["batch"], tree["half"])
     except (ValueError, KeyError, TypeError) as error:
@@ -177,7 +179,7 @@ def open_session(model: Path | bytes, device: str = "cpu") -> Any:
         onnxruntime = import_module("onnxruntime")
     except ImportError:
         raise UserError(
-            "onnxruntime is not installed, which runs exported files: pip install 'fastmrcnn[export]'"
+            "onnxruntime is not installed, which runs exported files: pip install onnxruntime"
         ) from None
     providers = ["CPUExecutionProvider"]
     known = onnxruntime.get_available_providers()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -96,7 +96,7 @@ def boxes_on(height: int, width: int, count: int = 40) -> Tensor:
 
 
 SCALES = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
-POOLS = {
+POOLS: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
     "adaptive": (multilevel_roi_align, {"aligned": True}),
     "aligned": (multilevel_roi_align, {"aligned": True, "sampling_ratio": 2}),
     "not aligned": (multilevel_roi_align, {"aligned": False, "sampling_ratio": 2}),
@@ -106,23 +106,29 @@ POOLS = {
 }
 
 
-@pytest.mark.parametrize("kind", POOLS)
-@pytest.mark.parametrize("levels", [4, 1])
-def test_pooling(kind: str, levels: int) -> None:
-    pool, how = POOLS[kind]
-    scales = SCALES[:levels]
-    maps = pyramid()[:levels]
-    boxes = boxes_on(256, 384)
-    valid = torch.ones(boxes.shape[:2], dtype=torch.bool)
+def pooled_by(kinds: Sequence[str], levels: int) -> Callable[..., tuple[Tensor, ...]]:
+    """Of boxes and maps, what each kind of pooling gives."""
 
-    def pooled(boxes: Tensor, *features: Tensor) -> Tensor:
-        # Small boxes on every level, so that few pixels do.
-        return pool(list(features), boxes, 7, spatial_scales=scales, canonical_size=48.0, valid=valid, **how)
+    def pooled(boxes: Tensor, *features: Tensor) -> tuple[Tensor, ...]:
+        # Small boxes are on every level, so that few pixels will do.
+        where: dict[str, Any] = {"spatial_scales": SCALES[:levels], "canonical_size": 48.0}
+        where["valid"] = torch.ones(boxes.shape[:2], dtype=torch.bool)
+        return tuple(POOLS[kind][0](list(features), boxes, 7, **where, **POOLS[kind][1]) for kind in kinds)
 
-    # OpenVINO's own RoIPool is another.
-    engines = ("onnxruntime",) if kind == "pool" else ("onnxruntime", "openvino")
+    return pooled
+
+
+@pytest.mark.parametrize("levels", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_pooling(levels: int) -> None:
+    pooled = pooled_by([kind for kind in POOLS if kind != "pool"], levels)
     # Places on a canvas of all levels are rounded more coarsely than on one level.
-    check(pooled, boxes, *maps, atol=1e-4, engines=engines)
+    check(pooled, boxes_on(256, 384), *pyramid()[:levels], atol=1e-4)
+
+
+@pytest.mark.slow
+def test_pooling_of_whole_pixels() -> None:
+    """OpenVINO's own operator for it is another."""
+    check(pooled_by(["pool"], 4), boxes_on(256, 384), *pyramid(), engines=("onnxruntime",))
 
 
 def test_nms_keeps_the_same_boxes_in_the_same_order() -> None:
