@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from places import ROOT
 from serving import images, trained
 from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
@@ -20,7 +22,7 @@ from fastmrcnn.deployment.graph import ServingGraph
 from fastmrcnn.deployment.lowering import foreign_operators
 from fastmrcnn.deployment.pt2 import as_compiled, as_program, trace
 from fastmrcnn.errors import UserError
-from fastmrcnn.weights.pt2_file import METADATA, is_compiled, pt2_runner, read_metadata
+from fastmrcnn.weights.pt2_file import DEVICE, METADATA, is_compiled, pt2_runner, read_metadata
 
 CPU = torch.device("cpu")
 ADAPTIVE: dict[str, Any] = {"roi": {"sampling_ratio": 0}}
@@ -175,17 +177,50 @@ def test_devices_are_moved_everywhere_in_a_program() -> None:
             assert {str(place) for place in places if place is not None} <= {"meta"}, node.format_node()
 
 
-@pytest.mark.slow
-def test_a_package_finds_what_the_model_finds_with_pytorch_alone(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def package() -> tuple[ServingGraph, bytes]:
     graph = ServingGraph(trained(**ADAPTIVE), paste=True)
-    content = as_compiled(graph, 2, (128, 96), {"about": "a test"})
+    return graph, as_compiled(graph, 1, (128, 96), {"about": "a test"})
+
+
+@pytest.mark.slow
+def test_a_package_finds_what_the_model_finds_with_pytorch_alone(
+    package: tuple[ServingGraph, bytes], tmp_path: Path
+) -> None:
+    graph, content = package
     assert is_compiled(content)
     told = read_metadata(content)
     assert told["about"] == "a test"
-    assert told["AOTI_DEVICE_KEY"] == "cpu"
-    inputs = images()
+    assert told[DEVICE] == "cpu"
+    inputs = images(1)
     outputs = run_alone("package", content, inputs, tmp_path)
     check_same(dict(zip(graph.outputs, outputs, strict=True)), graph, inputs)
     check_same(pt2_runner(content, CPU)(*(value.numpy() for value in inputs)), graph, inputs)
-    package = torch._inductor.aoti_load_package(str(tmp_path / "model.pt2"))
-    assert package.get_metadata()["about"] == "a test"
+    loaded = torch._inductor.aoti_load_package(str(tmp_path / "model.pt2"))
+    assert loaded.get_metadata()["about"] == "a test"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+def test_a_package_runs_in_cpp(package: tuple[ServingGraph, bytes], tmp_path: Path) -> None:
+    graph, content = package
+    root = Path(torch.__path__[0])
+    flags = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}", f"-L{root / 'lib'}"]
+    flags += [f"-Wl,-rpath,{root / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+    source, program = ROOT / "docs" / "find_objects.cpp", tmp_path / "find_objects"
+    subprocess.run(["g++", "-std=c++20", str(source), "-o", str(program), *flags], check=True)
+
+    (tmp_path / "model.pt2").write_bytes(content)
+    pixels, sizes = images(1)
+    (tmp_path / "pixels.rgb").write_bytes(pixels.numpy().tobytes())
+    files = [str(tmp_path / name) for name in ("model.pt2", "pixels.rgb")]
+    done = subprocess.run([str(program), *files, "128", "96"], check=True, capture_output=True, text=True)
+    found = np.array([[float(word) for word in line.split()] for line in done.stdout.splitlines()])
+    boxes, scores, classes, valid, *_ = graph(pixels, sizes)
+    assert len(found) == valid.sum() > 10
+    assert found[:, 0].tolist() == classes[valid].tolist()
+    assert found[:, 1] == pytest.approx(scores[valid].numpy(), abs=1e-4)
+    assert found[:, 2:] == pytest.approx(boxes[valid].numpy(), abs=1e-2)
+    done = subprocess.run([str(program), *files, "1280", "96"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "pixels.rgb: has fewer than 368640 bytes" in done.stderr
