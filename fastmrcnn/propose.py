@@ -8,6 +8,7 @@ from fastmrcnn.data.proposals import write_proposals
 from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.evaluation.proposals import collect_proposals, proposal_recall
 from fastmrcnn.files import expanded, to_write
+from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.weights.trained import load_overridden
 
 
@@ -38,6 +39,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--output {output}: its folder {output.parent} is not there")
     trained = load_overridden(arguments.checkpoint, arguments.device, arguments.overrides)
     model, config = trained.model, trained.card.config
+    if not isinstance(model, MaskRCNN):
+        raise UserError(f"{arguments.checkpoint}: is exported and gives no proposals; take the run itself")
     if model.rpn is None:
         raise UserError(f"{arguments.checkpoint}: this model has no RPN that could propose")
     dataset = read_coco(

@@ -11,7 +11,16 @@ import pytest
 from places import ROOT
 
 PACKAGE = ROOT / "fastmrcnn"
-COMMANDS = ("train", "evaluate", "predict", "propose", "convert", "benchmark", "experiments")
+COMMANDS = (
+    "train",
+    "evaluate",
+    "predict",
+    "propose",
+    "convert",
+    "export",
+    "experiments",
+    "benchmark",
+)
 GROUND = ("errors", "structures", "device", "files")
 
 # What a room may import, the ground first. A room's own modules import each other freely.
@@ -28,6 +37,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "weights": ("weights/peers", "model", "data", "config", *GROUND),
     "training": ("weights", "model", "data", "config", *GROUND),
     "detection": ("weights", "data", "kernels", *GROUND),
+    "deployment": ("detection", "weights", "model", "data", "config", "kernels", *GROUND),
     "evaluation": ("detection", "weights", "model", "data", "config", *GROUND),
     "speed": (
         "evaluation",

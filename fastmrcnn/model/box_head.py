@@ -33,6 +33,8 @@ class BoxHead(nn.Module):
         detections: D, slots per image that come out.
     """
 
+    stable = False  # equal scores by rising index, as exported files take them; else as torch's topk does
+
     def __init__(
         self,
         in_channels: int,
@@ -119,7 +121,10 @@ class BoxHead(nn.Module):
         above = (scores > self.score_threshold) & proposals.valid[..., None]
         flat = torch.where(above, scores, -1.0).flatten(1)
         count = min(self.candidates, flat.shape[1])
-        score, index = flat.topk(count)
+        if self.stable and count == flat.shape[1]:
+            score, index = flat.sort(dim=1, descending=True, stable=True)
+        else:
+            score, index = flat.topk(count)
         cut = above.flatten(1).sum(1) - (score > 0).sum(1)
         proposal, cls = index // num_classes, index % num_classes
         delta_index = proposal if self.class_agnostic else index

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastmrcnn.config.schema import ModelConfig
@@ -16,6 +18,7 @@ from fastmrcnn.speed.step_workload import Workload
 from fastmrcnn.speed.training_rows import WARM_UP, Row
 from fastmrcnn.structures import Batch
 from fastmrcnn.training.optim import learning_rate
+from fastmrcnn.weights.card import ModelCard
 from fastmrcnn.weights.peers.programs import export_state
 
 COMPILED_TAKES = 5  # times as many steps: what is compiled for one shape is compiled again when others come
@@ -118,6 +121,32 @@ class TorchvisionRunner:
             for p, start in zip(self.parameters, self.start, strict=True)
         ]
         return float(torch.stack(moves).norm())
+
+
+def torchvision_detector(
+    card: ModelCard, state: Mapping[str, Tensor], pixels: NDArray[np.uint8], sizes: NDArray[np.int32]
+) -> Callable[[], Any]:
+    """A call of torchvision's model in eval mode, with the same weights and images, on the CPU.
+
+    Args:
+        pixels: (N, H, W, 3), of which `sizes` (N, 2) tells the height and width of each image.
+    Raises:
+        NotComparableError: torchvision is missing, or has no such model.
+    """
+    model = build(card.config.model, len(card.class_names))
+    ids = list(range(1, len(card.class_names) + 1))
+    model.load_state_dict(export_state(state, "torchvision", "the model", ids))
+    images = [
+        torch.from_numpy(image[:height, :width]).permute(2, 0, 1).float().contiguous() / 255
+        for image, (height, width) in zip(pixels, sizes.tolist(), strict=True)
+    ]
+    model.eval()
+
+    def detect() -> Any:
+        with torch.no_grad():
+            return model(images)
+
+    return detect
 
 
 def not_comparable(config: ModelConfig) -> str | None:

@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmrcnn.config.file import load_config
 from fastmrcnn.config.schema import Config
 from fastmrcnn.data.keypoints import COCO_PERSON, schema_of_weights
 from fastmrcnn.device import choose_device
 from fastmrcnn.errors import UserError
+from fastmrcnn.files import expanded
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.weights.card import ModelCard, read_card
 from fastmrcnn.weights.checkpoint import check_format, find_checkpoint, is_checkpoint, judged_weights
 from fastmrcnn.weights.detectors import WeightsFile, open_weights, prepared, require_constants
+from fastmrcnn.weights.exported import ExportedModel, is_exported, load_exported
 from fastmrcnn.weights.peers.class_rows import class_count, keypoint_count
 from fastmrcnn.weights.peers.classes import ClassTable, known_classes, numbered_classes
 from fastmrcnn.weights.peers.programs import Imported
@@ -34,7 +36,7 @@ Trained = TypeVar("Trained", bound="TrainedModel")
 class TrainedModel:
     """A model in eval mode, and what it was trained with."""
 
-    model: MaskRCNN
+    model: nn.Module  # a MaskRCNN, or an ExportedModel in its place
     card: ModelCard  # its configuration is the one that the model was built from
 
     def to(self: Trained, device: str | torch.device) -> Trained:
@@ -80,10 +82,13 @@ def load_trained(path: str | Path, device: str | torch.device = "auto") -> Train
 
     Args:
         path: as in `find_checkpoint`; or a published detector of torchvision or detectron2, a file or a
-            URL, which is read with its recipe in configs/zoo/, and what was decided is printed.
+            URL, which is read with its recipe in configs/zoo/, and what was decided is printed; or a file
+            of `python -m fastmrcnn.export`.
     Raises:
         UserError: as `read_checkpoint`; or the weights do not fit; or there is no such device.
     """
+    if is_exported(path) and not is_url(str(path)):
+        return TrainedModel(*load_exported(expanded(path), str(device)))
     place = choose_device(str(device))
     if not is_url(str(path)):
         file = find_checkpoint(path)
@@ -107,6 +112,11 @@ def load_overridden(checkpoint: str, device: str, overrides: Sequence[str]) -> T
     card = replace(trained.card, config=config)
     if config.model == before.model:
         return replace(trained, card=card)
+    if isinstance(trained.model, ExportedModel):
+        raise UserError(
+            f"{checkpoint}: is exported, with the settings of its model in it; give these to "
+            "python -m fastmrcnn.export, with the run that it was made of"
+        )
     place = next(trained.model.parameters()).device
     return restored_model(card, trained.model.state_dict(), checkpoint).to(place)
 

@@ -43,10 +43,10 @@ def decode_boxes(
     limit = sizes.to(dtype).flip(-1).repeat(1, 2)[:, None, :]  # (N, 1, 4): w, h, w, h
     boxes = torch.minimum(boxes.clamp(min=0), limit)
     if min_side is not None:
-        valid &= (boxes[..., 2:] - boxes[..., :2]).amin(-1) > min_side
+        valid = valid & ((boxes[..., 2:] - boxes[..., :2]).amin(-1) > min_side)
     if scores is not None:
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        valid &= scores.isfinite()
+        valid = valid & scores.isfinite()
         if score_threshold is not None:
-            valid &= scores > score_threshold
+            valid = valid & (scores > score_threshold)
     return torch.where(valid[..., None], boxes, 0.0), valid

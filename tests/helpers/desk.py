@@ -97,6 +97,7 @@ class Performer:
             (*module, "fastmrcnn.predict"): self.predict,
             (*module, "fastmrcnn.propose"): self.main_of("fastmrcnn.propose"),
             (*module, "fastmrcnn.convert"): self.convert,
+            (*module, "fastmrcnn.export"): lambda words: check_options("fastmrcnn.export", words),
             (*module, "fastmrcnn.benchmark"): self.benchmark,
             (*module, "fastmrcnn.experiments"): self.experiments,
             (*module, "fastmrcnn.kernels.check"): self.compare,
