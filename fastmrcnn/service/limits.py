@@ -23,7 +23,7 @@ class Limits(NamedTuple):
     """Most requests that are in hand at once."""
 
 
-class Refusal(Exception):
+class RefusedError(Exception):
     """An answer that is not the one that was asked for: a status, and a line that says why.
 
     Args:
