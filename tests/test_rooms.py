@@ -11,7 +11,7 @@ import pytest
 from places import ROOT
 
 PACKAGE = ROOT / "fastmrcnn"
-COMMANDS = ("train", "evaluate", "predict", "propose", "convert", "benchmark")
+COMMANDS = ("train", "evaluate", "predict", "serve", "propose", "convert", "benchmark")
 GROUND = ("errors", "structures", "device", "files")
 
 # What a room may import, the ground first. A room's own modules import each other freely.
@@ -28,6 +28,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "weights": ("weights/peers", "model", "data", "config", *GROUND),
     "training": ("weights", "model", "data", "config", *GROUND),
     "detection": ("weights", "data", "kernels", *GROUND),
+    "service": ("detection", "data", *GROUND),
     "evaluation": ("detection", "weights", "model", "data", "config", *GROUND),
     "speed": (
         "evaluation",

@@ -15,6 +15,7 @@ from fastmrcnn.service.upload import FIELD, FORM, ClientGoneError, shown
 log = logging.getLogger("fastmrcnn.service")
 
 PREDICT = "/predict"
+COUNTED = {PREDICT, "/health", "/metrics", "/docs", "/openapi.json"}
 WHY = {
     400: "There is no image in the body, or it is damaged, or a form has other fields.",
     404: "No such path.",
@@ -32,6 +33,7 @@ _BODY = {
     "required": True,
     "content": {
         "image/*": _BYTES,
+        "application/octet-stream": _BYTES,
         FORM: {
             "schema": {
                 "type": "object",
@@ -115,7 +117,7 @@ def make_app(service: Service) -> Any:
     async def failed(request: Request, error: Exception) -> Response:
         return _error(500, "the service failed on this request")
 
-    return Polite(app, service.counts, timed=PREDICT, known={PREDICT, "/health", "/metrics", "/docs"})
+    return Polite(app, service.counts, timed=PREDICT, known=COUNTED)
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import importlib.util
 import ipaddress
+import logging
 import os
 import socket
 from collections.abc import Callable
@@ -111,6 +112,8 @@ def serve(detector: Detector, limits: Limits, server: socket.socket, running: Ru
 
 async def _serve(detector: Detector, limits: Limits, server: socket.socket, running: Running) -> None:
     import uvicorn
+
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # the client is told what is wrong
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -102,7 +102,7 @@ def decode(body: bytes, content_type: str, reading: Reading) -> tuple[NDArray[np
     except ImageError as fault:
         if fault.kind == "unreadable":
             raise RefusedError(
-                415, f"this is no image that can be read{fault}: {', '.join(KNOWN)} are"
+                415, f"this is no image that can be read{fault}; {', '.join(KNOWN)} are"
             ) from None
         if fault.kind == "large":
             most = f"{reading.max_pixels:,}"
