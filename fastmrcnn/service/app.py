@@ -1,18 +1,16 @@
 """The service's paths, and one shape for whatever goes wrong: {"error": "one line"}."""
 
-# FastAPI reads the annotations of the functions below, whose names it could not find if they were text.
+# Without `from __future__ import annotations`: FastAPI reads the annotations of the functions below, and
+# could not find what they name if they were text.
 
-import logging
 from typing import Annotated, Any
 
 from fastmrcnn.service.answer import Answer, Error, Health, Options
 from fastmrcnn.service.handler import Service
+from fastmrcnn.service.help_page import help_page
 from fastmrcnn.service.limits import CLIENT_GONE, RefusedError
-from fastmrcnn.service.page import page
 from fastmrcnn.service.polite import Polite
 from fastmrcnn.service.upload import FIELD, FORM, ClientGoneError, shown
-
-log = logging.getLogger("fastmrcnn.service")
 
 PREDICT = "/predict"
 COUNTED = {PREDICT, "/health", "/metrics", "/docs", "/openapi.json"}
@@ -92,7 +90,7 @@ def make_app(service: Service) -> Any:
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:
-        return Response(page(app.openapi(), service.limits), media_type="text/html; charset=utf-8")
+        return Response(help_page(app.openapi(), service.limits), media_type="text/html; charset=utf-8")
 
     @app.exception_handler(RefusedError)
     async def refused(request: Request, refusal: RefusedError) -> Response:
@@ -108,7 +106,7 @@ def make_app(service: Service) -> Any:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        where = f"{request.method} {shown(request.url.path)}"
+        where = f"{request.method[:20]} {shown(request.url.path)}"
         told = {404: "there is no such path", 405: "there is no such method here"}
         line = told.get(error.status_code, "this cannot be done")
         return _error(error.status_code, f"{where}: {line}; see /docs", dict(error.headers or {}))

@@ -127,11 +127,14 @@ class Batcher(Generic[Item, Result]):
                 one.answer.set_result(result)
 
     async def _in_thread(self, call: Callable[[], Any]) -> Any:
-        self.busy_since = time.monotonic()
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, call)
-        finally:
-            self.busy_since = None
+        def timed() -> Any:  # by the thread, which goes on when nobody waits for it any more
+            self.busy_since = time.monotonic()
+            try:
+                return call()
+            finally:
+                self.busy_since = None
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, timed)
 
     def _results(self, items: Sequence[Item]) -> list[Result | ModelError]:
         try:

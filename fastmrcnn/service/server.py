@@ -20,6 +20,7 @@ from fastmrcnn.service.limits import Limits
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
 _LAST_BYTES = 5  # seconds that clients have to read the last answers
+_IDLE = 75  # seconds that a connection is kept for its next request: proxies keep theirs for 60
 
 
 def check_installed() -> None:
@@ -134,6 +135,7 @@ async def _serve(detector: Detector, limits: Limits, server: socket.socket, runn
         log_level="error",
         access_log=False,
         server_header=False,
+        timeout_keep_alive=_IDLE,
         timeout_graceful_shutdown=_LAST_BYTES,
     )
     service.start()

@@ -70,7 +70,7 @@ async def read_body(receive: Receive, max_bytes: int, seconds: float) -> bytes:
         ClientGoneError: the rest will not come.
     """
     end = asyncio.get_running_loop().time() + seconds
-    pieces, length = [], 0
+    body = bytearray()  # not a list of pieces, of which a client could make one for each byte
     while True:
         try:
             message = await asyncio.wait_for(receive(), end - asyncio.get_running_loop().time())
@@ -78,13 +78,11 @@ async def read_body(receive: Receive, max_bytes: int, seconds: float) -> bytes:
             raise RefusedError(408, f"the body did not come within {seconds:g} s") from None
         if message["type"] == "http.disconnect":
             raise ClientGoneError
-        piece = message.get("body", b"")
-        length += len(piece)
-        if length > max_bytes:
+        body += message.get("body", b"")
+        if len(body) > max_bytes:
             raise too_long(max_bytes)
-        pieces.append(piece)
         if not message.get("more_body", False):
-            return b"".join(pieces)
+            return bytes(body)
 
 
 def decode(body: bytes, content_type: str, reading: Reading) -> tuple[NDArray[np.uint8], RangeNote | None]:

@@ -105,7 +105,15 @@ def test_what_is_cancelled_is_not_run() -> None:
         assert await tasks[2] == 2
         assert recorder.batches == [[0], [2]]
         assert [task.cancelled() for task in tasks] == [True, True, False, True]
+        recorder.begun.clear()
+        recorder.free.clear()
+        tasks += await submitted(batcher, ("a", 4))
+        await begun(recorder)
         work.cancel()
+        tasks[-1].cancel()
+        await asyncio.sleep(0.05)
+        assert batcher.busy_since is not None  # the thread cannot be stopped
+        recorder.free.set()
 
     run(body)
 

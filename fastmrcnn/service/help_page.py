@@ -27,7 +27,7 @@ code {{ background: #8882 }}
 """
 
 
-def page(document: dict[str, Any], limits: Limits) -> str:
+def help_page(document: dict[str, Any], limits: Limits) -> str:
     """HTML of an OpenAPI document.
 
     Args:
