@@ -18,6 +18,7 @@ DEFAULTS = Limits()
 def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
     check_installed()
+    server = listen(arguments.host, arguments.port)  # first, since a model takes its time to load
     detector = load(arguments.checkpoint, arguments.device)
     reading = detector.reading
     limits = Limits(
@@ -28,7 +29,6 @@ def main(argv: list[str]) -> None:
         timeout=arguments.timeout,
         queue=arguments.queue,
     )
-    server = listen(arguments.host, arguments.port)
     if not is_loopback(arguments.host):
         print(
             f"warning: --host {arguments.host} is open to whoever reaches this machine; there is no "

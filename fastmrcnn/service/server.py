@@ -108,7 +108,9 @@ def serve(detector: Detector, limits: Limits, server: socket.socket, running: Ru
     asyncio.run(_serve(detector, limits, server, running))
     if running.service is not None and (failure := running.service.failure) is not None:
         reason = " ".join(str(failure).split())[:300] or type(failure).__name__
-        raise UserError(f"the model cannot be run ({type(failure).__name__}: {reason})") from failure
+        raise UserError(
+            f"the model cannot be run ({type(failure).__name__}: {reason}); if memory is short, lower --batch"
+        ) from failure
 
 
 async def _serve(detector: Detector, limits: Limits, server: socket.socket, running: Running) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import signal
 import socket
@@ -59,6 +60,23 @@ def test_addresses() -> None:
     for host in ("192.0.2.1", "no such host", "x" * 70):
         with pytest.raises(UserError, match=r"cannot listen there"):
             server.listen(host, 0)
+
+
+def test_a_second_signal_stops_at_once(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    running = server.Running()
+    running.on_signal(signal.SIGINT)
+    assert running.stop == signal.SIGINT
+    assert "once more stops at once" in capfd.readouterr().err
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit) as end:
+        running.on_signal(signal.SIGTERM)
+    assert end.value.code == 143
 
 
 @pytest.mark.slow

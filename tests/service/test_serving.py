@@ -285,6 +285,23 @@ def test_an_error_of_the_model_is_of_one_image(
         assert client.ask("GET", "/health").status == 200
 
 
+def test_an_error_of_our_own(own: tuple[Detector, CocoDataset], monkeypatch: pytest.MonkeyPatch) -> None:
+    detector, dataset = own
+    image = images(dataset)[8]
+
+    async def fail(*arguments: Any) -> bytes:
+        raise RuntimeError("planted: in /home/someone/service.py")
+
+    with served(detector) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(client.service, "predict", fail)
+            answer = client.predict(image)
+            assert answer.status == 500
+            check_error(answer.body, "the service failed on this request")
+        assert client.predict(image).status == 200
+        assert client.metric('fastmrcnn_requests_total{path="/predict",status="500"}') == 1
+
+
 def test_when_all_places_are_taken(own: tuple[Detector, CocoDataset]) -> None:
     detector, dataset = own
     image = images(dataset)[8]
