@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 
-from fastmrcnn.detection.detector import load
+from fastmrcnn.detection.detector import Detector, load
 from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.service.limits import Limits
 from fastmrcnn.service.server import Running, check_installed, is_loopback, listen, serve, url_of
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
     detector = load(arguments.checkpoint, arguments.device)
     reading = detector.reading
     limits = Limits(
-        batch=arguments.batch,
+        batch=arguments.batch or batch_of(detector),
         max_delay=arguments.max_delay_ms / 1000,
         max_bytes=arguments.max_bytes,
         max_pixels=arguments.max_pixels or min(DEFAULTS.max_pixels, reading.max_pixels),
@@ -67,8 +67,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--batch",
         type=int,
-        default=DEFAULTS.batch,
-        help=f"most images that go through the model together ({DEFAULTS.batch})",
+        help=f"most images that go through the model together ({DEFAULTS.batch}, or an exported file's own)",
     )
     parser.add_argument(
         "--max-delay-ms",
@@ -101,6 +100,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     check_arguments(arguments)
     return arguments
+
+
+def batch_of(detector: Detector) -> int:
+    """Of a model whose graph has a fixed one, that; else the default."""
+    own = getattr(detector.model, "batch", None)
+    return own if isinstance(own, int) else DEFAULTS.batch
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
@@ -144,8 +145,9 @@ class Service:
         data = self.detector.card.config.data
         short, long = data.short_side_test, min(data.long_side_max, data.short_side_test * 4 // 3)
         grey = Image(np.full((short, long, 3), 128, np.uint8), Options(score=0))
-        weights = next(self.detector.model.parameters(), None)
-        on_cpu = weights is None or weights.device.type == "cpu"
+        model = self.detector.model
+        tensor = next(chain(model.parameters(), model.buffers()), None)
+        on_cpu = tensor is None or tensor.device.type == "cpu"
         for number in (1,) if on_cpu else (1, self.limits.batch):
             images: Sequence[Image] = [grey] * number
             for found in find(self.detector, images):

@@ -12,6 +12,8 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from tiny import TinyData
@@ -60,6 +62,14 @@ def test_addresses() -> None:
     for host in ("192.0.2.1", "no such host", "x" * 70):
         with pytest.raises(UserError, match=r"cannot listen there"):
             server.listen(host, 0)
+
+
+def test_a_graph_with_a_fixed_batch_says_it() -> None:
+    model = SimpleNamespace()
+    detector: Any = SimpleNamespace(model=model)
+    assert command.batch_of(detector) == 8
+    model.batch = 3
+    assert command.batch_of(detector) == 3
 
 
 def test_a_second_signal_stops_at_once(
