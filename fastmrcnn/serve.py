@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     # Pillow warns of damaged files, whose senders get an answer.
     warnings.filterwarnings("ignore", module="PIL")
     url = url_of(server)
-    print(f"{arguments.checkpoint} is warmed up for {url}", flush=True)
+    print(f"warming up {arguments.checkpoint}, to serve it on {url}", flush=True)
     running = Running(lambda: print(f"ready: curl -F file=@IMAGE {url}/predict (see {url}/docs)", flush=True))
     serve(detector, limits, server, running)
     number, service = running.stop, running.service

@@ -93,10 +93,10 @@ def _named(
 
 
 def _polygons(rle: dict[str, Any]) -> list[list[float]]:
-    return outlines(coco_mask.decode(rle).astype(bool))
+    return outlines(coco_mask.decode(rle).view(np.bool_))
 
 
-# What the documents of the interface say of an answer.
+# What is said of an answer in openapi.json.
 
 
 class SizeOfImage(BaseModel):
