@@ -18,6 +18,7 @@ COMMANDS = (
     "propose",
     "convert",
     "export",
+    "serve",
     "experiments",
     "benchmark",
 )
@@ -38,6 +39,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "training": ("weights", "model", "data", "config", *GROUND),
     "detection": ("weights", "data", "kernels", *GROUND),
     "deployment": ("detection", "weights", "model", "data", "config", "kernels", *GROUND),
+    "service": ("detection", "data", *GROUND),
     "evaluation": ("detection", "weights", "model", "data", "config", *GROUND),
     "speed": (
         "evaluation",

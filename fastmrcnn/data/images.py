@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import struct
 import threading
 import warnings
@@ -139,6 +140,20 @@ def read_noted(path: str | Path, reading: Reading = AS_IT_IS) -> tuple[NDArray[n
     return decoded.pixels, _range_note(decoded, reading)
 
 
+def decode_noted(
+    content: bytes, reading: Reading = AS_IT_IS, formats: tuple[str, ...] | None = None
+) -> tuple[NDArray[np.uint8], RangeNote | None]:
+    """As `read_noted`, of what stands in a file.
+
+    Args:
+        formats: those of Pillow's that are tried; None: all.
+    Raises:
+        ImageError: it is none of these, too large, or cannot be decoded.
+    """
+    decoded = _decoded(content, reading, formats)
+    return decoded.pixels, _range_note(decoded, reading)
+
+
 def read_extent(path: Path, max_pixels: int) -> Extent | None:
     """Of the values of an image; None if they fit into 8 bits. Raises ImageError."""
     with opened(path, max_pixels) as image:
@@ -196,16 +211,22 @@ def check_headers(records: Iterable[ImageRecord], problems: Problems) -> list[tu
 
 
 @contextlib.contextmanager
-def opened(path: Path, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
+def opened(
+    source: Path | bytes, max_pixels: int, formats: tuple[str, ...] | None = None
+) -> Iterator[ImageFile.ImageFile]:
     """The open image, not decoded yet. What goes wrong in the block too is an ImageError.
 
     Pillow's own limit of pixels, an error and before it a warning, is not in effect.
+
+    Args:
+        source: a file, or what stands in one.
+        formats: those of Pillow's that are tried; None: all.
     """
     try:
         with _pillow_limit:
             limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
             try:
-                image = Image.open(path)
+                image = Image.open(_stream(source), formats=formats)
             finally:
                 Image.MAX_IMAGE_PIXELS = limit
         with image:
@@ -221,27 +242,14 @@ def opened(path: Path, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
     except FileNotFoundError:
         raise ImageError("missing") from None
     except UnidentifiedImageError:
-        raise ImageError("unreadable", _unread_tiff(path)) from None
+        raise ImageError("unreadable", _unread_tiff(source)) from None
     except _DAMAGE as error:
         raise ImageError("damaged", " ".join(str(error).split()) or type(error).__name__) from None
 
 
 def _decode(path: Path, reading: Reading, remedy: str) -> Decoded:
     try:
-        with opened(path, reading.max_pixels) as image:
-            depth = depth_of(image)  # first: on looking for an orientation Pillow decodes a PNG
-            swapped = image.getexif().get(_ORIENTATION, 1) in _SIDES_SWAPPED
-            if depth is None or (depth.kind == "signed 8-bit" and reading.pixel_range is None):
-                image.load()
-                return Decoded(to_rgb(ImageOps.exif_transpose(image)), swapped, None)
-            if depth.colour and reading.pixel_range in (None, FULL):  # the upper half of the bits will do
-                image.load()
-                pixels = to_rgb(ImageOps.exif_transpose(image))
-                extent = Extent(int(pixels.min()) << 8, int(pixels.max()) << 8 | 255, depth.kind, False)
-                return Decoded(pixels, swapped, extent)
-            with opened(path, reading.max_pixels) as again:
-                numbers = read_numbers(image, again, depth)
-            return Decoded(_scaled(numbers, reading.pixel_range), swapped, extent_of(numbers, depth.kind))
+        return _decoded(path, reading)
     except ImageError as fault:
         told = {
             "missing": f"no such image file; {remedy}",
@@ -249,6 +257,27 @@ def _decode(path: Path, reading: Reading, remedy: str) -> Decoded:
             "damaged": f"cannot be decoded ({fault}); {remedy}",
         }
         raise UserError(f"{path}: {told.get(fault.kind, str(fault))}") from None
+
+
+def _decoded(source: Path | bytes, reading: Reading, formats: tuple[str, ...] | None = None) -> Decoded:
+    with opened(source, reading.max_pixels, formats) as image:
+        depth = depth_of(image)  # first: on looking for an orientation Pillow decodes a PNG
+        swapped = image.getexif().get(_ORIENTATION, 1) in _SIDES_SWAPPED
+        if depth is None or (depth.kind == "signed 8-bit" and reading.pixel_range is None):
+            image.load()
+            return Decoded(to_rgb(ImageOps.exif_transpose(image)), swapped, None)
+        if depth.colour and reading.pixel_range in (None, FULL):  # the upper half of the bits will do
+            image.load()
+            pixels = to_rgb(ImageOps.exif_transpose(image))
+            extent = Extent(int(pixels.min()) << 8, int(pixels.max()) << 8 | 255, depth.kind, False)
+            return Decoded(pixels, swapped, extent)
+        with opened(source, reading.max_pixels, formats) as again:
+            numbers = read_numbers(image, again, depth)
+        return Decoded(_scaled(numbers, reading.pixel_range), swapped, extent_of(numbers, depth.kind))
+
+
+def _stream(source: Path | bytes) -> Path | io.BytesIO:
+    return io.BytesIO(source) if isinstance(source, bytes) else source
 
 
 def _orientation(path: Path, image: ImageFile.ImageFile) -> Any:
@@ -280,11 +309,17 @@ def _is_plain_png(path: Path) -> bool:
     return False
 
 
-def _unread_tiff(path: Path) -> str:
-    with contextlib.suppress(OSError), path.open("rb") as stream:
-        if stream.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+def _unread_tiff(source: Path | bytes) -> str:
+    with contextlib.suppress(OSError):
+        start = source[:4] if isinstance(source, bytes) else _start(source)
+        if start in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
             return " (a TIFF whose channels, bits or compression Pillow does not know)"
     return ""
+
+
+def _start(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        return stream.read(4)
 
 
 def _size_fault(record: ImageRecord, width: int, height: int, swapped: bool) -> str | None:

@@ -88,6 +88,15 @@ class Detector(TrainedModel):
         """The detections in (h, w, 3) RGB pixels, resized by the rule in the model's card."""
         return self._detect([pixels], score)[0]
 
+    def detect_batch(self, images: Sequence[NDArray[np.uint8]], score: float) -> list[Objects]:
+        """As `detect`, in images of one `padded_shape`, which go through the model together."""
+        return self._detect(images, score)
+
+    def padded_shape(self, size: Size) -> Size:
+        """(H, W) of the batch that an image of this height and width goes into."""
+        data = self.card.config.data
+        return padded_shape(size, data.short_side_test, data.long_side_max)
+
     def _detect(self, images: Sequence[NDArray[np.uint8]], score: float) -> list[Objects]:
         """Of images with one padded shape."""
         config = self.card.config

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 
-from fastmrcnn.data.images import check_headers, read_header, read_image, read_pixels
+from fastmrcnn.data.images import (
+    ImageError,
+    check_headers,
+    decode_noted,
+    read_header,
+    read_image,
+    read_noted,
+    read_pixels,
+)
+from fastmrcnn.data.pixel_range import Reading
 from fastmrcnn.data.records import ImageRecord, Problems
 from fastmrcnn.errors import UserError
 
@@ -175,3 +184,36 @@ def test_missing_file(tmp_path: Path) -> None:
         read_pixels(tmp_path / "a.png")
     with pytest.raises(UserError, match="cannot be decoded"):
         read_pixels(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.png", "deep.png", "turned.jpg", "a.tif", "a.webp"])
+def test_what_stands_in_a_file_is_read_as_the_file(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    exif = Image.Exif()
+    if name == "turned.jpg":
+        exif[ORIENTATION] = 6
+    deep = Image.fromarray(np.arange(24, dtype=np.uint16).reshape(4, 6) * 2000)
+    (deep if name == "deep.png" else picture()).save(path, exif=exif)
+    pixels, note = read_noted(path)
+    again, same = decode_noted(path.read_bytes())
+    np.testing.assert_array_equal(again, pixels)
+    assert same == note
+
+
+def test_what_cannot_be_an_image_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    noise = np.random.default_rng(1).integers(0, 256, (30, 30, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    whole = path.read_bytes()
+    for content, kind, formats in (
+        (b"", "unreadable", None),
+        (b"II*\0", "unreadable", None),
+        (whole[: len(whole) // 2], "damaged", None),
+        (whole, "unreadable", ("JPEG", "GIF")),
+    ):
+        with pytest.raises(ImageError) as fault:
+            decode_noted(content, formats=formats)
+        assert fault.value.kind == kind
+    with pytest.raises(ImageError) as fault:
+        decode_noted(whole, Reading(max_pixels=899))
+    assert fault.value.kind == "large"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from serving import images, trained
+from exported_models import images, trained
 from torch import nn
 
 from fastmrcnn.deployment.graph import (

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from exported_models import images, trained
 from places import ROOT
-from serving import images, trained
 from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 import yaml
@@ -26,6 +27,8 @@ from tiny import TREE
 
 from fastmrcnn import convert, train
 from fastmrcnn.config.checks import check_trainable, starting_config
+from fastmrcnn.service.answer import Options
+from fastmrcnn.service.app import PREDICT
 
 SMALL = {**TREE["train"], "steps": 2, "log_every": 1, "checkpoint_every": 2}
 DATA = ["data.train.images=DIR", "data.train.annotations=FILE"]
@@ -95,6 +98,7 @@ class Performer:
             (*module, "fastmrcnn.train"): self.train,
             (*module, "fastmrcnn.evaluate"): self.evaluate,
             (*module, "fastmrcnn.predict"): self.predict,
+            (*module, "fastmrcnn.serve"): lambda words: check_options("fastmrcnn.serve", words),
             (*module, "fastmrcnn.propose"): self.main_of("fastmrcnn.propose"),
             (*module, "fastmrcnn.convert"): self.convert,
             (*module, "fastmrcnn.export"): lambda words: check_options("fastmrcnn.export", words),
@@ -108,11 +112,14 @@ class Performer:
             (*module, "YOUR_PACKAGE.roi_kernels.report"): self.report_of_copy,
             ("python", "bench/tune.py"): lambda words: check_options("bench/tune.py", words),
             ("python", "bench/table.py"): self.table,
+            ("python", "bench/clients.py"): lambda words: check_options("bench/clients.py", words),
             ("python", "bench/first_gpu/run.py"): lambda words: check_options(
                 "bench/first_gpu/run.py", words
             ),
             ("pytest",): lambda words: check_pytest(words, self.config),
             ("pip", "install"): check_installation,
+            ("curl",): check_request,
+            ("docker",): check_container,
             ("cp", "-r", "kernels"): self.copy_kernels,
             ("python3", "-m", "venv"): self.new_environment,
             (".",): self.enter_environment,
@@ -219,6 +226,28 @@ def check_pytest(words: list[str], config: pytest.Config) -> None:
             assert f'"{option}"' in own or config.getoption(option, default=None) is not None, option
         else:
             assert (ROOT / word).exists(), word
+
+
+def check_request(words: list[str]) -> None:
+    """Its files are on the desk, and the service has its path and its query."""
+    for word in words:
+        if "@" in word:
+            assert Path(word.partition("@")[2]).is_file(), word
+    (url,) = (urlsplit(word) for word in words if word.startswith("http://"))
+    assert url.path == PREDICT
+    Options.model_validate(dict(parse_qsl(url.query, strict_parsing=True)))
+
+
+def check_container(words: list[str]) -> None:
+    """Its recipe and its volumes are there."""
+    action, *words = words
+    assert action in ("build", "run")
+    if action == "build":
+        assert (ROOT / words[words.index("-f") + 1]).is_file()
+    else:
+        folder, inside, mode = words[words.index("-v") + 1].split(":")
+        assert Path(folder).is_dir()
+        assert (inside, mode) == ("/model", "ro")
 
 
 def check_installation(words: list[str]) -> None:
