@@ -23,24 +23,26 @@ HOST = "127.0.0.1"  # this machine alone
 
 def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
-    with tempfile.TemporaryDirectory(prefix="fastmrcnn_", ignore_cleanup_errors=True) as folder:
-        scratch = Path(folder)
-        gr = import_gradio(scratch)
-        check_port(arguments.port)
-        detector = load(arguments.checkpoint, arguments.device)
-        examples = find_examples(arguments.examples, detector, scratch)
-        title = Path(arguments.checkpoint).name
-        page = build_page(gr, detector, examples, scratch, arguments.pixel_size, title)
-        with Requests():
+    check_port(arguments.port)
+    try:
+        # Uploads and pictures are in the folder, and are gone when the page is closed.
+        with Requests(), tempfile.TemporaryDirectory(prefix="fastmrcnn_") as folder:
+            scratch = Path(folder)
+            gr = import_gradio(scratch)
+            detector = load(arguments.checkpoint, arguments.device)
+            examples = find_examples(arguments.examples, detector, scratch)
+            title = Path(arguments.checkpoint).name
+            page = build_page(gr, detector, examples, scratch, arguments.pixel_size, title)
+            open_page(page, gr, arguments.port)
+            print(f"http://{HOST}:{arguments.port}  (Ctrl-C ends it)", flush=True)
             try:
-                open_page(page, gr, arguments.port)
-                print(f"http://{HOST}:{arguments.port}  (Ctrl-C ends it)", flush=True)
                 threading.Event().wait()
-            except Stopped as stop:
-                number, by = signal_of(stop)
+            finally:
                 page.close(verbose=False)
-                print(f"\nstopped{by}", file=sys.stderr)
-                raise SystemExit(128 + number) from None
+    except Stopped as stop:
+        number, by = signal_of(stop)
+        print(f"\nstopped{by}", file=sys.stderr)
+        raise SystemExit(128 + number) from None
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

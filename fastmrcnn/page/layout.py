@@ -80,7 +80,7 @@ class Handlers:
         """Picture file, and HTML of the message, the table of classes and that of objects."""
         if found is None:
             return None, note("Choose an image to begin."), "", ""
-        seen = View(*view)
+        seen = self.view(*view)
         size, wrong = self.pixel_size(seen.pixel_size)
         card = self.detector.card
         places = found.chosen(seen.score, self.classes(seen))
@@ -95,7 +95,7 @@ class Handlers:
         """A file of what is shown, and HTML of what there is to say of it."""
         if found is None:
             return None, note("Choose an image first.")
-        seen = View(*view)
+        seen = self.view(*view)
         size, _ = self.pixel_size(seen.pixel_size)
         places = found.chosen(seen.score, self.classes(seen))
         folder = self.new_folder()
@@ -112,6 +112,10 @@ class Handlers:
                 if time.time() - old.stat().st_mtime > HANDED_OVER_SECONDS:
                     shutil.rmtree(old)
         return Path(tempfile.mkdtemp(prefix="made_", dir=self.scratch))
+
+    def view(self, score: float | None, *others: Any) -> View:
+        """An emptied field of numbers gives None."""
+        return View(START_SCORE if score is None else score, *others)
 
     def classes(self, view: View) -> list[int] | None:
         """None: all of them, as where nothing is taken from the list of many."""
@@ -167,7 +171,6 @@ def import_gradio(scratch: Path) -> Any:
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # both are read on import
     os.environ["GRADIO_TEMP_DIR"] = str(scratch)
-    os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         import gradio
     except ImportError as error:

@@ -17,8 +17,10 @@ CSS = """
 #message .note + .problem { margin-top: 0.5rem; }
 #by-class .scroll, #by-object .scroll { overflow: auto; max-height: 420px; border-radius: 8px;
     border: 1px solid var(--border-color-primary); background: var(--block-background-fill); }
-#by-class table, #by-object table { width: 100%; margin: 0; border: 0; border-collapse: collapse;
+#by-class table, #by-object table { width: 100%; margin: 0; border: 0 !important;
+    border-collapse: collapse;
     font-variant-numeric: tabular-nums; font-size: 0.9rem; }
+#by-class tr, #by-object tr { border: 0 !important; }
 #by-class th, #by-object th { position: sticky; top: 0; text-align: left; font-weight: 600;
     background: var(--background-fill-secondary); }
 #by-class th, #by-class td, #by-object th, #by-object td { padding: 0.35rem 0.7rem; border: 0;
@@ -27,6 +29,9 @@ CSS = """
 #by-class tr.total td { font-weight: 600; }
 .swatch { display: inline-block; width: 0.8em; height: 0.8em; margin-right: 0.5em; border-radius: 3px;
     vertical-align: -0.05em; }
+#examples .gallery { display: grid; grid-template-columns: repeat(4, 1fr); gap: 0.5rem; }
+#examples .gallery button, #examples .gallery img { width: 100%; height: auto;
+    aspect-ratio: 1; object-fit: cover; }
 #save { color: var(--body-text-color-subdued); font-size: 0.9rem; }
 #downloads { margin-top: -0.6rem; }
 @media (max-width: 760px) {
