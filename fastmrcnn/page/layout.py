@@ -102,7 +102,7 @@ class Handlers:
         try:
             path, remark = write_download(kind, folder, found, places, self.detector.card, size, seen.parts)
         except UserError as error:
-            return None, problem(str(error))
+            return None, problem(sentence(error))
         return str(path), note(f"{path.name} is ready: {count(len(places), 'object')}.", remark)
 
     def new_folder(self) -> Path:
@@ -129,7 +129,7 @@ class Handlers:
         try:
             return parse_pixel_size(text), ""
         except UserError as error:
-            return None, str(error)
+            return None, sentence(error)
 
 
 def summary(found: Found, shown: int, score: float) -> list[str]:
@@ -156,7 +156,13 @@ def note(*lines: str) -> str:
 
 
 def problem(line: str) -> str:
-    return f'<div class="problem" role="alert">{escape(line[:1].upper() + line[1:])}</div>'
+    return f'<div class="problem" role="alert">{escape(line)}</div>'
+
+
+def sentence(error: UserError) -> str:
+    """Its line, with a capital."""
+    line = str(error)
+    return line[:1].upper() + line[1:]
 
 
 def count(number: int, thing: str) -> str:
@@ -269,16 +275,15 @@ def build_page(
         shown = [picture, message, by_class, by_object]
         quiet = {"api_visibility": "private"}
 
-        def take_upload(path: str | None, *values: Any) -> Any:
-            return (None, *does.show(None)) if path is None else does.run(Path(path), *values)
+        def take_upload(path: str, *values: Any) -> Any:
+            return (None, *does.run(Path(path), *values))  # None: the place is free for the next one
 
         def take_example(place: int, *values: Any) -> Any:
             return (None, *does.run(examples[place].path, *values))
 
         # One image after the other: two at once would take twice the memory.
         alone = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress_on": [picture], **quiet}
-        upload.upload(take_upload, [upload, *view], [found, *shown], **alone)
-        upload.clear(take_upload, [upload, *view], [found, *shown], **alone)
+        upload.upload(take_upload, [upload, *view], [upload, found, *shown], **alone)
         samples.click(take_example, [samples, *view], [upload, found, *shown], **alone)
         follow = {"show_progress": "hidden", "trigger_mode": "always_last", "concurrency_limit": 4, **quiet}
         for part in (score, classes, drawn):

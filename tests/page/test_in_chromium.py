@@ -55,10 +55,6 @@ class Site:
         return self.window.find_element("css selector", selector)
 
     def upload(self, path: Path) -> None:
-        if remove := self.all(
-            "#upload button[aria-label='Clear'], #upload button[aria-label='Remove this file']"
-        ):
-            remove[0].click()
         field = wait_for("the field for a file", lambda: self.all("#upload input[type=file]"))[0]
         field.send_keys(str(path))
 
@@ -199,7 +195,7 @@ def test_a_file_that_is_no_image_is_told_and_the_next_one_works(site: Site, tmp_
     resize(site.window, 1280, 1300)
     site.open()
     site.upload(tmp_path / "notes.txt")
-    site.message("Notes.txt is not an image that can be read here")
+    site.message("notes.txt is not an image that can be read here")
     assert not site.all("#picture img")
     site.upload(site.dataset.records[1].path)
     site.message("3 objects in 5.png, 40 x 100 pixels.")
