@@ -11,7 +11,7 @@ import pytest
 from places import ROOT
 
 PACKAGE = ROOT / "fastmrcnn"
-COMMANDS = ("train", "evaluate", "predict", "propose", "convert", "benchmark")
+COMMANDS = ("train", "evaluate", "predict", "demo", "propose", "convert", "benchmark")
 GROUND = ("errors", "structures", "device", "files")
 
 # What a room may import, the ground first. A room's own modules import each other freely.
@@ -29,6 +29,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "training": ("weights", "model", "data", "config", *GROUND),
     "detection": ("weights", "data", "kernels", *GROUND),
     "evaluation": ("detection", "weights", "model", "data", "config", *GROUND),
+    "page": ("detection", "weights", "data", *GROUND),
     "speed": (
         "evaluation",
         "training",

@@ -25,8 +25,7 @@ from fastmrcnn.page.units import PixelSize, parse_pixel_size
 
 START_SCORE = 0.5
 KEPT_SECONDS = 4 * 3600  # what a visitor looks at
-FILE_SECONDS = 900  # files made of it, which are made anew when they are asked for
-HANDED_OVER_SECONDS = 60
+FILE_SECONDS = 900  # uploads, which are read at once, and files made for a visitor
 _MANY_CLASSES = 12  # more of them are chosen from a list
 _BUTTONS = {
     PICTURE: "Picture",
@@ -106,10 +105,10 @@ class Handlers:
         return str(path), note(f"{path.name} is ready: {count(len(places), 'object')}.", remark)
 
     def new_folder(self) -> Path:
-        """For a file to hand over. What was handed over a while ago is deleted: gradio has its copy."""
+        """For a file to hand over, under a name that no one guesses. Those of a while ago are deleted."""
         for old in self.scratch.glob("made_*"):
             with contextlib.suppress(OSError):  # another visitor's call deletes it at the same time
-                if time.time() - old.stat().st_mtime > HANDED_OVER_SECONDS:
+                if time.time() - old.stat().st_mtime > FILE_SECONDS:
                     shutil.rmtree(old)
         return Path(tempfile.mkdtemp(prefix="made_", dir=self.scratch))
 

@@ -29,9 +29,9 @@ CSS = """
 #by-class tr.total td { font-weight: 600; }
 .swatch { display: inline-block; width: 0.8em; height: 0.8em; margin-right: 0.5em; border-radius: 3px;
     vertical-align: -0.05em; }
-#examples .gallery { display: grid; grid-template-columns: repeat(4, 1fr); gap: 0.5rem; }
-#examples .gallery button { width: 100%; height: auto; aspect-ratio: 1; }
-#examples .gallery button :is(div, img) { width: 100%; height: 100%; max-height: none; object-fit: cover; }
+#examples > .gallery { display: grid; grid-template-columns: repeat(4, 1fr); gap: 0.5rem; }
+#examples > .gallery button { width: 100%; height: auto; aspect-ratio: 1; }
+#examples > .gallery button :is(div, img) { width: 100%; height: 100%; max-height: none; object-fit: cover; }
 #save { color: var(--body-text-color-subdued); font-size: 0.9rem; }
 #downloads { margin-top: -0.6rem; }
 @media (max-width: 760px) {

@@ -95,6 +95,7 @@ class Performer:
             (*module, "fastmrcnn.train"): self.train,
             (*module, "fastmrcnn.evaluate"): self.evaluate,
             (*module, "fastmrcnn.predict"): self.predict,
+            (*module, "fastmrcnn.demo"): lambda words: check_options("fastmrcnn.demo", words),
             (*module, "fastmrcnn.propose"): self.main_of("fastmrcnn.propose"),
             (*module, "fastmrcnn.convert"): self.convert,
             (*module, "fastmrcnn.benchmark"): self.benchmark,
