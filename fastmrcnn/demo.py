@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import socket
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from typing import Any
 
 from fastmrcnn.detection.detector import load
 from fastmrcnn.errors import Parser, UserError, run_main
+from fastmrcnn.files import expanded
 from fastmrcnn.page.examples import find_examples
 from fastmrcnn.page.layout import build_page, import_gradio
 from fastmrcnn.page.style import CSS, theme
@@ -19,29 +21,35 @@ from fastmrcnn.page.units import parse_pixel_size
 from fastmrcnn.training.stopping import Requests, Stopped, signal_of
 
 HOST = "127.0.0.1"  # this machine alone
+VISITORS = 30  # whose image is kept in memory
 
 
 def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
     check_port(arguments.port)
+    opened = False
     try:
         # Uploads and pictures are in the folder, and are gone when the page is closed.
-        with Requests(), tempfile.TemporaryDirectory(prefix="fastmrcnn_") as folder:
+        temporary = tempfile.TemporaryDirectory(prefix="fastmrcnn_", ignore_cleanup_errors=True)
+        with Requests(), temporary as folder:
             scratch = Path(folder)
             gr = import_gradio(scratch)
             detector = load(arguments.checkpoint, arguments.device)
             examples = find_examples(arguments.examples, detector, scratch)
-            title = Path(arguments.checkpoint).name
+            title = expanded(arguments.checkpoint).resolve().name
             page = build_page(gr, detector, examples, scratch, arguments.pixel_size, title)
+            opened = True
             open_page(page, gr, arguments.port)
             print(f"http://{HOST}:{arguments.port}  (Ctrl-C ends it)", flush=True)
-            try:
-                threading.Event().wait()
-            finally:
-                page.close(verbose=False)
+            threading.Event().wait()
     except Stopped as stop:
         number, by = signal_of(stop)
         print(f"\nstopped{by}", file=sys.stderr)
+        if opened:
+            # Threads of the server would be waited for as long as a page is open, and torch ends the process
+            # with an error if one is in the model.
+            sys.stdout.flush()
+            os._exit(128 + number)
         raise SystemExit(128 + number) from None
 
 
@@ -105,6 +113,7 @@ def open_page(page: Any, gr: Any, port: int) -> None:
             enable_monitoring=False,
             run_history=False,
             pwa=False,
+            state_session_capacity=VISITORS,
             quiet=True,
             prevent_thread_lock=True,
             footer_links=[],

@@ -17,12 +17,6 @@ from fastmrcnn.detection.detector import Detector
 from fastmrcnn.detection.objects import Objects, coco_results
 from fastmrcnn.errors import UserError
 
-_WHY = {
-    "missing": "is not there any more; choose it again",
-    "unreadable": "is not an image that can be read here; try PNG, JPEG or TIFF",
-    "damaged": "is damaged and cannot be read; save it anew",
-}
-
 
 @dataclass(frozen=True)
 class Found:
@@ -60,10 +54,12 @@ def look(detector: Detector, path: Path, name: str) -> Found:
     try:
         header = read_header(path, reading.max_pixels)
     except ImageError as fault:
-        if fault.kind == "large":
-            limit = f"{reading.max_pixels:,}"
-            raise UserError(f"{name} has more than {limit} pixels; cut it into tiles") from None
-        raise UserError(f"{name} {_WHY[fault.kind]}") from None
+        why = {
+            "missing": "is not there any more; choose it again",
+            "unreadable": f"is not an image that can be read here{fault}; try PNG, JPEG or TIFF",
+            "large": f"has more than {reading.max_pixels:,} pixels; cut it into tiles",
+        }
+        raise UserError(f"{name} {why.get(fault.kind, f'cannot be read ({fault}); save it anew')}") from None
     try:
         pixels, note = read_noted(path, reading)
     except UserError as error:
