@@ -58,7 +58,7 @@ def write_download(
     if not hidden:
         return path, ""
     some = ", ".join(map(str, hidden[:10])) + (", ..." if len(hidden) > 10 else "")
-    return path, f"In the label image others cover these objects, by number: {some}."
+    return path, f"Others cover these objects, which are not in it: {some}."
 
 
 def label_image(

@@ -266,6 +266,7 @@ def build_page(
                         for kind, label in _BUTTONS.items()
                         if kind != LABELS or model.mask_head.enabled
                     }
+                saved = gr.HTML("", elem_id="saved", padding=False)
                 by_class = gr.HTML("", elem_id="by-class", padding=False)
                 by_object = gr.HTML("", elem_id="by-object", padding=False)
         made = gr.File(visible=False)
@@ -275,15 +276,15 @@ def build_page(
         quiet = {"api_visibility": "private"}
 
         def take_upload(path: str, *values: Any) -> Any:
-            return (None, *does.run(Path(path), *values))  # None: the place is free for the next one
+            return (None, "", *does.run(Path(path), *values))  # None: the place is free for the next one
 
         def take_example(place: int, *values: Any) -> Any:
-            return (None, *does.run(examples[place].path, *values))
+            return (None, "", *does.run(examples[place].path, *values))
 
         # One image after the other: two at once would take twice the memory.
         alone = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress_on": [picture], **quiet}
-        upload.upload(take_upload, [upload, *view], [upload, found, *shown], **alone)
-        samples.click(take_example, [samples, *view], [upload, found, *shown], **alone)
+        upload.upload(take_upload, [upload, *view], [upload, saved, found, *shown], **alone)
+        samples.click(take_example, [samples, *view], [upload, saved, found, *shown], **alone)
         follow = {"show_progress": "hidden", "trigger_mode": "always_last", "concurrency_limit": 4, **quiet}
         for part in (score, classes, drawn):
             part.change(does.show, [found, *view], shown, **follow)
@@ -293,7 +294,7 @@ def build_page(
             def save(*values: Any, kind: str = kind) -> Any:
                 return does.save(kind, *values)
 
-            button.click(save, [found, *view], [made, message], **quiet).then(
+            button.click(save, [found, *view], [made, saved], **quiet).then(
                 None, [made], None, js=_FETCH, **quiet
             )
     return page

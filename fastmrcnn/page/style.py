@@ -6,15 +6,15 @@ from typing import Any
 
 CSS = """
 .gradio-container { width: 100%; max-width: 1500px !important; margin: 0 auto; }
-#heading .html-container, #message .html-container, #save .html-container, #by-class .html-container,
-#by-object .html-container { padding: 0; }
+#heading .html-container, #message .html-container, #save .html-container, #saved .html-container,
+#by-class .html-container, #by-object .html-container { padding: 0; }
 #heading h1 { font-size: 1.5rem; font-weight: 650; margin: 0 0 0.25rem; }
 #heading p { margin: 0; color: var(--body-text-color-subdued); }
-#message .note, #message .problem { padding: 0.6rem 0.8rem; border-radius: 8px; line-height: 1.4;
+.note, .problem { padding: 0.6rem 0.8rem; border-radius: 8px; line-height: 1.4;
     border: 1px solid var(--border-color-primary); background: var(--block-background-fill); }
-#message .problem { border-color: var(--error-border-color); color: var(--error-text-color);
+.problem { border-color: var(--error-border-color); color: var(--error-text-color);
     background: var(--error-background-fill); }
-#message .note + .problem { margin-top: 0.5rem; }
+.note + .problem { margin-top: 0.5rem; }
 #by-class .scroll, #by-object .scroll { overflow: auto; max-height: 420px; border-radius: 8px;
     border: 1px solid var(--border-color-primary); background: var(--block-background-fill); }
 #by-class table, #by-object table { width: 100%; margin: 0; border: 0 !important;
@@ -42,7 +42,7 @@ CSS = """
     #left, #right { display: contents; }
     #upload { order: 1; } #examples { order: 2; } #message { order: 3; } #picture { order: 4; }
     #controls { order: 5; } #by-class { order: 6; } #by-object { order: 7; } #save { order: 8; }
-    #downloads { order: 9; }
+    #downloads { order: 9; } #saved { order: 10; }
     #by-class th, #by-object th { white-space: normal; vertical-align: bottom; }
     #by-class th, #by-class td, #by-object th, #by-object td { padding: 0.3rem 0.45rem; font-size: 0.82rem; }
 }

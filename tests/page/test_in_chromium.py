@@ -155,6 +155,7 @@ def test_upload_look_move_and_download(site: Site, tmp_path: Path, monkeypatch: 
     assert len(site.all("#by-object tbody tr")) == 2
     file = site.download("json")
     assert file.name == "11_coco.json"
+    assert "11_coco.json is ready: 2 objects." in site.one("#saved").text
     ours = json.loads(file.read_text(encoding="utf-8"))
     assert site.runs == seen, "the threshold needs no run of the model"
 

@@ -430,3 +430,17 @@ def test_masks_are_drawn_from_probabilities_as_from_bitmaps(dataset: CocoDataset
     some = subset(found.objects, np.array([0, 2]))
     assert some.probabilities.shape[0] == 2
     assert some.classes.tolist() == found.objects.classes[[0, 2]].tolist()
+
+
+def test_covered_objects_are_named_when_the_label_image_is_saved(
+    page: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Found, "has_masks", True)
+    found = hand_made([0.9, 0.8, 0.7], [[0, 0, 10, 10], [2, 2, 8, 8], [5, 5, 20, 15]])
+    file, message = page.save(LABELS, found, *view())
+    assert Path(file).name == "a_labels.png"
+    assert "3 objects. Others cover these objects, which are not in it: 2." in message
+    monkeypatch.setattr(Found, "has_masks", False)
+    file, message = page.save(LABELS, found, *view())
+    assert file is None
+    assert "This model makes no masks" in message
