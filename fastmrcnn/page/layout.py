@@ -174,7 +174,7 @@ def import_gradio(scratch: Path) -> Any:
     Raises:
         UserError: it is not installed.
     """
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # both are read on import
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(scratch)
     try:
         import gradio

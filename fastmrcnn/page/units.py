@@ -10,6 +10,7 @@ from fastmrcnn.errors import UserError
 
 # As they are typed, and as they are shown. There are two signs for micro in Unicode.
 UNITS = {"nm": "nm", "um": "µm", "µm": "µm", "μm": "µm", "mm": "mm", "cm": "cm", "m": "m", "km": "km"}
+_THOUSAND = re.compile(r"[1-9]\d*,\d{3}")  # or one and a decimal comma: there is no telling
 _FORM = re.compile(r"\s*([\d.,]+(?:[eE][+-]?\d+)?)\s*(\S+)\s*")
 
 
@@ -36,7 +37,7 @@ def parse_pixel_size(text: str) -> PixelSize:
         UserError: it is not a number above 0 and a unit.
     """
     found = _FORM.fullmatch(text)
-    unit = UNITS.get(found[2]) if found else None
+    unit = UNITS.get(found[2]) if found and not _THOUSAND.fullmatch(found[1]) else None
     try:
         side = float(found[1].replace(",", ".")) if found else math.nan
     except ValueError:

@@ -6,6 +6,7 @@ import io
 import json
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,31 @@ def test_fits_the_screen_in_its_colours(site: Site, width: int, dark: bool) -> N
     else:
         assert tops[1] == pytest.approx(tops[0], abs=20)
         assert places[2]["x"] > places[0]["x"] + places[0]["width"]
+
+
+@pytest.mark.parametrize(
+    ("classes", "masks", "chooser"),
+    [
+        (1, True, "checkboxgroup"),
+        (80, True, "dropdown"),
+        (2, False, "checkboxgroup"),
+    ],
+)
+def test_pages_of_other_models(site: Site, tmp_path: Path, classes: int, masks: bool, chooser: str) -> None:
+    card = site.detector.card
+    model = card.config.model
+    head = model.mask_head.model_copy(update={"enabled": masks})
+    config = card.config.model_copy(update={"model": model.model_copy(update={"mask_head": head})})
+    other = replace(card, config=config, class_names=[f"thing {k}" for k in range(classes)])
+    detector = Detector(site.detector.model, other)
+    page = build_page(pytest.importorskip("gradio"), detector, [], tmp_path, "", "other")
+    parts = {one["props"].get("elem_id"): one for one in page.config["components"]}
+    assert parts["classes"]["type"] == chooser
+    assert parts["classes"]["props"]["visible"] == (classes > 1)
+    assert ("save-labels" in parts) == masks
+    assert not parts["examples"]["props"]["visible"]
+    drawn = [name for name, _ in parts["parts"]["props"]["choices"]]
+    assert (MASKS in drawn) == masks
 
 
 def test_nothing_is_asked_of_others(site: Site) -> None:

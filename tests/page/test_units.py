@@ -14,6 +14,7 @@ from fastmrcnn.page.units import PixelSize, area_unit, parse_pixel_size, shown_a
         ("0.25um", 0.25, "µm"),
         (" 0,25 \N{MICRO SIGN}m ", 0.25, "µm"),
         ("0.25\N{GREEK SMALL LETTER MU}m", 0.25, "µm"),
+        ("0,125 um", 0.125, "µm"),
         ("2.5e2 nm", 250, "nm"),
         ("1mm", 1, "mm"),
         ("10 m", 10, "m"),
@@ -23,7 +24,9 @@ def test_sizes(text: str, side: float, unit: str) -> None:
     assert parse_pixel_size(text) == PixelSize(side, unit)
 
 
-@pytest.mark.parametrize("text", ["0.25", "um", "0um", "-1um", "1 inch", "1e999 m", "1.2.3um", "nan um"])
+@pytest.mark.parametrize(
+    "text", ["0.25", "um", "0um", "-1um", "1 inch", "1e999 m", "1.2.3um", "1,000 um", "nan um"]
+)
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(UserError, match=r"such as 0\.25um; units are nm"):
         parse_pixel_size(text)
