@@ -236,9 +236,12 @@ def test_fits_the_screen_in_its_colours(site: Site, width: int, dark: bool) -> N
     site.all("#examples button")[0].click()
     site.message("3 objects in")
     site.picture()
-    measure = "return [document.documentElement.scrollWidth, getComputedStyle(document.body).backgroundColor]"
-    across, colour = site.window.execute_script(measure)
-    assert across <= width
+    too_wide = """return [...document.querySelectorAll("#heading *, #columns *")].filter((one) =>
+        one.offsetParent && !one.closest(".scroll") && one.getBoundingClientRect().right > innerWidth + 1
+    ).map((one) => one.outerHTML.slice(0, 80))"""
+    assert not site.window.execute_script(too_wide)
+    assert site.window.execute_script("return document.documentElement.scrollWidth") <= width
+    colour = site.window.execute_script("return getComputedStyle(document.body).backgroundColor")
     brightness = np.mean([int(part) for part in colour.partition("(")[2].rstrip(")").split(",")[:3]])
     assert (brightness < 60) if dark else (brightness > 200)
     places = [site.one(selector).rect for selector in ("#upload", "#message", "#picture", "#score")]
