@@ -229,12 +229,13 @@ def declared(wheel: Path, *extras: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("folders", "extras"), [(("fastmrcnn", "kernels"), ("serve",)), (("tests", "bench"), ("test",))]
+    ("folders", "extras"),
+    [(("fastmrcnn", "kernels"), ("export", "serve", "demo")), (("tests", "bench"), ("test",))],
 )
 def test_what_is_imported_is_declared(
     distributions: dict[str, Path], folders: tuple[str, ...], extras: tuple[str, ...]
 ) -> None:
-    peers = {"torchvision", "detectron2"}  # where they are missing, their tests are skipped
+    peers = {"torchvision", "detectron2", "selenium"}  # where they are missing, their tests are skipped
     paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     here = {name for path in paths for name in (path.stem, path.parent.name)}
     own = {"fastmrcnn", *sys.stdlib_module_names, *peers, *here}

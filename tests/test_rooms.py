@@ -18,6 +18,7 @@ COMMANDS = (
     "propose",
     "convert",
     "export",
+    "demo",
     "serve",
     "experiments",
     "benchmark",
@@ -41,6 +42,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "deployment": ("detection", "weights", "model", "data", "config", "kernels", *GROUND),
     "service": ("detection", "data", *GROUND),
     "evaluation": ("detection", "weights", "model", "data", "config", *GROUND),
+    "page": ("detection", "weights", "data", *GROUND),
     "speed": (
         "evaluation",
         "training",

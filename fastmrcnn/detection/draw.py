@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from fastmrcnn.detection.fonts import FIRST, Line, drawable_names
 from fastmrcnn.detection.objects import Objects
+from fastmrcnn.detection.paste import paste_to_host
 from fastmrcnn.files import replacing, to_write
 
 MIN_LONG_SIDE = 480  # smaller images are enlarged, or their labels would hide them
@@ -42,41 +44,51 @@ def draw_objects(
     objects: Objects,
     class_names: Sequence[str],
     skeleton: Sequence[tuple[int, int]] = (),
+    *,
+    boxes: bool = True,
+    labels: Sequence[str] | None = None,
+    threshold: float = 0.5,
 ) -> NDArray[np.uint8]:
     """The image with translucent masks, their outlines, boxes, keypoints and labels.
 
-    Colours tell the classes apart, or the objects if there is but one class.
+    Colours tell the classes apart, or the objects if there is but one class (`object_colours`).
 
     Args:
         image: (h, w, 3) uint8 RGB. An image with a long side under 480 is enlarged by a whole factor.
-        objects: of the image. A keypoint whose visibility or score is under 0.05 is not drawn.
+        objects: of the image. A keypoint whose visibility or score is under 0.05 is not drawn. Masks that
+            are still probabilities are pasted one after the other, so that many of a large image fit.
         skeleton: keypoints to join.
+        boxes: whether to draw them.
+        labels: of the objects, "" for none; None: their names and scores.
+        threshold: of a mask that is still probabilities.
     Returns:
         (factor * h, factor * w, 3) uint8 RGB; the input is left as it is.
     Raises:
-        ValueError: the image is not of the objects' size.
+        ValueError: the image is not of the objects' size, or there are more or fewer labels than objects.
     """
     height, width = objects.height, objects.width
+    if labels is not None and len(labels) != len(objects):
+        raise ValueError(f"{len(objects)} objects need as many labels, got {len(labels)}")
     if image.shape != (height, width, 3) or image.dtype != np.uint8:
         raise ValueError(f"image must be ({height}, {width}, 3) uint8, got {image.shape} {image.dtype}")
-    boxes, masks, points = objects.boxes, objects.masks, objects.keypoints
+    places, points = objects.boxes, objects.keypoints
     factor = math.ceil(MIN_LONG_SIDE / max(height, width))
     size = (width * factor, height * factor)
     canvas = np.array(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
     line = max(2, round(max(size) / 450))
-    kinds = objects.classes.tolist() if len(class_names) > 1 else range(len(objects))
-    colours = [COLOURS[kind % len(COLOURS)] for kind in kinds]
+    colours = object_colours(objects, class_names)
 
     # Large objects first, so that what lies on them stays visible.
-    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    area = (places[:, 2] - places[:, 0]) * (places[:, 3] - places[:, 1])
     order = np.argsort(-area, kind="stable").tolist()
-    if masks is not None:
-        for index in order:
-            _blend_mask(canvas, masks[index], colours[index], factor, line)
+    for index in order:
+        mask = _mask_of(objects, index, threshold)
+        if mask is not None:
+            _blend_mask(canvas, mask, colours[index], factor, line)
     drawn = Image.fromarray(canvas)
     pen = ImageDraw.Draw(drawn)
-    for index in order:
-        x0, y0, x1, y1 = (boxes[index] * factor).tolist()
+    for index in order if boxes else ():
+        x0, y0, x1, y1 = (places[index] * factor).tolist()
         pen.rectangle(
             (x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)),
             outline=colours[index],
@@ -86,8 +98,22 @@ def draw_objects(
         points = points * (factor, factor, 1)
         for index in order:
             _draw_keypoints(pen, points[index], skeleton, colours[index], line)
-    _draw_labels(drawn, boxes * factor, _labels(objects, class_names), colours, size)
+    texts = object_labels(objects, class_names) if labels is None else labels
+    written = [index for index, text in enumerate(texts) if text]
+    _draw_labels(
+        drawn,
+        places[written] * factor,
+        [texts[index] for index in written],
+        [colours[index] for index in written],
+        size,
+    )
     return np.array(drawn)
+
+
+def object_colours(objects: Objects, class_names: Sequence[str]) -> list[tuple[int, int, int]]:
+    """The colour in which each object is drawn: its class's, or its own if there is but one class."""
+    kinds = objects.classes.tolist() if len(class_names) > 1 else range(len(objects))
+    return [COLOURS[kind % len(COLOURS)] for kind in kinds]
 
 
 def draw_comparison(
@@ -123,6 +149,14 @@ def save_picture(path: str | Path, picture: NDArray[np.uint8]) -> None:
     """
     with replacing(to_write(path)) as stream:
         Image.fromarray(picture).save(stream, format="PNG")
+
+
+def _mask_of(objects: Objects, index: int, threshold: float) -> NDArray[np.bool_] | None:
+    if objects.masks is not None or objects.probabilities is None:
+        return None if objects.masks is None else objects.masks[index]
+    one = slice(index, index + 1)
+    box = torch.from_numpy(objects.boxes[one])
+    return paste_to_host(objects.probabilities[one], box, objects.height, objects.width, threshold)[0]
 
 
 def _blend_mask(
@@ -170,7 +204,8 @@ def _draw_keypoints(
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour, outline="white")
 
 
-def _labels(objects: Objects, class_names: Sequence[str]) -> list[str]:
+def object_labels(objects: Objects, class_names: Sequence[str]) -> list[str]:
+    """Name and score of each object, in letters that can be drawn here."""
     names = drawable_names(tuple(class_names))
     labels = [names[kind] for kind in objects.classes.tolist()]
     if objects.crowd is not None:

@@ -99,6 +99,7 @@ class Performer:
             (*module, "fastmrcnn.evaluate"): self.evaluate,
             (*module, "fastmrcnn.predict"): self.predict,
             (*module, "fastmrcnn.serve"): lambda words: check_options("fastmrcnn.serve", words),
+            (*module, "fastmrcnn.demo"): lambda words: check_options("fastmrcnn.demo", words),
             (*module, "fastmrcnn.propose"): self.main_of("fastmrcnn.propose"),
             (*module, "fastmrcnn.convert"): self.convert,
             (*module, "fastmrcnn.export"): lambda words: check_options("fastmrcnn.export", words),

@@ -1,0 +1,1 @@
+"""The web page on which a model is tried: what was found in an image, shown, measured and saved."""
