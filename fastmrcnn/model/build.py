@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import nn
 
 from fastmrcnn.config.schema import ModelConfig
+from fastmrcnn.config.timm_models import check_name, load_timm
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.anchors import AnchorGenerator
 from fastmrcnn.model.backbone import ResNet, residual_stage, stage_channels
@@ -20,6 +21,7 @@ from fastmrcnn.model.norms import Norm, make_norm
 from fastmrcnn.model.roi_pooler import RoiPooler
 from fastmrcnn.model.rois import RoiSampler
 from fastmrcnn.model.rpn import RegionProposalNetwork
+from fastmrcnn.model.timm_backbone import TimmBackbone
 
 
 def build_model(config: ModelConfig, num_classes: int, num_keypoints: int | None = None) -> MaskRCNN:
@@ -29,12 +31,7 @@ def build_model(config: ModelConfig, num_classes: int, num_keypoints: int | None
         num_keypoints: of the objects, if the configuration asks for a keypoint head.
     """
     c4 = config.architecture == "c4"
-    norm = make_norm(config.backbone.norm, config.backbone.norm_eps)
-    backbone = ResNet(
-        norm=norm,
-        stages=3 if c4 else 4,
-        **config.backbone.values("name", "width", "stride_in_1x1", "frozen_stages"),
-    )
+    backbone = _backbone(config)
     res5 = last_stage(config) if c4 and config.box_head.enabled else None
     fpn = None
     if config.architecture == "fpn":
@@ -65,6 +62,19 @@ def build_model(config: ModelConfig, num_classes: int, num_keypoints: int | None
         if config.keypoint_head.enabled
         else None,
         **config.values("channel_order", "pixel_mean", "pixel_std"),
+    )
+
+
+def _backbone(config: ModelConfig) -> ResNet | TimmBackbone:
+    backbone = config.backbone
+    if backbone.timm_name is not None:
+        timm = load_timm()
+        check_name(timm, backbone.timm_name)
+        return TimmBackbone(timm, backbone.timm_name, **backbone.values("norm", "frozen_stages", "drop_path"))
+    return ResNet(
+        norm=make_norm(backbone.norm, backbone.norm_eps),
+        stages=3 if config.architecture == "c4" else 4,
+        **backbone.values("name", "width", "stride_in_1x1", "frozen_stages"),
     )
 
 

@@ -14,6 +14,7 @@ from fastmrcnn.model.roi_pooler import RoiPooler
 from fastmrcnn.model.rois import RoiSampler, pack_foreground
 from fastmrcnn.model.rpn import RegionProposalNetwork
 from fastmrcnn.model.subsample import SamplingKeys
+from fastmrcnn.model.timm_backbone import TimmBackbone
 from fastmrcnn.structures import Batch, Counts, Detections, Losses, Proposals, Targets
 
 
@@ -39,7 +40,7 @@ class MaskRCNN(nn.Module):
     def __init__(
         self,
         *,
-        backbone: ResNet,
+        backbone: ResNet | TimmBackbone,
         fpn: FeaturePyramid | None,
         rpn: RegionProposalNetwork | None,
         sampler: RoiSampler,
@@ -80,7 +81,7 @@ class MaskRCNN(nn.Module):
     def losses(self, batch: Batch, targets: Targets, keys: SamplingKeys) -> tuple[Losses, Counts]:
         losses: dict[str, Tensor] = {}
         counts: dict[str, Tensor] = {}
-        features = self.features(batch)
+        features = self.features(batch, keys.drop_path)
         if self.rpn is not None:
             objectness, deltas = self.rpn.head(features)
             anchors = self.rpn.anchors(features, batch.pixels.shape[-2:])
@@ -152,9 +153,13 @@ class MaskRCNN(nn.Module):
         anchors = self.rpn.anchors(features, batch.pixels.shape[-2:])
         return self.rpn.propose(objectness, deltas, anchors, batch.sizes)
 
-    def features(self, batch: Batch) -> list[Tensor]:
-        """p2..p6 of a batch, or the one map of a model without a pyramid."""
-        maps = self.backbone(self.normalize(batch))
+    def features(self, batch: Batch, drop_path: Tensor | None = None) -> list[Tensor]:
+        """p2..p6 of a batch, or the one map of a model without a pyramid.
+
+        Args:
+            drop_path: as in SamplingKeys.
+        """
+        maps = self.backbone(self.normalize(batch), drop_path)
         return maps[-1:] if self.fpn is None else self.fpn(maps)
 
     def normalize(self, batch: Batch) -> Tensor:
@@ -183,10 +188,8 @@ class MaskRCNN(nn.Module):
         if batch.targets is not None:
             rois += batch.targets.boxes.shape[1]
         device = generator.device
-        return SamplingKeys(
-            torch.rand(count, anchors, generator=generator, device=device),
-            torch.rand(count, rois, generator=generator, device=device),
-        )
+        sizes = (anchors, rois, len(self.backbone.drops)) if self.backbone.drops else (anchors, rois)
+        return SamplingKeys(*(torch.rand(count, size, generator=generator, device=device) for size in sizes))
 
 
 def given_proposals(batch: Batch) -> Proposals:
