@@ -145,6 +145,10 @@ class RoiConfig(Section):
 HeadNorm = Literal["none", "gn", "frozen_bn"]
 
 
+DeltaWeights = tuple[float, float, float, float]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
 class BoxHeadConfig(Section):
     enabled: bool = True
     """false: train the RPN alone; its proposals are the detections."""
@@ -161,7 +165,18 @@ class BoxHeadConfig(Section):
     hidden: int = Field(1024, gt=0)
     box_loss_beta: float = Field(0.0, ge=0)
     class_agnostic: bool = False
-    delta_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)
+    delta_weights: DeltaWeights = (10.0, 10.0, 5.0, 5.0)
+    cascade: bool = False
+    """Three heads one after the other (Cascade R-CNN), each on the boxes of the one before; class_agnostic is
+    then the default, and needed."""
+    cascade_ious: tuple[Share, Share] = (0.6, 0.7)
+    """Overlap from which a box is foreground to the second and the third head; to the first it is
+    roi.foreground_iou."""
+    cascade_delta_weights: tuple[DeltaWeights, DeltaWeights] = (
+        (20.0, 20.0, 10.0, 10.0),
+        (30.0, 30.0, 15.0, 15.0),
+    )
+    """delta_weights of the second and the third head."""
     score_threshold: float = Field(0.05, ge=0, le=1)
     nms_iou: float = Field(0.5, gt=0, le=1)
     candidates: int = Field(100_000, gt=0)
@@ -169,6 +184,13 @@ class BoxHeadConfig(Section):
     detections: int = Field(100, gt=0)
     """Most detections per image."""
     loss_weight: float = Field(1.0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_cascade(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("cascade") in (True, "true"):
+            return {"class_agnostic": True} | value
+        return value
 
 
 class MaskHeadConfig(Section):
@@ -315,6 +337,10 @@ class ModelConfig(Section):
             raise ValueError("model.rpn.enabled and model.box_head.enabled cannot both be false")
         if self.mask_head.enabled and not self.box_head.enabled:
             raise ValueError("model.mask_head.enabled needs model.box_head.enabled")
+        if self.box_head.cascade and not self.box_head.class_agnostic:
+            raise ValueError("model.box_head.cascade=true needs model.box_head.class_agnostic=true")
+        if self.box_head.cascade and self.architecture == "c4":
+            raise ValueError("model.box_head.cascade=true needs model.architecture=fpn or c5")
         if self.keypoint_head.enabled and not self.box_head.enabled:
             raise ValueError("model.keypoint_head.enabled needs model.box_head.enabled")
         mask = self.mask_head

@@ -5,6 +5,8 @@ Modules have no defaults of their own: their keyword arguments are the fields of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from fastmrcnn.config.schema import ModelConfig
@@ -13,6 +15,7 @@ from fastmrcnn.errors import UserError
 from fastmrcnn.model.anchors import AnchorGenerator
 from fastmrcnn.model.backbone import ResNet, residual_stage, stage_channels
 from fastmrcnn.model.box_head import BoxHead
+from fastmrcnn.model.cascade import CascadeBoxHead
 from fastmrcnn.model.fpn import FeaturePyramid
 from fastmrcnn.model.keypoint_head import KeypointHead
 from fastmrcnn.model.mask_head import FcnMaskHead, MaskHead, MlpMaskHead
@@ -92,11 +95,21 @@ def _rpn(config: ModelConfig, channels: int, strides: list[int]) -> RegionPropos
     )
 
 
-def _box_head(config: ModelConfig, channels: int, num_classes: int) -> BoxHead:
+def _box_head(config: ModelConfig, channels: int, num_classes: int) -> BoxHead | CascadeBoxHead:
     box = config.box_head
     side = -(-box.resolution // 2) if config.architecture == "c4" else box.resolution
-    return BoxHead(
-        channels, side, num_classes, norm=_optional_norm(box.norm), **box.without("enabled", "norm")
+    own = box.without("enabled", "norm", "delta_weights", "cascade", "cascade_ious", "cascade_delta_weights")
+
+    def head(delta_weights: Sequence[float]) -> BoxHead:
+        norm = _optional_norm(box.norm)
+        return BoxHead(channels, side, num_classes, norm=norm, delta_weights=delta_weights, **own)
+
+    if not box.cascade:
+        return head(box.delta_weights)
+    return CascadeBoxHead(
+        [head(weights) for weights in (box.delta_weights, *box.cascade_delta_weights)],
+        ious=box.cascade_ious,
+        crowd_overlap=config.crowd_overlap,
     )
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from fastmrcnn.model.backbone import ResNet
 from fastmrcnn.model.box_head import BoxHead
+from fastmrcnn.model.cascade import CascadeBoxHead
 from fastmrcnn.model.fpn import FeaturePyramid
 from fastmrcnn.model.keypoint_head import KeypointHead, with_keypoints
 from fastmrcnn.model.mask_head import MaskHead
@@ -15,7 +18,7 @@ from fastmrcnn.model.rois import RoiSampler, pack_foreground
 from fastmrcnn.model.rpn import RegionProposalNetwork
 from fastmrcnn.model.subsample import SamplingKeys
 from fastmrcnn.model.timm_backbone import TimmBackbone
-from fastmrcnn.structures import Batch, Counts, Detections, Losses, Proposals, Targets
+from fastmrcnn.structures import Batch, Counts, Detections, Losses, Proposals, SampledRois, Targets
 
 
 class MaskRCNN(nn.Module):
@@ -46,7 +49,7 @@ class MaskRCNN(nn.Module):
         sampler: RoiSampler,
         pooler: RoiPooler,
         res5: nn.Sequential | None,
-        box_head: BoxHead | None,
+        box_head: BoxHead | CascadeBoxHead | None,
         mask_head: MaskHead | None,
         keypoint_head: KeypointHead | None,
         channel_order: str,
@@ -97,10 +100,7 @@ class MaskRCNN(nn.Module):
         assert self.box_head is not None
         rois = self.sampler(proposals, targets, keys.rois)
         pooled = self.box_features(features, rois.boxes, rois.valid)
-        logits, deltas_of_class = self.box_head(pooled)
-        losses["loss_cls"], losses["loss_box_reg"] = self.box_head.losses(
-            logits, deltas_of_class, rois, targets
-        )
+        losses |= self.box_losses(features, pooled, rois, targets, batch.sizes)
         counts["num_fg"] = rois.is_foreground.sum()
         most = self.sampler.foreground_slots
         if self.mask_head is not None:
@@ -129,9 +129,7 @@ class MaskRCNN(nn.Module):
         proposals = self.propose(features, batch)
         if self.box_head is None:
             return as_detections(proposals)
-        x = self.box_features(features, proposals.boxes, proposals.valid)
-        logits, deltas_of_class = self.box_head(x)
-        found = self.box_head.detect(logits, deltas_of_class, proposals, batch.sizes)
+        found = self.find_boxes(features, proposals, batch.sizes)
         if self.mask_head is not None:
             if self.res5 is None:
                 x = self.pooler(features, found.boxes, found.valid, self.mask_head.resolution)
@@ -173,6 +171,27 @@ class MaskRCNN(nn.Module):
         columns = torch.arange(width, device=pixels.device) < batch.sizes[:, 1, None]
         inside = rows[:, None, :, None] & columns[:, None, None, :]
         return torch.where(inside, pixels, 0.0)
+
+    def box_losses(
+        self, features: list[Tensor], pooled: Tensor, rois: SampledRois, targets: Targets, sizes: Tensor
+    ) -> dict[str, Tensor]:
+        """Losses of the box head on RoIs with these features, or of all heads of a cascade, by name."""
+        if isinstance(self.box_head, CascadeBoxHead):
+            pool = partial(self.box_features, features)
+            return self.box_head.losses(pool, pooled, rois, targets, sizes)
+        assert self.box_head is not None
+        logits, deltas = self.box_head(pooled)
+        loss_cls, loss_box_reg = self.box_head.losses(logits, deltas, rois, targets)
+        return {"loss_cls": loss_cls, "loss_box_reg": loss_box_reg}
+
+    def find_boxes(self, features: list[Tensor], proposals: Proposals, sizes: Tensor) -> Detections:
+        """Detections of the box head, or of a cascade of them, without masks."""
+        if isinstance(self.box_head, CascadeBoxHead):
+            return self.box_head.detect(partial(self.box_features, features), proposals, sizes)
+        assert self.box_head is not None
+        x = self.box_features(features, proposals.boxes, proposals.valid)
+        logits, deltas = self.box_head(x)
+        return self.box_head.detect(logits, deltas, proposals, sizes)
 
     def box_features(self, features: list[Tensor], boxes: Tensor, valid: Tensor) -> Tensor:
         """What the box head reads of (N, S, 4) boxes: (N, S, C, side, side)."""

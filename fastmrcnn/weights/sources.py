@@ -50,7 +50,7 @@ def find_weights(source: str | Path, sha256: str | None = None, key: str = "weig
 
 
 def read_weights(path: Path) -> Any:
-    """What stands in a file of torch.save, of safetensors, or a pickle of numpy arrays: tensors, plain values.
+    """What stands in a file of torch.save, safetensors or a pickle of numpy arrays: tensors and plain values.
 
     In what torch.save wrote there may be a `Left` in place of an object that only running code could
     restore.
