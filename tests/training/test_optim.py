@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from fastmrcnn.config.checks import RECIPES
 from fastmrcnn.config.file import load_config
 from fastmrcnn.config.schema import OptimConfig
-from fastmrcnn.training.metrics import Metrics
 from fastmrcnn.model.subsample import SamplingKeys
 from fastmrcnn.model.timm_backbone import TimmBackbone
 from fastmrcnn.structures import Batch
+from fastmrcnn.training.metrics import Metrics
 from fastmrcnn.training.optim import (
     Ema,
     GatedStep,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,7 +113,7 @@ def test_a_network_of_timm_is_resumed_to_the_same_bits_and_used(
             convert.main([str(run), str(tmp_path / program), "--to", program])
         assert not (tmp_path / program).exists()
     # On a machine without timm, one line.
-    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UserError, match="needs timm, which is not installed: pip install") as told:
         fastmrcnn.load(run, "cpu")
     assert "\n" not in str(told.value)
@@ -156,7 +157,7 @@ def test_without_timm_one_line_says_what_to_install(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    monkeypatch.setitem(sys.modules, "timm", None)
     arguments = tiny.arguments(tmp_path, "model.backbone.name=timm:convnext_atto", "model.backbone.width=64")
     assert "pip install 'fastmrcnn[timm]'" in refusal(arguments, capsys, monkeypatch)
 
