@@ -93,6 +93,12 @@ class Losses(NamedTuple):
     loss_rpn_loc: Tensor | None = None
     loss_cls: Tensor | None = None
     loss_box_reg: Tensor | None = None
+    loss_cls_stage0: Tensor | None = None  # of a cascade, in place of the two before
+    loss_box_reg_stage0: Tensor | None = None
+    loss_cls_stage1: Tensor | None = None
+    loss_box_reg_stage1: Tensor | None = None
+    loss_cls_stage2: Tensor | None = None
+    loss_box_reg_stage2: Tensor | None = None
     loss_mask: Tensor | None = None
     loss_keypoint: Tensor | None = None
 

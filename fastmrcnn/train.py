@@ -25,7 +25,7 @@ from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.evaluation.run import run_evaluation
 from fastmrcnn.files import write_text
 from fastmrcnn.structures import Batch, to_device
-from fastmrcnn.training.console import describe, list_left_out, mask_slot_advice, print_next
+from fastmrcnn.training.console import describe, describe_start, list_left_out, mask_slot_advice, print_next
 from fastmrcnn.training.curves import plot_losses
 from fastmrcnn.training.dry_run import dry_run
 from fastmrcnn.training.execution import choose_execution
@@ -137,6 +137,8 @@ def train(
     update, ema = make_step.update, make_step.ema
     start = restored(state, make_step, config) if state is not None else 0
     print(f"On {device}: {precision.name}, {execution.description}.")
+    for line in describe_start(model, config, make_step.optimizer):
+        print(line)
     busy = busy_machine(device)
     if busy is not None:
         print(busy)

@@ -39,9 +39,10 @@ def check_trainable(config: Config) -> None:
         problems.append("data.val needs both images and annotations, or neither")
     random = backbone.weights is None and config.model.weights is None
     if random and backbone.norm == "frozen_bn":
+        learn = "gn or bn" if backbone.timm_name is None else "bn"
         problems.append(
             "model.backbone.norm=frozen_bn needs model.backbone.weights or model.weights; from random "
-            "weights use gn or bn"
+            f"weights use {learn}"
         )
     if random and backbone.frozen_stages > 0:
         problems.append(

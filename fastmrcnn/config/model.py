@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fastmrcnn.config.section import FilePath, Section, Side
+from fastmrcnn.config.timm_models import TIMM, pixel_statistics
+from fastmrcnn.errors import UserError
+
+BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x4d", "resnext101_32x8d")
 
 
 class BackboneConfig(Section):
-    name: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x4d", "resnext101_32x8d"] = (
-        "resnet50"
-    )
+    name: str = "resnet50"
+    """One of ours: resnet18, resnet34, resnet50, resnet101, resnext50_32x4d, resnext101_32x8d; or timm:NAME,
+    a network of timm that has maps of stride 4, 8, 16 and 32. It stays as timm builds it: width,
+    stride_in_1x1 and norm_eps are for ours."""
     weights: FilePath | None = None
-    """File or URL of an ImageNet checkpoint (torchvision; detectron2's R-50.pkl); None: random weights."""
+    """File or URL of an ImageNet checkpoint (torchvision; detectron2's R-50.pkl; of a network of timm, timm's
+    own file); `pretrained`: what timm publishes for its network, from the hub's cache on this machine or
+    fetched into it; None: random weights."""
     weights_sha256: str | None = None
     """Expected hash (or its first digits) of that file; torchvision's URLs carry it in the name."""
     norm: Literal["frozen_bn", "bn", "sync_bn", "gn"] = "frozen_bn"
+    """A network of timm keeps its own norms: with frozen_bn its batch norms, if it has any, do not learn,
+    with bn they do."""
     norm_eps: float = Field(1e-5, ge=0)
     """Epsilon of the backbone's normalisation."""
     width: int = Field(64, gt=0)
@@ -25,7 +35,46 @@ class BackboneConfig(Section):
     stride_in_1x1: bool = False
     """Downsample in the 1x1 convolution (the original ResNet, Caffe2) or in the 3x3 (torchvision)."""
     frozen_stages: int = Field(2, ge=0, le=5)
-    """How many are frozen: 1 the stem, 2 stem and res2, ... 0 with random weights."""
+    """How many are frozen: 1 the stem, 2 stem and res2 (timm: and all that the map of stride 4 hangs on), ...
+    0 with random weights."""
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    """Largest share of an image's residual branches that a network of timm leaves out in training, growing
+    from 0 at the first block (stochastic depth). Which are, follows from seed and step."""
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, value: str) -> str:
+        if value in BACKBONES or (value.startswith(TIMM) and value != TIMM):
+            return value
+        near = difflib.get_close_matches(value, BACKBONES, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"expected one of {', '.join(BACKBONES)} or {TIMM}NAME{hint}")
+
+    @property
+    def timm_name(self) -> str | None:
+        """Of a network of timm, what timm calls it; else None."""
+        return self.name.removeprefix(TIMM) if self.name.startswith(TIMM) else None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> BackboneConfig:
+        if self.timm_name is None:
+            if self.drop_path:
+                raise ValueError("model.backbone.drop_path is for networks of timm")
+            if self.weights == "pretrained":
+                raise ValueError(
+                    "model.backbone.weights=pretrained is for networks of timm; give a file or URL, as the "
+                    "recipes do"
+                )
+            return self
+        own = {"width": 64, "stride_in_1x1": False, "norm_eps": 1e-5}
+        if changed := [f"model.backbone.{key}" for key, value in own.items() if getattr(self, key) != value]:
+            raise ValueError(f"{', '.join(changed)}: not for a network of timm, which is built as it is")
+        if self.norm not in ("frozen_bn", "bn"):
+            raise ValueError(
+                f"model.backbone.norm={self.norm}: a network of timm keeps its own norms; take bn, with "
+                "which they learn, or frozen_bn, with which its batch norms do not"
+            )
+        return self
 
 
 class FpnConfig(Section):
@@ -96,6 +145,10 @@ class RoiConfig(Section):
 HeadNorm = Literal["none", "gn", "frozen_bn"]
 
 
+DeltaWeights = tuple[float, float, float, float]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
 class BoxHeadConfig(Section):
     enabled: bool = True
     """false: train the RPN alone; its proposals are the detections."""
@@ -112,7 +165,18 @@ class BoxHeadConfig(Section):
     hidden: int = Field(1024, gt=0)
     box_loss_beta: float = Field(0.0, ge=0)
     class_agnostic: bool = False
-    delta_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)
+    delta_weights: DeltaWeights = (10.0, 10.0, 5.0, 5.0)
+    cascade: bool = False
+    """Three heads one after the other (Cascade R-CNN), each on the boxes of the one before; class_agnostic is
+    then the default, and needed."""
+    cascade_ious: tuple[Share, Share] = (0.6, 0.7)
+    """Overlap from which a box is foreground to the second and the third head; to the first it is
+    roi.foreground_iou."""
+    cascade_delta_weights: tuple[DeltaWeights, DeltaWeights] = (
+        (20.0, 20.0, 10.0, 10.0),
+        (30.0, 30.0, 15.0, 15.0),
+    )
+    """delta_weights of the second and the third head."""
     score_threshold: float = Field(0.05, ge=0, le=1)
     nms_iou: float = Field(0.5, gt=0, le=1)
     candidates: int = Field(100_000, gt=0)
@@ -120,6 +184,13 @@ class BoxHeadConfig(Section):
     detections: int = Field(100, gt=0)
     """Most detections per image."""
     loss_weight: float = Field(1.0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_cascade(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("cascade") in (True, "true"):
+            return {"class_agnostic": True} | value
+        return value
 
 
 class MaskHeadConfig(Section):
@@ -204,7 +275,8 @@ class ModelConfig(Section):
     """Anything else that does not fit is an error; false: it is left out and listed."""
     channel_order: Literal["rgb", "bgr"] = "rgb"
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
-    """In `channel_order`, for pixels in 0..255."""
+    """In `channel_order`, for pixels in 0..255. With a network of timm both are, unless they are given, those
+    that its weights were trained with."""
     pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
     crowd_overlap: float | None = Field(0.7, gt=0, le=1)
     """Background whose area lies by this share in a crowd region is not sampled; None: it is."""
@@ -231,8 +303,28 @@ class ModelConfig(Section):
                 merged[section] = {**entries, **(given or {})}
         return merged
 
+    @model_validator(mode="before")
+    @classmethod
+    def _statistics_of_timm(cls, value: Any) -> Any:
+        backbone = value.get("backbone") if isinstance(value, dict) else None
+        name = backbone.get("name") if isinstance(backbone, dict) else getattr(backbone, "name", None)
+        if not isinstance(name, str) or not name.startswith(TIMM) or name == TIMM:
+            return value
+        if value.get("pixel_mean") is not None and value.get("pixel_std") is not None:
+            return value  # as in a checkpoint, which tells them even where there is no timm
+        try:
+            mean, std = pixel_statistics(name.removeprefix(TIMM))
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        return {"pixel_mean": mean, "pixel_std": std} | value
+
     @model_validator(mode="after")
     def _check_together(self) -> ModelConfig:
+        if self.backbone.timm_name is not None:
+            if self.architecture == "c4":
+                raise ValueError("model.architecture=c4 needs a ResNet of ours: its heads are the last stage")
+            if self.channel_order != "rgb":
+                raise ValueError("model.channel_order: networks of timm read rgb")
         levels, expected = len(self.anchors.sizes), 5 if self.architecture == "fpn" else 1
         if levels != expected:
             where = "per level p2..p6" if expected == 5 else "for the one map"
@@ -245,6 +337,10 @@ class ModelConfig(Section):
             raise ValueError("model.rpn.enabled and model.box_head.enabled cannot both be false")
         if self.mask_head.enabled and not self.box_head.enabled:
             raise ValueError("model.mask_head.enabled needs model.box_head.enabled")
+        if self.box_head.cascade and not self.box_head.class_agnostic:
+            raise ValueError("model.box_head.cascade=true needs model.box_head.class_agnostic=true")
+        if self.box_head.cascade and self.architecture == "c4":
+            raise ValueError("model.box_head.cascade=true needs model.architecture=fpn or c5")
         if self.keypoint_head.enabled and not self.box_head.enabled:
             raise ValueError("model.keypoint_head.enabled needs model.box_head.enabled")
         mask = self.mask_head

@@ -121,6 +121,10 @@ class OptimConfig(Section):
     weight_decay: float = Field(1e-4, ge=0)
     weight_decay_norm: float | None = Field(None, ge=0)
     """Of normalisation layers; None: the same as of everything else."""
+    layer_decay: float | None = Field(None, gt=0, le=1)
+    """Each layer of the backbone learns at this share of the rate of the one above it, and the last one at
+    this share of the heads' (BEiT, ViTDet, ConvNeXt); biases, norms and position tables then have no weight
+    decay, unless weight_decay_norm says otherwise of norms. None: one rate for all."""
     schedule: Literal["multistep", "cosine"] = "multistep"
     milestones: list[Positive] = Field([60_000, 80_000])
     """Steps at which multistep multiplies the rate by gamma."""

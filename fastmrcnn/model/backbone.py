@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -105,6 +107,7 @@ class ResNet(nn.Module):
         if name not in _ARCHITECTURES:
             raise ValueError(f"backbone must be one of {', '.join(_ARCHITECTURES)}, got {name}")
         self.name = name
+        self.drops: Sequence[nn.Module] = ()  # no branch is left out in training
         self.frozen_stages = frozen_stages
         self.strides = [4 * 2**index for index in range(stages)]
         self.out_channels = [stage_channels(name, index, width) for index in range(1, stages + 1)]
@@ -127,7 +130,18 @@ class ResNet(nn.Module):
             stage.eval()
         return self
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def layers(self) -> dict[str, int]:
+        """Layer of each parameter, for `optim.layer_decay`: 0 for the stem, then one for each block."""
+        blocks = [
+            f"layer{stage}.{block}."
+            for stage in range(1, len(self.strides) + 1)
+            for block, _ in self.get_submodule(f"layer{stage}").named_children()
+        ]
+        number = {block: index for index, block in enumerate(blocks, start=1)}
+        owners = {name: ".".join(name.split(".")[:2]) + "." for name, _ in self.named_parameters()}
+        return {name: number.get(owner, 0) for name, owner in owners.items()}
+
+    def forward(self, x: Tensor, _: Tensor | None = None) -> list[Tensor]:
         """(N, 3, H, W) -> res2, res3, ... at strides 4, 8, ..."""
         x = self.conv1(x, self.bn1, relu=True)
         x = F.max_pool2d(x, 3, stride=2, padding=1)

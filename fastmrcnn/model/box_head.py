@@ -116,7 +116,12 @@ class BoxHead(nn.Module):
 
     def detect(self, logits: Tensor, deltas: Tensor, proposals: Proposals, sizes: Tensor) -> Detections:
         """Scores above the threshold, decoded and clipped, after NMS within each class: the best D."""
-        scores = logits.float().softmax(-1)[..., :-1]  # (N, P, K)
+        return self.detect_scored(logits.float().softmax(-1)[..., :-1], deltas, proposals, sizes)
+
+    def detect_scored(
+        self, scores: Tensor, deltas: Tensor, proposals: Proposals, sizes: Tensor
+    ) -> Detections:
+        """As `detect`, of class scores (N, P, K) in 0..1."""
         num_classes = scores.shape[-1]
         above = (scores > self.score_threshold) & proposals.valid[..., None]
         flat = torch.where(above, scores, -1.0).flatten(1)

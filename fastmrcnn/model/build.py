@@ -5,13 +5,17 @@ Modules have no defaults of their own: their keyword arguments are the fields of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from fastmrcnn.config.schema import ModelConfig
+from fastmrcnn.config.timm_models import check_name, load_timm
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.anchors import AnchorGenerator
 from fastmrcnn.model.backbone import ResNet, residual_stage, stage_channels
 from fastmrcnn.model.box_head import BoxHead
+from fastmrcnn.model.cascade import CascadeBoxHead
 from fastmrcnn.model.fpn import FeaturePyramid
 from fastmrcnn.model.keypoint_head import KeypointHead
 from fastmrcnn.model.mask_head import FcnMaskHead, MaskHead, MlpMaskHead
@@ -20,6 +24,7 @@ from fastmrcnn.model.norms import Norm, make_norm
 from fastmrcnn.model.roi_pooler import RoiPooler
 from fastmrcnn.model.rois import RoiSampler
 from fastmrcnn.model.rpn import RegionProposalNetwork
+from fastmrcnn.model.timm_backbone import TimmBackbone
 
 
 def build_model(config: ModelConfig, num_classes: int, num_keypoints: int | None = None) -> MaskRCNN:
@@ -29,12 +34,7 @@ def build_model(config: ModelConfig, num_classes: int, num_keypoints: int | None
         num_keypoints: of the objects, if the configuration asks for a keypoint head.
     """
     c4 = config.architecture == "c4"
-    norm = make_norm(config.backbone.norm, config.backbone.norm_eps)
-    backbone = ResNet(
-        norm=norm,
-        stages=3 if c4 else 4,
-        **config.backbone.values("name", "width", "stride_in_1x1", "frozen_stages"),
-    )
+    backbone = _backbone(config)
     res5 = last_stage(config) if c4 and config.box_head.enabled else None
     fpn = None
     if config.architecture == "fpn":
@@ -68,6 +68,19 @@ def build_model(config: ModelConfig, num_classes: int, num_keypoints: int | None
     )
 
 
+def _backbone(config: ModelConfig) -> ResNet | TimmBackbone:
+    backbone = config.backbone
+    if backbone.timm_name is not None:
+        timm = load_timm()
+        check_name(timm, backbone.timm_name)
+        return TimmBackbone(timm, backbone.timm_name, **backbone.values("norm", "frozen_stages", "drop_path"))
+    return ResNet(
+        norm=make_norm(backbone.norm, backbone.norm_eps),
+        stages=3 if config.architecture == "c4" else 4,
+        **backbone.values("name", "width", "stride_in_1x1", "frozen_stages"),
+    )
+
+
 def last_stage(config: ModelConfig) -> nn.Sequential:
     """The residual stage that a C4 model keeps for its heads: an ImageNet network's layer4."""
     backbone = config.backbone
@@ -82,11 +95,21 @@ def _rpn(config: ModelConfig, channels: int, strides: list[int]) -> RegionPropos
     )
 
 
-def _box_head(config: ModelConfig, channels: int, num_classes: int) -> BoxHead:
+def _box_head(config: ModelConfig, channels: int, num_classes: int) -> BoxHead | CascadeBoxHead:
     box = config.box_head
     side = -(-box.resolution // 2) if config.architecture == "c4" else box.resolution
-    return BoxHead(
-        channels, side, num_classes, norm=_optional_norm(box.norm), **box.without("enabled", "norm")
+    own = box.without("enabled", "norm", "delta_weights", "cascade", "cascade_ious", "cascade_delta_weights")
+
+    def head(delta_weights: Sequence[float]) -> BoxHead:
+        norm = _optional_norm(box.norm)
+        return BoxHead(channels, side, num_classes, norm=norm, delta_weights=delta_weights, **own)
+
+    if not box.cascade:
+        return head(box.delta_weights)
+    return CascadeBoxHead(
+        [head(weights) for weights in (box.delta_weights, *box.cascade_delta_weights)],
+        ious=box.cascade_ious,
+        crowd_overlap=config.crowd_overlap,
     )
 
 

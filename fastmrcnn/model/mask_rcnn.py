@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from fastmrcnn.model.backbone import ResNet
 from fastmrcnn.model.box_head import BoxHead
+from fastmrcnn.model.cascade import CascadeBoxHead
 from fastmrcnn.model.fpn import FeaturePyramid
 from fastmrcnn.model.keypoint_head import KeypointHead, with_keypoints
 from fastmrcnn.model.mask_head import MaskHead
@@ -14,7 +17,8 @@ from fastmrcnn.model.roi_pooler import RoiPooler
 from fastmrcnn.model.rois import RoiSampler, pack_foreground
 from fastmrcnn.model.rpn import RegionProposalNetwork
 from fastmrcnn.model.subsample import SamplingKeys
-from fastmrcnn.structures import Batch, Counts, Detections, Losses, Proposals, Targets
+from fastmrcnn.model.timm_backbone import TimmBackbone
+from fastmrcnn.structures import Batch, Counts, Detections, Losses, Proposals, SampledRois, Targets
 
 
 class MaskRCNN(nn.Module):
@@ -39,13 +43,13 @@ class MaskRCNN(nn.Module):
     def __init__(
         self,
         *,
-        backbone: ResNet,
+        backbone: ResNet | TimmBackbone,
         fpn: FeaturePyramid | None,
         rpn: RegionProposalNetwork | None,
         sampler: RoiSampler,
         pooler: RoiPooler,
         res5: nn.Sequential | None,
-        box_head: BoxHead | None,
+        box_head: BoxHead | CascadeBoxHead | None,
         mask_head: MaskHead | None,
         keypoint_head: KeypointHead | None,
         channel_order: str,
@@ -80,7 +84,7 @@ class MaskRCNN(nn.Module):
     def losses(self, batch: Batch, targets: Targets, keys: SamplingKeys) -> tuple[Losses, Counts]:
         losses: dict[str, Tensor] = {}
         counts: dict[str, Tensor] = {}
-        features = self.features(batch)
+        features = self.features(batch, keys.drop_path)
         if self.rpn is not None:
             objectness, deltas = self.rpn.head(features)
             anchors = self.rpn.anchors(features, batch.pixels.shape[-2:])
@@ -96,10 +100,7 @@ class MaskRCNN(nn.Module):
         assert self.box_head is not None
         rois = self.sampler(proposals, targets, keys.rois)
         pooled = self.box_features(features, rois.boxes, rois.valid)
-        logits, deltas_of_class = self.box_head(pooled)
-        losses["loss_cls"], losses["loss_box_reg"] = self.box_head.losses(
-            logits, deltas_of_class, rois, targets
-        )
+        losses |= self.box_losses(features, pooled, rois, targets, batch.sizes)
         counts["num_fg"] = rois.is_foreground.sum()
         most = self.sampler.foreground_slots
         if self.mask_head is not None:
@@ -128,9 +129,7 @@ class MaskRCNN(nn.Module):
         proposals = self.propose(features, batch)
         if self.box_head is None:
             return as_detections(proposals)
-        x = self.box_features(features, proposals.boxes, proposals.valid)
-        logits, deltas_of_class = self.box_head(x)
-        found = self.box_head.detect(logits, deltas_of_class, proposals, batch.sizes)
+        found = self.find_boxes(features, proposals, batch.sizes)
         if self.mask_head is not None:
             if self.res5 is None:
                 x = self.pooler(features, found.boxes, found.valid, self.mask_head.resolution)
@@ -152,9 +151,13 @@ class MaskRCNN(nn.Module):
         anchors = self.rpn.anchors(features, batch.pixels.shape[-2:])
         return self.rpn.propose(objectness, deltas, anchors, batch.sizes)
 
-    def features(self, batch: Batch) -> list[Tensor]:
-        """p2..p6 of a batch, or the one map of a model without a pyramid."""
-        maps = self.backbone(self.normalize(batch))
+    def features(self, batch: Batch, drop_path: Tensor | None = None) -> list[Tensor]:
+        """p2..p6 of a batch, or the one map of a model without a pyramid.
+
+        Args:
+            drop_path: as in SamplingKeys.
+        """
+        maps = self.backbone(self.normalize(batch), drop_path)
         return maps[-1:] if self.fpn is None else self.fpn(maps)
 
     def normalize(self, batch: Batch) -> Tensor:
@@ -168,6 +171,27 @@ class MaskRCNN(nn.Module):
         columns = torch.arange(width, device=pixels.device) < batch.sizes[:, 1, None]
         inside = rows[:, None, :, None] & columns[:, None, None, :]
         return torch.where(inside, pixels, 0.0)
+
+    def box_losses(
+        self, features: list[Tensor], pooled: Tensor, rois: SampledRois, targets: Targets, sizes: Tensor
+    ) -> dict[str, Tensor]:
+        """Losses of the box head on RoIs with these features, or of all heads of a cascade, by name."""
+        if isinstance(self.box_head, CascadeBoxHead):
+            pool = partial(self.box_features, features)
+            return self.box_head.losses(pool, pooled, rois, targets, sizes)
+        assert self.box_head is not None
+        logits, deltas = self.box_head(pooled)
+        loss_cls, loss_box_reg = self.box_head.losses(logits, deltas, rois, targets)
+        return {"loss_cls": loss_cls, "loss_box_reg": loss_box_reg}
+
+    def find_boxes(self, features: list[Tensor], proposals: Proposals, sizes: Tensor) -> Detections:
+        """Detections of the box head, or of a cascade of them, without masks."""
+        if isinstance(self.box_head, CascadeBoxHead):
+            return self.box_head.detect(partial(self.box_features, features), proposals, sizes)
+        assert self.box_head is not None
+        x = self.box_features(features, proposals.boxes, proposals.valid)
+        logits, deltas = self.box_head(x)
+        return self.box_head.detect(logits, deltas, proposals, sizes)
 
     def box_features(self, features: list[Tensor], boxes: Tensor, valid: Tensor) -> Tensor:
         """What the box head reads of (N, S, 4) boxes: (N, S, C, side, side)."""
@@ -183,10 +207,8 @@ class MaskRCNN(nn.Module):
         if batch.targets is not None:
             rois += batch.targets.boxes.shape[1]
         device = generator.device
-        return SamplingKeys(
-            torch.rand(count, anchors, generator=generator, device=device),
-            torch.rand(count, rois, generator=generator, device=device),
-        )
+        sizes = (anchors, rois, len(self.backbone.drops)) if self.backbone.drops else (anchors, rois)
+        return SamplingKeys(*(torch.rand(count, size, generator=generator, device=device) for size in sizes))
 
 
 def given_proposals(batch: Batch) -> Proposals:

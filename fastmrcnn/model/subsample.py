@@ -14,6 +14,7 @@ from torch import Tensor
 class SamplingKeys(NamedTuple):
     anchors: Tensor  # (N, R) float32, uniform in 0..1
     rois: Tensor  # (N, P + G) float32, or wider: the first P + G are used
+    drop_path: Tensor | None = None  # (N, B) float32, for B branches of the backbone that may be left out
 
 
 class Sample(NamedTuple):

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from fastmrcnn.model import mask_rcnn
+from fastmrcnn.model.cascade import CascadeBoxHead
 from fastmrcnn.model.mask_head import FcnMaskHead
 from fastmrcnn.speed.timing import Ceilings
 from fastmrcnn.training.step import TrainingStep
@@ -95,6 +96,9 @@ def places(make_step: TrainingStep) -> Iterator[tuple[Any, str, str]]:
     places: list[tuple[Any, str, str]] = [(model, path, part) for path, part in _PLACES.items()]
     if isinstance(model.mask_head, FcnMaskHead):  # whose loss calls them without its forward
         places.append((model, "mask_head.features", "mask head"))
+    if isinstance(model.box_head, CascadeBoxHead):
+        count = len(model.box_head.stages)
+        places += [(model, f"box_head.stages.{stage}.forward", "box head") for stage in range(count)]
     places.append((make_step, "update.backward", OPTIMIZER))
     places.append((make_step, "draw_keys", SAMPLING))
     places.append((mask_rcnn, "pack_foreground", SAMPLING))

@@ -153,6 +153,8 @@ def not_comparable(config: ModelConfig) -> str | None:
     """What of the model torchvision's Mask R-CNN does not have; None: it has all."""
     backbone, box, mask = config.backbone, config.box_head, config.mask_head
     needs = {
+        "a ResNet of torchvision": backbone.timm_name is None,
+        "model.box_head.cascade=false": not box.cascade,
         "model.architecture=fpn": config.architecture == "fpn",
         "model.backbone.norm=frozen_bn": backbone.norm == "frozen_bn",
         "model.backbone.width=64": backbone.width == 64,

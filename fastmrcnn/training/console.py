@@ -8,10 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastmrcnn.config.schema import Config
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.errors import UserError
+from fastmrcnn.model.mask_rcnn import MaskRCNN
+from fastmrcnn.model.timm_backbone import TimmBackbone
 from fastmrcnn.structures import Losses
+from fastmrcnn.training.optim import describe_groups
 from fastmrcnn.weights.checkpoint import find_checkpoint
 
 
@@ -48,6 +53,22 @@ def describe(row: dict[str, Any]) -> str:
     parts += [f"{name.removeprefix('loss_')} {row[name]:.3f}" for name in row if name in Losses._fields]
     parts += [f"lr {row['lr']:.2g}", f"{row['images_per_second']:.1f} img/s"]
     return ", ".join(parts)
+
+
+def describe_start(model: MaskRCNN, config: Config, optimizer: torch.optim.Optimizer) -> list[str]:
+    """What the configuration alone does not tell of the network and its rates, a line each."""
+    lines = []
+    if isinstance(model.backbone, TimmBackbone):
+        channels = ", ".join(map(str, model.backbone.out_channels))
+        mean, std = config.model.pixel_mean, config.model.pixel_std
+        norms = ", each with a layer norm" if len(model.backbone.norms) else ""
+        lines.append(
+            f"Backbone timm:{model.backbone.name}: maps of {channels} channels at strides 4, 8, 16, "
+            f"32{norms}; pixels less {list(mean)}, over {list(std)} (model.pixel_mean, model.pixel_std)."
+        )
+    if (rates := describe_groups(optimizer)) is not None:
+        lines.append(rates)
+    return lines
 
 
 def how_to_go_on(folder: Path) -> str:

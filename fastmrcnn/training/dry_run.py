@@ -14,6 +14,7 @@ from fastmrcnn.data.loader import TrainLoader
 from fastmrcnn.data.polygons import PolygonSizes
 from fastmrcnn.device import choose_device, choose_precision, set_up_cuda
 from fastmrcnn.structures import to_device
+from fastmrcnn.training.console import describe_start
 from fastmrcnn.training.execution import choose_execution
 from fastmrcnn.training.optim import learning_rate
 from fastmrcnn.training.step import TrainingStep
@@ -57,6 +58,8 @@ def dry_run(config: Config, train_set: CocoDataset) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in make_step.update.parameters)
     print(f"The configuration is valid. {parameters / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained.")
+    for line in describe_start(model, config, make_step.optimizer):
+        print(line)
 
     fixed = peak_memory(device)  # weights and libraries: what does not grow with the batch
     seconds, shape = 0.0, (0, 0)

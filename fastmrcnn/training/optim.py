@@ -7,12 +7,14 @@ import copy
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fastmrcnn.config.schema import OptimConfig
+from fastmrcnn.model.backbone import ResNet
+from fastmrcnn.model.timm_backbone import TimmBackbone
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm)
 
@@ -20,11 +22,49 @@ _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm)
 def build_optimizer(
     model: nn.Module, config: OptimConfig, *, capturable: bool = False
 ) -> torch.optim.Optimizer:
-    """Fused SGD or AdamW over the parameters that are trained; norms may have a decay of their own.
+    """Fused SGD or AdamW over the parameters that are trained; norms may have a decay of their own, and
+    layers of the backbone a share of the rate (`lr_scale`).
 
     Args:
         capturable: the update will be recorded in a CUDA graph.
     """
+    groups = _by_norm(model, config) if config.layer_decay is None else _by_layer(model, config)
+    device = next(model.parameters()).device
+    for group in groups:
+        # The rate is a tensor on the device, so that changing it neither waits nor recompiles.
+        group["lr"] = torch.tensor(0.0, device=device)
+    if config.name == "sgd":
+        optimizer = torch.optim.SGD(groups, momentum=config.momentum, fused=True)
+        if config.momentum > 0:
+            # torch allocates momentum without filling it, so an update that is skipped at the first step
+            # would leave what stood in that memory.
+            for parameter in (p for group in groups for p in group["params"]):
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
+    return torch.optim.AdamW(groups, fused=True, capturable=capturable)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The rate of the next step; a group that has a share of its own gets that."""
+    for group in optimizer.param_groups:
+        group["lr"].fill_(lr * group.get("lr_scale", 1.0))
+
+
+def describe_groups(optimizer: torch.optim.Optimizer) -> str | None:
+    """A line on layer-wise rates; None if there are none."""
+    groups = optimizer.param_groups
+    if "lr_scale" not in groups[0]:
+        return None
+    scales = [group["lr_scale"] for group in groups]
+    count = sum(len(group["params"]) for group in groups)
+    free = sum(len(group["params"]) for group in groups if group["weight_decay"] == 0)
+    return (
+        f"Layer-wise rates: {len(set(scales))} layers are trained, from {min(scales):.3g} of optim.lr to "
+        f"{max(scales):.3g}; {free} of {count} tensors without weight decay."
+    )
+
+
+def _by_norm(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     norms: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for module in model.modules():
@@ -33,18 +73,38 @@ def build_optimizer(
     decay = config.weight_decay
     norm_decay = decay if config.weight_decay_norm is None else config.weight_decay_norm
     groups = [{"params": others, "weight_decay": decay}, {"params": norms, "weight_decay": norm_decay}]
-    groups = [group for group in groups if group["params"]]
-    # The rate is a tensor on the device, so that changing it neither waits nor recompiles.
-    lr = torch.tensor(0.0, device=next(model.parameters()).device)
-    if config.name == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, fused=True)
-        if config.momentum > 0:
-            # torch allocates momentum without filling it, so an update that is skipped at the first step
-            # would leave what stood in that memory.
-            for parameter in (*others, *norms):
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        return optimizer
-    return torch.optim.AdamW(groups, lr=lr, fused=True, capturable=capturable)
+    return [group for group in groups if group["params"]]
+
+
+def _by_layer(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """A group for each layer of the backbone, and one for all that stands on it, with decay and without.
+
+    As BEiT (arXiv 2106.08254, its optim_factory.py) has it: the rate falls by `layer_decay` from layer to
+    layer downwards, and biases, norms and position tables have no weight decay.
+    """
+    assert config.layer_decay is not None
+    backbone = model.backbone
+    assert isinstance(backbone, ResNet | TimmBackbone)
+    layers = {f"backbone.{name}": layer for name, layer in backbone.layers().items()}
+    tables = {f"backbone.{name}" for name in getattr(backbone, "no_decay", ())}
+    norms = {p for module in model.modules() if isinstance(module, _NORMS) for p in module.parameters()}
+    above = max(layers.values()) + 1
+    groups: dict[tuple[int, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decay = 0.0 if parameter.dim() <= 1 or name in tables else config.weight_decay
+        if parameter in norms and config.weight_decay_norm is not None:
+            decay = config.weight_decay_norm
+        groups.setdefault((layers.get(name, above), decay), []).append(parameter)
+    return [
+        {
+            "params": groups[layer, decay],
+            "weight_decay": decay,
+            "lr_scale": config.layer_decay ** (above - layer),
+        }
+        for layer, decay in sorted(groups)
+    ]
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int, batch: int) -> float:

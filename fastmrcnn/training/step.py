@@ -21,7 +21,7 @@ from fastmrcnn.structures import Batch, tree_map
 from fastmrcnn.training.compile_cache import keep_compile_cache
 from fastmrcnn.training.cuda_graph import GraphedStep, Result, Run, Shapes, shapes_of
 from fastmrcnn.training.execution import Execution
-from fastmrcnn.training.optim import Ema, GatedStep, build_optimizer
+from fastmrcnn.training.optim import Ema, GatedStep, build_optimizer, set_rate
 
 
 class TrainingStep:
@@ -63,8 +63,7 @@ class TrainingStep:
     def __call__(self, batch: Batch, step: int, lr: float) -> Result:
         """Make step number `step` at the rate `lr`; the result is from before the update, on the device."""
         self.number.fill_(step)
-        for group in self.optimizer.param_groups:
-            group["lr"].fill_(lr)
+        set_rate(self.optimizer, lr)
         return self.run(batch, self.draw_keys(batch, step))
 
     def draw_keys(self, batch: Batch, step: int) -> SamplingKeys:

@@ -15,7 +15,11 @@ from fastmrcnn.weights.peers.class_rows import class_count, keypoint_count
 from fastmrcnn.weights.peers.classes import ClassTable, known_classes, numbered_classes
 from fastmrcnn.weights.peers.programs import grouped
 
-_OF_CLASSES = ("box_head.classes", "box_head.deltas", "mask_head.predictor")
+_BOX_HEADS = ("box_head", "box_head.stages.0", "box_head.stages.1", "box_head.stages.2")
+_OF_CLASSES = (
+    *(f"{head}.{leaf}" for head in _BOX_HEADS for leaf in ("classes", "deltas")),
+    "mask_head.predictor",
+)
 _OF_KEYPOINTS = ("keypoint_head.deconv",)
 _MOST_NAMES = 20  # that a line lists
 
@@ -143,7 +147,7 @@ def _layout(model: MaskRCNN, key: str, own: Tensor) -> tuple[int, bool]:
         assert model.mask_head is not None
         return len(own) // model.mask_head.mask_channels, model.mask_head.class_agnostic
     assert model.box_head is not None
-    return (4, model.box_head.class_agnostic) if key.startswith("box_head.deltas.") else (1, False)
+    return (4, model.box_head.class_agnostic) if ".deltas." in key else (1, False)
 
 
 def _with_rows(ours: Tensor, given: Tensor, pairs: Sequence[tuple[int, int]]) -> Tensor:

@@ -50,7 +50,7 @@ def find_weights(source: str | Path, sha256: str | None = None, key: str = "weig
 
 
 def read_weights(path: Path) -> Any:
-    """What stands in a file of torch.save or a pickle of numpy arrays: tensors, containers and plain values.
+    """What stands in a file of torch.save, safetensors or a pickle of numpy arrays: tensors and plain values.
 
     In what torch.save wrote there may be a `Left` in place of an object that only running code could
     restore.
@@ -72,6 +72,8 @@ def read_weights(path: Path) -> Any:
     # A zip archive begins with PK even if its end, by which zipfile knows it, has not arrived.
     if start.startswith(b"PK") or start == _LEGACY_TORCH or not start:
         return read_tensors(path, leave_objects=True)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
     if start.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8")):
         raise UserError(f"{path}: is an image, not a file of weights")
     return read_pickle(path)
@@ -113,6 +115,21 @@ def read_tensors(path: Path, *, leave_objects: bool = False) -> Any:
             raise UserError(f"{path}: is a TorchScript program; save its state_dict() instead") from None
         raise UserError(
             f"{path}: is incomplete or damaged, or not tensors written by torch.save; fetch or copy it again"
+        ) from None
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ModuleNotFoundError:
+        raise UserError(f"{path}: needs safetensors to be read: pip install safetensors") from None
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path}: is incomplete or damaged, or not tensors written by safetensors ({error}); fetch or "
+            "copy it again"
         ) from None
 
 

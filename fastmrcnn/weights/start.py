@@ -9,12 +9,14 @@ from fastmrcnn.config.schema import ModelConfig
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.build import last_stage
 from fastmrcnn.model.mask_rcnn import MaskRCNN
+from fastmrcnn.model.timm_backbone import TimmBackbone
 from fastmrcnn.weights.card import ModelCard
 from fastmrcnn.weights.detectors import open_weights, prepared, require_constants
 from fastmrcnn.weights.peers.class_rows import class_count
 from fastmrcnn.weights.peers.programs import grouped
 from fastmrcnn.weights.predictors import take_predictors
 from fastmrcnn.weights.states import compare_states, describe_mismatch, load_backbone
+from fastmrcnn.weights.timm_weights import load_timm_weights
 from fastmrcnn.weights.trained import untrained_model
 from fastmrcnn.weights.zoo import architecture_of
 
@@ -49,9 +51,13 @@ def load_imagenet(model: MaskRCNN, config: ModelConfig) -> None:
     """Load what `model.backbone.weights` names, if anything, into the backbone and a C4 model's last stage.
 
     Raises:
-        UserError: as `load_backbone`.
+        UserError: as `load_backbone` and `load_timm_weights`.
     """
-    if config.backbone.weights is None:
+    source, sha256 = config.backbone.weights, config.backbone.weights_sha256
+    if source is None:
+        return
+    if isinstance(model.backbone, TimmBackbone):
+        print(*load_timm_weights(model.backbone, source, sha256), sep="\n")
         return
     backbone: nn.Module = model.backbone
     if config.architecture == "c4":  # the same modules under the names that an ImageNet checkpoint has
@@ -59,7 +65,7 @@ def load_imagenet(model: MaskRCNN, config: ModelConfig) -> None:
         for name, child in model.backbone.named_children():
             backbone.add_module(name, child)
         backbone.add_module("layer4", model.res5 or last_stage(config))
-    for line in load_backbone(backbone, config.backbone.weights, config.backbone.weights_sha256):
+    for line in load_backbone(backbone, source, sha256):
         print(line)
 
 

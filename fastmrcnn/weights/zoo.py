@@ -24,12 +24,14 @@ class Architecture(NamedTuple):
     masks: bool
     keypoints: bool
     box_convs: bool = False  # a box head with convolutions
+    cascade: bool = False  # of box heads
 
     def __str__(self) -> str:
         heads = {(True, True): "Mask and Keypoint", (True, False): "Mask", (False, True): "Keypoint"}
         name = heads.get((self.masks, self.keypoints), "Faster")
         end = " with convolutions in the box head" if self.box_convs else ""
-        return f"{name} R-CNN {self.backbone or 'of unknown backbone'}-{self.family.upper()}{end}"
+        start = "Cascade " if self.cascade else ""
+        return f"{start}{name} R-CNN {self.backbone or 'of unknown backbone'}-{self.family.upper()}{end}"
 
 
 # The recipe that evaluates a program's published model as that program does.
@@ -40,6 +42,10 @@ _RECIPES: dict[tuple[str, Architecture], str] = {
     ("detectron2", Architecture("c4", "resnet50", True, False)): "detectron2_mask_rcnn_r50_c4_3x",
     ("detectron2", Architecture("c4", "resnet101", True, False)): "detectron2_mask_rcnn_r101_c4_3x",
     ("detectron2", Architecture("fpn", "resnet50", True, False)): "detectron2_mask_rcnn_r50_fpn_3x",
+    (
+        "detectron2",
+        Architecture("fpn", "resnet50", True, False, cascade=True),
+    ): "detectron2_cascade_mask_rcnn_r50_fpn_3x",
     ("detectron2", Architecture("fpn", "resnet101", True, False)): "detectron2_mask_rcnn_r101_fpn_3x",
     ("detectron2", Architecture("fpn", "resnext101_32x8d", True, False)): "detectron2_mask_rcnn_x101_fpn_3x",
     ("detectron2", Architecture("fpn", "resnet50", False, True)): "detectron2_keypoint_rcnn_r50_fpn_3x",
@@ -61,10 +67,11 @@ def architecture_of(state: Mapping[str, Tensor]) -> Architecture:
 
     return Architecture(
         "fpn" if some("fpn.") else "c4" if some("res5.") else "c5",
-        backbone_of(backbone),
+        "timm" if some("backbone.timm.") else backbone_of(backbone),
         some("mask_head."),
         some("keypoint_head."),
-        some("box_head.convs."),
+        some("box_head.convs.") or some("box_head.stages.0.convs."),
+        some("box_head.stages."),
     )
 
 
@@ -104,6 +111,7 @@ _SETTINGS = (
     "roi.aligned",
     "roi.sampling_ratio",
     "box_head.delta_weights",
+    "box_head.cascade_delta_weights",
     "box_head.score_threshold",
     "box_head.nms_iou",
     "box_head.detections",

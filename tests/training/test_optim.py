@@ -16,8 +16,18 @@ from torch import Tensor, nn
 from fastmrcnn.config.checks import RECIPES
 from fastmrcnn.config.file import load_config
 from fastmrcnn.config.schema import OptimConfig
+from fastmrcnn.model.subsample import SamplingKeys
+from fastmrcnn.model.timm_backbone import TimmBackbone
+from fastmrcnn.structures import Batch
 from fastmrcnn.training.metrics import Metrics
-from fastmrcnn.training.optim import Ema, GatedStep, build_optimizer, learning_rate
+from fastmrcnn.training.optim import (
+    Ema,
+    GatedStep,
+    build_optimizer,
+    describe_groups,
+    learning_rate,
+    set_rate,
+)
 
 SGD = OptimConfig(name="sgd", weight_decay=0.01)
 ADAMW = OptimConfig(name="adamw", weight_decay=0.01)
@@ -291,3 +301,113 @@ def test_whole_step_never_syncs(config: OptimConfig, scale: float | None, tmp_pa
     with NoSync(), pytest.raises(AssertionError, match="makes the host wait"):
         metrics.read(1, update.first_bad_step, 0.01, 0)
     metrics.close()
+
+
+def rates_and_decays(model: nn.Module, config: OptimConfig) -> dict[str, tuple[float, float]]:
+    """Share of the rate and weight decay of every parameter that is trained."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = build_optimizer(model, config).param_groups
+    return {
+        names[parameter]: (group.get("lr_scale", 1.0), group["weight_decay"])
+        for group in groups
+        for parameter in group["params"]
+    }
+
+
+def test_rates_fall_from_layer_to_layer() -> None:
+    model = small_model()  # a ResNet-18 with group norm: the stem, two blocks in each of four stages
+    found = rates_and_decays(model, OptimConfig(layer_decay=0.5, weight_decay=0.1))
+    assert found.keys() == {name for name, _ in model.named_parameters()}
+    for name, (scale, decay) in found.items():
+        layer = 9
+        if name.startswith("backbone."):
+            stage = name.split(".")[1]
+            layer = 0 if stage in ("conv1", "bn1") else 2 * int(stage[-1]) - 1 + int(name.split(".")[2])
+        assert scale == pytest.approx(0.5 ** (9 - layer)), name
+        plain = name.endswith("weight") and "bn" not in name and "downsample.1" not in name
+        assert decay == (0.1 if plain else 0.0), name
+    norms = rates_and_decays(model, OptimConfig(layer_decay=0.5, weight_decay=0.1, weight_decay_norm=0.3))
+    assert norms["backbone.bn1.weight"][1] == norms["backbone.layer1.0.bn1.bias"][1] == 0.3
+    assert norms["box_head.classes.bias"][1] == 0
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_layer_wise_update_is_that_of_plain_torch(name: str) -> None:
+    config = OptimConfig(name=name, layer_decay=0.8, weight_decay=0.05)
+    model, batch = small_model().train(), random_batch(1)
+    plain = copy.deepcopy(model)
+    found = rates_and_decays(plain, config)
+    groups = [
+        {"params": [parameter], "lr": 0.01 * found[key][0], "weight_decay": found[key][1]}
+        for key, parameter in plain.named_parameters()
+    ]
+    other: torch.optim.Optimizer = torch.optim.SGD(groups, momentum=0.9)
+    if name == "adamw":
+        other = torch.optim.AdamW(groups)
+    optimizer = build_optimizer(model, config)
+    update = GatedStep(model, optimizer, clip_norm=1.0)
+    for step in range(2):
+        set_rate(optimizer, 0.01)
+        update.before_forward()
+        update.backward(model(batch, keys_of(model, batch, step))[0].total(), step)
+        plain(batch, keys_of(plain, batch, step))[0].total().backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        other.step()
+        other.zero_grad()
+    for key, value in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-3, atol=1e-5, msg=key)
+
+
+def keys_of(model: nn.Module, batch: Batch, step: int) -> SamplingKeys:
+    return model.draw_keys(batch, torch.Generator().manual_seed(step))
+
+
+def test_layers_are_told() -> None:
+    model = small_model()
+    line = describe_groups(build_optimizer(model, OptimConfig(layer_decay=0.5)))
+    assert line is not None
+    assert "10 layers are trained, from 0.00195 of optim.lr to 1" in line
+    assert describe_groups(build_optimizer(model, OptimConfig())) is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["resnet18", "efficientnet_b0", pytest.param("swin_tiny_patch4_window7_224", marks=pytest.mark.slow)],
+)
+def test_layers_of_a_network_of_timm_are_timms(name: str) -> None:
+    timm = pytest.importorskip("timm", exc_type=(ImportError, RuntimeError))
+    from timm.optim import param_groups_layer_decay
+
+    net = TimmBackbone(timm, name, norm="bn", frozen_stages=0, drop_path=0.0)
+    whole = net.whole_network(timm)
+    names = {parameter: key for key, parameter in whole.named_parameters()}
+    theirs = {
+        names[parameter]: (group["lr_scale"], group["weight_decay"])
+        for group in param_groups_layer_decay(
+            whole,
+            weight_decay=0.1,
+            no_weight_decay_list=set(getattr(whole, "no_weight_decay", set)()),
+            layer_decay=0.5,
+        )
+        for parameter in group["params"]
+    }
+    layers, highest = net.layers(), max(net.layers().values())
+    wanted = {own: theirs[key] for own, key in net.whole_names().items() if key in theirs}
+    assert len(wanted) == len(list(net.timm.parameters()))
+    top = max(scale for scale, _ in wanted.values())
+    for own, (scale, decay) in wanted.items():
+        assert 0.5 ** (highest - layers[own]) == pytest.approx(scale / top), own
+        parameter = net.get_parameter(own)
+        assert (decay == 0) == (parameter.dim() <= 1 or own in net.no_decay), own
+
+
+def test_layers_of_convnext_are_its_authors() -> None:
+    timm = pytest.importorskip("timm", exc_type=(ImportError, RuntimeError))
+    net = TimmBackbone(timm, "convnext_tiny", norm="bn", frozen_stages=0, drop_path=0.0)
+    layers = net.layers()
+    # As mmdetection's layer_decay_optimizer_constructor.py has them for num_layers=6.
+    assert layers["timm.stem_0.weight"] == 0
+    for stage, block, layer in ((0, 2, 1), (1, 0, 2), (2, 0, 3), (2, 3, 4), (2, 8, 5), (3, 0, 6), (3, 2, 6)):
+        assert layers[f"timm.stages_{stage}.blocks.{block}.mlp.fc1.weight"] == layer
+    for stage, layer in ((1, 2), (2, 3), (3, 6)):
+        assert layers[f"timm.stages_{stage}.downsample.1.weight"] == layer

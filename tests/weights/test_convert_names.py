@@ -33,6 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "c4": {"architecture": "c4"},
     "c5": {"architecture": "c5"},
+    "cascade": {"box_head": {"cascade": True, "convs": 2, "norm": "gn"}},
     "boxes alone": {"mask_head": {"enabled": False}},
     "keypoints": {"mask_head": {"enabled": False}, "keypoint_head": {"enabled": True, "convs": 3}},
 }
@@ -56,10 +57,11 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+ALONE = [("c4", "torchvision"), ("cascade", "torchvision")]  # that the program has not
 PAIRS = [(name, program) for name in VARIANTS for program in ("torchvision", "detectron2")]
 
 
-@pytest.mark.parametrize(("name", "program"), [pair for pair in PAIRS if pair != ("c4", "torchvision")])
+@pytest.mark.parametrize(("name", "program"), [pair for pair in PAIRS if pair not in ALONE])
 def test_every_parameter_comes_back(name: str, program: str) -> None:
     state = small_model(VARIANTS[name]).state_dict()
     theirs = export_state(state, program, "x", [1, 2, 3])
@@ -73,10 +75,18 @@ def test_every_parameter_comes_back(name: str, program: str) -> None:
     assert same(export_state(found.state, program, "x", [1, 2, 3], found.spare), theirs)
 
 
-def test_torchvision_has_no_c4() -> None:
-    state = small_model(VARIANTS["c4"]).state_dict()
-    with pytest.raises(UserError, match=r"torchvision has no place for \d+ of its parameters: res5"):
+@pytest.mark.parametrize(("name", "part"), [("c4", "res5"), ("cascade", "box_head.stages.0")])
+def test_torchvision_has_no_c4_and_no_cascade(name: str, part: str) -> None:
+    state = small_model(VARIANTS[name]).state_dict()
+    with pytest.raises(UserError, match=rf"torchvision has no place for \d+ of its parameters: {part}"):
         export_state(state, "torchvision", "x", [1, 2, 3])
+
+
+def test_nobody_has_a_backbone_of_timm() -> None:
+    state = {"backbone.timm.stem.weight": torch.zeros(1), "rpn.head.objectness.weight": torch.zeros(1)}
+    for program in ("torchvision", "detectron2"):
+        with pytest.raises(UserError, match=f"x: {program} has no place for a backbone of timm"):
+            export_state(state, program, "x", [1])
 
 
 # Keys as they stand in published files, and what they are here.
@@ -130,6 +140,13 @@ PUBLISHED_V2 = {
     "roi_heads.box_head.5.weight": "box_head.fc1.weight",
     "roi_heads.mask_head.0.1.bias": "mask_head.norms.0.bias",
 }
+PUBLISHED_CASCADE = {
+    "backbone.bottom_up.stem.conv1.weight": "backbone.conv1.weight",
+    "roi_heads.box_head.0.fc1.weight": "box_head.stages.0.fc1.weight",
+    "roi_heads.box_head.2.fc2.bias": "box_head.stages.2.fc2.bias",
+    "roi_heads.box_predictor.1.cls_score.weight": "box_head.stages.1.classes.weight",
+    "roi_heads.box_predictor.2.bbox_pred.bias": "box_head.stages.2.deltas.bias",
+}
 PUBLISHED_GN = {
     "backbone.bottom_up.stem.conv1.norm.weight": "backbone.bn1.weight",
     "roi_heads.box_head.conv1.weight": "box_head.convs.0.weight",
@@ -141,6 +158,7 @@ PUBLISHED_GN = {
 
 def test_published_names() -> None:
     assert torchvision_names(PUBLISHED_V2, to_ours=True) == PUBLISHED_V2
+    assert detectron2_names(PUBLISHED_CASCADE, to_ours=True) == PUBLISHED_CASCADE
     assert detectron2_names(PUBLISHED_GN, to_ours=True) == PUBLISHED_GN
     assert torchvision_names(PUBLISHED_TORCHVISION, to_ours=True) == PUBLISHED_TORCHVISION
     assert detectron2_names(PUBLISHED_FPN, to_ours=True) == PUBLISHED_FPN
@@ -275,7 +293,6 @@ def test_a_mask_of_the_background_has_no_place_elsewhere(program: str, text: str
 
 
 FOREIGN = {
-    "roi_heads.box_head.0.fc1.weight": "a cascade of box heads",
     "sem_seg_head.predictor.weight": "a head for semantic segmentation",
     "head.classification_head.cls_logits.weight": "a RetinaNet head",
     "some.thing": "parts",
@@ -285,7 +302,7 @@ FOREIGN = {
 @pytest.mark.parametrize("key", FOREIGN)
 def test_parts_without_a_counterpart_are_named(key: str) -> None:
     start = "backbone.body.conv1.weight"
-    if key.startswith(("roi_heads.box_head.0.fc", "sem_seg")):
+    if key.startswith("sem_seg"):
         start = "backbone.bottom_up.stem.conv1.weight"
     state = {start: torch.zeros(1), key: torch.zeros(1)}
     with pytest.raises(UserError) as caught:

@@ -53,6 +53,9 @@ TABLE = {
     "detectron2_mask_rcnn_r50_fpn_3x": Model(
         "mask_rcnn_R_50_FPN_3x/137849600/model_final_f10217.pkl", "resnet50", "box 41.0, mask 37.2"
     ),
+    "detectron2_cascade_mask_rcnn_r50_fpn_3x": Model(
+        "cascade_mask_rcnn_R_50_FPN_3x/144998488/model_final_480dd8.pkl", "resnet50", "box 44.3, mask 38.5"
+    ),
     "detectron2_mask_rcnn_r101_fpn_3x": Model(
         "mask_rcnn_R_101_FPN_3x/138205316/model_final_a3ec72.pkl", "resnet101", "box 42.9, mask 38.6"
     ),
@@ -132,7 +135,9 @@ def test_recipe_is_the_published_model(name: str) -> None:
         assert (model.rpn.pre_nms_top_n, model.rpn.pre_nms_top_n_test) == (12000, 6000)
         assert (model.box_head.resolution, model.rpn.post_nms_top_n) == (14, 2000)
     else:
-        assert model.rpn.post_nms_top_n == (1500 if keypoints else 1000)
+        cascade = "cascade" in name
+        assert model.rpn.post_nms_top_n == (1500 if keypoints else 2000 if cascade else 1000)
+        assert model.box_head.cascade == model.box_head.class_agnostic == cascade
 
 
 @pytest.mark.parametrize("name", TABLE)

@@ -82,7 +82,7 @@ def to_torchvision(
 
 def class_count(state: Mapping[str, Tensor]) -> int | None:
     """K of a state dict with our names and rows; None: it has no box head."""
-    bias = state.get("box_head.classes.bias")
+    bias = state.get("box_head.classes.bias", state.get("box_head.stages.0.classes.bias"))
     return None if bias is None else len(bias) - 1
 
 

@@ -63,6 +63,12 @@ _DETECTRON2_HEADS: list[Rule] = [
     ("box_head.fc{i}.{leaf}", "roi_heads.box_head.fc{i}.{leaf}"),
     ("box_head.classes.{leaf}", "roi_heads.box_predictor.cls_score.{leaf}"),
     ("box_head.deltas.{leaf}", "roi_heads.box_predictor.bbox_pred.{leaf}"),
+    # Of a cascade, head k.
+    ("box_head.stages.{k}.convs.{i}.{leaf}", "roi_heads.box_head.{k}.conv{i+1}.{leaf}"),
+    ("box_head.stages.{k}.norms.{i}.{leaf}", "roi_heads.box_head.{k}.conv{i+1}.norm.{leaf}"),
+    ("box_head.stages.{k}.fc{i}.{leaf}", "roi_heads.box_head.{k}.fc{i}.{leaf}"),
+    ("box_head.stages.{k}.classes.{leaf}", "roi_heads.box_predictor.{k}.cls_score.{leaf}"),
+    ("box_head.stages.{k}.deltas.{leaf}", "roi_heads.box_predictor.{k}.bbox_pred.{leaf}"),
     ("mask_head.convs.{i}.{leaf}", "roi_heads.mask_head.mask_fcn{i+1}.{leaf}"),
     ("mask_head.norms.{i}.{leaf}", "roi_heads.mask_head.mask_fcn{i+1}.norm.{leaf}"),
     ("mask_head.deconv.{leaf}", "roi_heads.mask_head.deconv.{leaf}"),

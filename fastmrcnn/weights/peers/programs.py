@@ -22,7 +22,6 @@ _BATCH_NORM = re.compile(r"(^|\.)(bn\d|downsample\.1)$")
 _CONSTANTS = re.compile(r"pixel_mean|pixel_std|proposal_generator\.anchor_generator\.cell_anchors\.\d+")
 # Parts of published models that have no counterpart here, and what to call them.
 _FOREIGN = [
-    (r"roi_heads\.box_(head|predictor)\.\d+\.", "a cascade of box heads"),
     (r"sem_seg_head\.", "a head for semantic segmentation"),
     (r"(head|backbone)\.(cls_subnet|bbox_subnet|classification_head|regression_head)", "a RetinaNet head"),
 ]
@@ -46,7 +45,7 @@ def program_of(keys: Iterable[str]) -> str | None:
     def some(*starts: str) -> bool:
         return any(key.startswith(starts) for key in keys)
 
-    if some("rpn.head.convs.", "rpn.head.objectness.", "box_head.classes."):
+    if some("rpn.head.convs.", "rpn.head.objectness.", "box_head.classes.", "box_head.stages."):
         return "fastmrcnn"
     if some("backbone.body."):
         return "torchvision"
@@ -142,6 +141,8 @@ def export_state(
     Raises:
         UserError: the model has parts that the program does not have.
     """
+    if any(key.startswith("backbone.timm.") for key in state):
+        raise UserError(f"{source}: {program} has no place for a backbone of timm")
     rename = torchvision_names if program == "torchvision" else detectron2_names
     names = rename(state, to_ours=False)
     if homeless := [key for key, name in names.items() if name is None]:
