@@ -53,8 +53,8 @@ def kernels_of(nodes: list[Any]) -> list[Kernel]:
     """Of the final nodes of a scheduler.
 
     A kernel reads each of its inputs once and writes each of its results once, as a whole: what it reads in
-    places only, as RoIAlign does, counts whole. But of a buffer that `index_put` changes in places, those
-    places count. A convolution's backward counts as one kernel, with both of its gradients.
+    places only, as RoIAlign does, counts whole. But of a buffer that is added to in places, those places
+    count. A convolution's backward counts as one kernel, with both of its gradients.
     """
     from torch._inductor import ir, scheduler
 
@@ -68,7 +68,8 @@ def kernels_of(nodes: list[Any]) -> list[Kernel]:
         if origins and not order:
             order = {operation: place for place, operation in enumerate(origins[0].graph.nodes)}
         origins.sort(key=lambda origin: -order.get(origin, -1))  # its last operation is what it is for
-        read, written = node.get_read_buffer_sizes(), node.get_write_buffer_sizes()
+        read = sum(_accesses(node, include_reads=True, include_writes=False).values())
+        written = sum(_accesses(node, include_reads=False, include_writes=True).values())
         if isinstance(node.node, ir.IndexPutFallback):
             _, values, *index = (_buffer_bytes(buffer) for buffer in node.node.inputs)
             read, written = 2 * values + sum(index), values
@@ -82,6 +83,24 @@ def _origins(node: Any) -> list[Any]:
     """The operations of the traced graph that a kernel is made of, and those before it that make nothing
     of their own."""
     return list(dict.fromkeys(o for part in node.get_nodes() for o in getattr(part.node, "origins", ())))
+
+
+def _accesses(node: Any, **which: bool) -> dict[str, int]:
+    """Bytes of each buffer that a kernel reads or writes.
+
+    Of one that it adds to in places the scheduler knows how many those are, but forgets it where several
+    such loops are one kernel.
+    """
+    accesses: dict[str, int] = node.get_read_write_buffer_accesses(**which)
+    parts = node.get_nodes()
+    for part in parts if len(parts) > 1 else []:
+        adds = [dep for dep in part.read_writes.writes if getattr(dep, "mode", None) == "atomic_add"]
+        own = part.get_read_write_buffer_accesses(include_reads=False, include_writes=True)
+        changed = {name for buffer in part.get_outputs() for name in buffer.get_mutations()}
+        for dep in adds:
+            for name in ({dep.name} | changed) & accesses.keys():
+                accesses[name] = min(accesses[name], own[dep.name])
+    return accesses
 
 
 def _buffer_bytes(buffer: Any) -> int:

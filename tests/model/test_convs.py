@@ -17,7 +17,6 @@ from fastmrcnn.model.norms import FrozenBatchNorm2d
 
 FEW_CHANNELS = """
 import torch
-import torch.nn.functional as F
 from fastmrcnn.model.convs import Conv2d
 torch.manual_seed(0)
 for inputs in (2, 4, 8, 12):

@@ -58,6 +58,21 @@ def test_kernels_of_a_known_graph() -> None:
     assert levels.sources[0].startswith("kernels/level_assign/op.py:")
 
 
+def test_additions_to_places_of_a_map_count_those_places() -> None:
+    """In one kernel with others too, as the gradients of all levels of a pyramid are."""
+
+    def work(a: Tensor, b: Tensor, rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple((x + 1).index_put((rows,), values, accumulate=True) for x in (a, b))  # type: ignore[return-value]
+
+    a, b, rows, values = torch.zeros(1000, 64), torch.ones(1000, 64), torch.arange(8) * 3, torch.ones(8, 64)
+    kernels = kernels_when_compiled(work, a, b, rows, values)
+    adding = [kernel for kernel in kernels if "index_put" in kernel.name]
+    places = values.nbytes  # of each map, read and written
+    assert sum(kernel.written for kernel in adding) == 2 * places
+    own = len(adding) * (values.nbytes + rows.nbytes)
+    assert sum(kernel.read for kernel in adding) == 2 * places + own
+
+
 def some(part: str, read: int, flops: int = 0, kind: str = "generated") -> dict[str, Any]:
     return Kernel(kind, f"of {part}", part, ["model/fpn.py:1"], read, 0, flops)._asdict()
 
