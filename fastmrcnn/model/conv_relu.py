@@ -6,12 +6,15 @@ and apply the ReLU. Inductor does not fuse into cuDNN's convolutions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Convolve = Callable[[Tensor, Tensor, Tensor, Tensor | None, list[int], list[int]], Tensor]
 
 
 def conv_relu(
@@ -101,6 +104,45 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # The sum over a whole map is kept in float32, whatever the map is.
     total = grad.sum((0, 2, 3), dtype=_sum_dtype(grad)).to(ctx.bias_dtype) if needs_bias else None
     return grad_x, grad_weight, total, grad if needs_residual else None, None, None
+
+
+@functools.cache
+def epilogue_problem(
+    device: torch.device, dtype: torch.dtype = torch.bfloat16, convolve: Convolve = _conv_relu
+) -> str | None:
+    """One line on what is wrong with cuDNN's fused convolutions on a device, None if nothing is.
+
+    cuDNN may compute alpha * conv + beta * (what stands in the memory of the result). With beta = 0 that is
+    meant to be nothing, but 0 * NaN is NaN. So small convolutions run in memory that has held NaN and
+    infinity, and must give what a convolution and a ReLU give. The host waits for them, once for a device.
+
+    Args:
+        convolve: what is tried, with the arguments of the operator.
+    """
+    for kernel, inputs, outputs, added in ((3, 64, 64, False), (1, 64, 256, True), (1, 256, 64, False)):
+        generator = torch.Generator().manual_seed(kernel)
+        shapes = ((2, inputs, 12, 20), (outputs, inputs, kernel, kernel), (outputs,), (2, outputs, 12, 20))
+        x, weight, bias, z = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+        x, weight, z = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight, z))
+        weight = weight / (inputs * kernel * kernel) ** 0.5
+        padding = [kernel // 2] * 2
+        wanted = F.conv2d(x, weight, None, 1, padding).float() + bias.float()[:, None, None]
+        wanted = (wanted + z.float() if added else wanted).relu()
+        for poison in (float("nan"), float("inf")):
+            _poison(z, poison)
+            found = convolve(x, weight, bias, z if added else None, [1, 1], padding).float()
+            if not bool(torch.isclose(found, wanted, rtol=0.05, atol=0.05).all()):
+                what = f"{kernel}x{kernel}{' with a residual' if added else ''}, memory that held {poison}"
+                return f"cuDNN's fused convolution gives wrong values here ({what})"
+    return None
+
+
+def _poison(like: Tensor, value: float) -> None:
+    """Leave this number in the memory that tensors of this size will be given next."""
+    if like.device.type == "cuda":
+        torch.cuda.empty_cache()  # so that no older block is taken
+    held = [torch.full_like(like, value) for _ in range(8)]
+    del held
 
 
 def _sum_dtype(grad: Tensor) -> torch.dtype:

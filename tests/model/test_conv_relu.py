@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from batches import random_batch, small_model
 from torch import Tensor, nn
 
 from fastmrcnn.config.file import parse_config
-from fastmrcnn.model.conv_relu import conv_relu
+from fastmrcnn.model.conv_relu import _poison, conv_relu, epilogue_problem
 from fastmrcnn.model.convs import Conv2d, fuse_epilogues
 from fastmrcnn.model.norms import FrozenBatchNorm2d, make_norm
 from fastmrcnn.structures import Losses, present
@@ -182,6 +184,49 @@ def test_a_fused_convolution_compiles_as_one_graph() -> None:
     found, conv.weight.grad = conv.weight.grad, None
     conv(x, norm, relu=True).sum().backward()
     torch.testing.assert_close(found, conv.weight.grad)
+
+
+def test_a_sound_convolution_has_no_problem() -> None:
+    assert epilogue_problem(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_a_convolution_that_reads_what_it_is_to_write_is_found(with_residual: bool) -> None:
+    """A stand-in, whose result starts from what its memory held, times zero."""
+    held: list[float] = []
+
+    def convolve(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *how: Any) -> Tensor:
+        y = conv_relu(x, weight, bias, residual, *how)
+        reads = (residual is not None) == with_residual
+        held.append(float("nan") if len(held) % 2 == 0 else float("inf"))
+        return y + 0 * torch.full_like(y, held[-1]) if reads else y
+
+    problem = epilogue_problem(torch.device("cpu"), convolve=convolve)
+    assert problem is not None
+    assert "memory that held nan" in problem
+    assert ("residual" in problem) == with_residual
+
+
+def test_a_convolution_without_its_bias_is_found() -> None:
+    def convolve(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *how: Any) -> Tensor:
+        return conv_relu(x, weight, torch.zeros_like(bias), residual, *how)
+
+    assert "wrong values" in (epilogue_problem(torch.device("cpu"), convolve=convolve) or "")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_poisoned_memory(dtype: torch.dtype) -> None:
+    """If this fails, train.fuse_epilogues stays off on this GPU, which is as it should be: note it."""
+    assert epilogue_problem(torch.device("cuda"), dtype) is None
+
+
+@pytest.mark.gpu
+def test_memory_is_poisoned() -> None:
+    """The check looks at memory that held NaN, or it would show nothing."""
+    like = torch.zeros(2, 256, 12, 20, device="cuda", dtype=torch.bfloat16)
+    _poison(like, float("nan"))
+    assert torch.empty_like(like).isnan().all()
 
 
 @pytest.mark.gpu
