@@ -1,7 +1,8 @@
-"""relu(conv(x) + bias + residual) as one operator: on CUDA one kernel of cuDNN, with a backward of our own.
+"""relu(conv(x) + bias + residual) as one operator: on CUDA one kernel of cuDNN, or of cuBLASLt where it is a
+matrix product without a residual; with a backward of our own.
 
 Without it the convolution writes its result, and another kernel reads and writes it again to add the bias
-and apply the ReLU. Inductor does not fuse into cuDNN's convolutions.
+and apply the ReLU. Inductor fuses into neither library's kernels.
 """
 
 from __future__ import annotations
@@ -58,11 +59,25 @@ def _cudnn(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stride: list[int], padding: list[int]
 ) -> Tensor:
     x, bias = x.contiguous(memory_format=torch.channels_last), bias.to(x.dtype)
+    if residual is None and is_product(weight, stride, padding):
+        return _product_relu(x, weight, bias)
     ones = [1] * len(stride)
     if residual is None:
         return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, ones, 1)
     residual = residual.contiguous(memory_format=torch.channels_last)
     return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, stride, padding, ones, 1)
+
+
+def is_product(weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> bool:
+    """Whether a convolution is one matrix product over the pixels of a channels_last map."""
+    return (*weight.shape[2:], *stride, *padding) == (1, 1, 1, 1, 0, 0)
+
+
+def _product_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """cuBLASLt adds the bias and applies the ReLU before it writes; its result is never read."""
+    rows = x.permute(0, 2, 3, 1)
+    y = torch.ops.aten._addmm_activation(bias, rows.flatten(0, 2), weight.flatten(1).t())
+    return y.view(*rows.shape[:3], -1).permute(0, 3, 1, 2)
 
 
 @_conv_relu.register_fake

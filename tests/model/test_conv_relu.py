@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from batches import random_batch, small_model
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmrcnn.config.file import parse_config
-from fastmrcnn.model.conv_relu import _poison, conv_relu, epilogue_problem
+from fastmrcnn.model.conv_relu import _poison, _product_relu, conv_relu, epilogue_problem, is_product
 from fastmrcnn.model.convs import Conv2d, fuse_epilogues
 from fastmrcnn.model.norms import FrozenBatchNorm2d, make_norm
 from fastmrcnn.structures import Losses, present
@@ -184,6 +186,55 @@ def test_a_fused_convolution_compiles_as_one_graph() -> None:
     found, conv.weight.grad = conv.weight.grad, None
     conv(x, norm, relu=True).sum().backward()
     torch.testing.assert_close(found, conv.weight.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_with_bias_and_relu(dtype: torch.dtype) -> None:
+    """What CUDA calls, on the CPU."""
+    x, weight, bias = (value.detach() for value in tensors(1, dtype))
+    assert is_product(weight, (1, 1), (0, 0))
+    x = x.contiguous(memory_format=torch.channels_last)
+    found = _product_relu(x, weight, bias.to(dtype))
+    expected = F.conv2d(x.double(), weight.double(), bias.double()).relu()
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=3e-2)
+
+
+class Called(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dtype", "with_residual", "fused"),
+    [
+        (1, 1, torch.bfloat16, False, True),
+        (1, 1, torch.float32, False, False),
+        (1, 1, torch.bfloat16, True, False),
+        (1, 2, torch.bfloat16, False, False),
+        (3, 1, torch.bfloat16, False, False),
+    ],
+)
+def test_which_convolutions_are_products(
+    kernel: int, stride: int, dtype: torch.dtype, with_residual: bool, fused: bool
+) -> None:
+    """On tensors of a GPU that need not be there."""
+    with FakeTensorMode(), torch.no_grad(), Called() as called:
+        conv = Conv2d(8, 16, kernel, stride, padding=kernel // 2)
+        for name, value in list(conv.named_parameters()):
+            setattr(conv, name, nn.Parameter(torch.empty(value.shape, dtype=dtype, device="cuda:0")))
+        x = torch.empty(2, 8, 6, 10, dtype=dtype, device="cuda:0")
+        residual = torch.empty(2, 16, 6, 10, dtype=dtype, device="cuda:0") if with_residual else None
+        is_fused = conv._is_product(x) and residual is None
+        if is_fused:
+            conv(x, residual=residual, relu=True)
+    assert is_fused == fused
+    assert ("fastmrcnn::conv_relu" in called.names) == fused
 
 
 def test_a_sound_convolution_has_no_problem() -> None:
