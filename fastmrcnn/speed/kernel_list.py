@@ -39,7 +39,7 @@ class Kernel(NamedTuple):
     kind: str  # generated | library | ours
     name: str  # of the call; of what Inductor writes, its operations
     part: str  # of the model
-    sources: list[str]  # "model/convs.py:42 in backbone.layer1.0.conv1", those of most operations first
+    sources: list[str]  # of its last operations, as "model/convs.py:42 in backbone.layer1.0.conv1"
     read: int  # bytes
     written: int  # bytes
     flops: int  # of convolutions and matrix products

@@ -125,6 +125,8 @@ def trace(config: Config, shape: tuple[int, int], images: int) -> dict[str, Any]
 
     After `pretend_h100`. The update is not in the graphs.
     """
+    from torch._inductor.compile_fx import compile_fx
+
     fakes = FakeTensorMode()
     batch = synthetic_batches(
         range(1), images, shape, OBJECTS, CLASSES, polygons=config.model.mask_head.target == "polygon"
@@ -145,17 +147,16 @@ def trace(config: Config, shape: tuple[int, int], images: int) -> dict[str, Any]
         torch._functorch.config.patch(enable_autograd_cache=False),
         fakes,
     ):
-        backend = functools.partial(_compile_fx(), inner_compile=_scheduling(graphs, fakes))
+        backend = functools.partial(compile_fx, inner_compile=_scheduling(graphs, fakes))
         compiled: Callable[..., Any] = torch.compile(forward, fullgraph=True, dynamic=False, backend=backend)
         losses, counts = compiled(batch, keys)
         losses.total().backward()
-    given = sum(value is not None for value in (*losses, *counts))
+    results = sum(value is not None for value in (*losses, *counts))
     assert len(graphs) == 2, f"{len(graphs)} graphs instead of a forward and a backward one"
-    saved = graphs[0].pop("results")[given:]
     return {
         "forward": graphs[0]["kernels"],
         "backward": graphs[1]["kernels"],
-        "saved_bytes": sum(bytes for name, bytes in saved),
+        "saved_bytes": sum(graphs[0]["results"][results:]),  # kept for backward
         "trained_numbers": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
 
@@ -183,12 +184,6 @@ def _fake(fakes: FakeTensorMode, value: Tensor) -> Tensor:
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=DEVICE)
 
 
-def _compile_fx() -> Callable[..., Any]:
-    from torch._inductor.compile_fx import compile_fx
-
-    return compile_fx
-
-
 def _scheduling(graphs: list[dict[str, Any]], fakes: FakeTensorMode) -> Callable[..., Any]:
     """Inductor's compiler of one graph, which adds what it scheduled to `graphs`. What it returns runs the
     graph on fakes."""
@@ -196,11 +191,8 @@ def _scheduling(graphs: list[dict[str, Any]], fakes: FakeTensorMode) -> Callable
 
     def inner(graph: torch.fx.GraphModule, inputs: Any, **settings: Any) -> Callable[..., Any]:
         results = next(node for node in graph.graph.nodes if node.op == "output").args[0]
-        made = [
-            (node.name, node.meta["val"].nbytes if node.op != "placeholder" else 0)
-            for node in results
-            if node is not None
-        ]
+        given = ("placeholder", "get_attr")  # weights and inputs, which are there anyway
+        made = [0 if node.op in given else node.meta["val"].nbytes for node in results if node is not None]
         try:
             compile_fx_inner(graph, inputs, **settings)
         except Exception as error:
