@@ -22,7 +22,15 @@ from fastmrcnn.speed.loading import loading_table, measure_loading
 from fastmrcnn.speed.markdown import origin
 from fastmrcnn.speed.profile import profile_step, profile_table
 from fastmrcnn.speed.reading import measure_reading, reading_table
-from fastmrcnn.speed.step_workload import RECIPE, Workload, check_synthetic, load_recipe, set_up_device
+from fastmrcnn.speed.schedule import cuda_schedule, schedule_tables
+from fastmrcnn.speed.step_workload import (
+    RECIPE,
+    Workload,
+    changed,
+    check_synthetic,
+    load_recipe,
+    set_up_device,
+)
 from fastmrcnn.speed.training_rows import OurRunner, Row, cpu_rows, cuda_rows
 from fastmrcnn.training.execution import choose_execution
 
@@ -31,6 +39,9 @@ def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
     names, overrides = row_names(arguments)
     config = load_recipe(arguments.config, overrides)
+    if arguments.schedule is not None:
+        tell_schedule(arguments, config)
+        return
     device = set_up_device(config)
     check_synthetic(config)
     if names == ["help"]:
@@ -145,6 +156,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--reader", action="store_true", help="also measure the reading of an annotation file that is made up"
     )
     parser.add_argument(
+        "--schedule",
+        choices=["cuda"],
+        help="measure nothing: count kernels and bytes of the compiled CUDA step, and estimate its time; "
+        "needs a CUDA build of torch, but no GPU",
+    )
+    parser.add_argument(
         "--profile", metavar="DIR", help="also print the eager step's time by part, and write a trace"
     )
     parser.add_argument(
@@ -152,6 +169,27 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.compile=on")
     return parser.parse_intermixed_args(argv)
+
+
+def tell_schedule(arguments: argparse.Namespace, config: Config) -> None:
+    """The schedule of the last row but epilogues, or with them where the configuration says so."""
+    device = torch.device("cuda")
+    workload = make_workload(arguments, config, device)
+    slots = mask_slots(arguments, device)
+    if slots is None:
+        raise UserError("--schedule runs no torchvision to match: give --mask-slots a number")
+    if config.model.mask_head.enabled:
+        config = changed(config, "model.mask_head.slots_per_image", slots)
+    check_synthetic(config)
+    tell("tracing the step; this takes a minute or two")
+    found: dict[str, Any] = {
+        **environment(torch.device("cpu")),
+        "workload": {**workload.facts, "mask_slots": slots},
+        "schedule": cuda_schedule(config, workload.shape, workload.images),
+        "config": config.model_dump(mode="json"),
+    }
+    write(found, arguments.json)
+    print(schedule_tables(found["schedule"], workload.images))
 
 
 def make_workload(arguments: argparse.Namespace, config: Config, device: torch.device) -> Workload:

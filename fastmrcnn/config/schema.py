@@ -159,7 +159,8 @@ class TrainConfig(Section):
     """Record the whole step, update included, as one CUDA graph for each bucket. auto: on CUDA."""
     fuse_epilogues: bool = False
     """Let cuDNN's convolutions add bias and residual and apply the ReLU (CUDA only). Not the default, since
-    it has not been measured yet."""
+    it has not been measured yet; and it stays off where small convolutions, tried at the start of a run, give
+    wrong values."""
     log_every: int = Field(20, gt=0)
     """Steps between reads of the losses. The host does not wait for the device in between."""
     checkpoint_every: int = Field(5000, gt=0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmrcnn.model.convs import Conv2d
@@ -143,8 +142,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor, _: Tensor | None = None) -> list[Tensor]:
         """(N, 3, H, W) -> res2, res3, ... at strides 4, 8, ..."""
-        x = self.conv1(x, self.bn1, relu=True)
-        x = F.max_pool2d(x, 3, stride=2, padding=1)
+        x = self.conv1.pooled(x, self.bn1)
         features = []
         for index in range(1, len(self.strides) + 1):
             x = getattr(self, f"layer{index}")(x)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmrcnn.model.conv_relu import conv_relu
+from fastmrcnn.model.conv_relu import conv_relu, is_product
 from fastmrcnn.model.norms import FrozenBatchNorm2d, Norm
 
 
@@ -26,18 +26,14 @@ class Conv2d(nn.Conv2d):
         relu: bool = False,
     ) -> Tensor:
         """relu(norm(conv(x)) + residual), each where given."""
-        weight, bias = self.weight, self.bias
-        if isinstance(norm, FrozenBatchNorm2d) and norm.folded:
-            scale, shift = norm.affine()
-            weight = weight * scale[:, None, None, None]
-            bias = shift if bias is None else torch.addcmul(shift, bias, scale)
-            norm = None
+        weight, bias, norm = self.folded(norm)
         stride = self.stride
         if self.kernel_size == (1, 1) and self.in_channels < 16 and x.device.type == "cpu":
             # With fewer channels than a vector holds, oneDNN's gradient of strided 1x1 weights writes beyond
             # its buffer (uxlfoundation/oneDNN issue 6035).
             x, stride = x[..., :: stride[0], :: stride[1]], (1, 1)
-        if self.fused and relu and norm is None and bias is not None:
+        fused = self.fused or (residual is None and self._is_product(x))
+        if fused and relu and norm is None and bias is not None:
             return conv_relu(x, weight, bias, residual, stride, self.padding)  # type: ignore[arg-type]
         x = F.conv2d(x, weight, bias, stride, self.padding, self.dilation, self.groups)
         if norm is not None:
@@ -45,6 +41,43 @@ class Conv2d(nn.Conv2d):
         if residual is not None:
             x = x.add_(residual)  # neither a convolution's nor a norm's backward looks at its result
         return F.relu(x, inplace=True) if relu else x
+
+    def _is_product(self, x: Tensor) -> bool:
+        """Whether cuBLASLt computes it, with bias and ReLU, as cheaply as cuDNN without: on CUDA, in 16 bits.
+
+        In float32 a product would be exact where a convolution rounds its inputs to TF32, and much slower.
+        """
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        return (
+            kind == "cuda"
+            and dtype in (torch.bfloat16, torch.float16)
+            and self.groups == 1
+            and is_product(self.weight, self.stride, self.padding)  # type: ignore[arg-type]
+        )
+
+    def folded(self, norm: nn.Module | None) -> tuple[Tensor, Tensor | None, nn.Module | None]:
+        """Weight and bias with a frozen norm in them, and the norm that is then left to do."""
+        weight, bias = self.weight, self.bias
+        if not (isinstance(norm, FrozenBatchNorm2d) and norm.folded):
+            return weight, bias, norm
+        scale, shift = norm.affine()
+        bias = shift if bias is None else torch.addcmul(shift, bias, scale)
+        return weight * scale[:, None, None, None], bias, None
+
+    def pooled(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """max_pool(relu(norm(conv(x)))), as a ResNet begins: 3x3 windows at every second pixel.
+
+        To add one number to a channel and to cut off what is negative keep the order of its values. So where
+        the norm is folded both come after the pooling, on a map a quarter as large: the same values, without
+        a pass over the large map.
+        """
+        weight, bias, rest = self.folded(norm)
+        if rest is not None or bias is None:
+            return F.max_pool2d(self(x, norm, relu=True), 3, stride=2, padding=1)
+        x = F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
+        x = F.max_pool2d(x, 3, stride=2, padding=1)
+        return F.relu(x.add_(bias.to(x.dtype)[:, None, None]), inplace=True)
 
 
 def fuse_epilogues(model: nn.Module, fused: bool = True) -> int:

@@ -58,9 +58,10 @@ def add_doubled(fine: Tensor, coarse: Tensor) -> Tensor:
 class _AddDoubled(torch.autograd.Function):
     @staticmethod
     def forward(fine: Tensor, coarse: Tensor) -> Tensor:
-        height, width = coarse.shape[2:]
-        squares = fine.unflatten(3, (width, 2)).unflatten(2, (height, 2))
-        return (squares + coarse[:, :, :, None, :, None]).flatten(4).flatten(2, 3)
+        # Read where they are wanted: by views of six axes the sum would be made in one layout and then copied
+        # into that of the convolution that reads it.
+        with torch.autocast(fine.device.type, enabled=False):
+            return fine + F.interpolate(coarse, scale_factor=2.0, mode="nearest")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

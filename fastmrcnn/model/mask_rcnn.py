@@ -86,10 +86,11 @@ class MaskRCNN(nn.Module):
         counts: dict[str, Tensor] = {}
         features = self.features(batch, keys.drop_path)
         if self.rpn is not None:
-            objectness, deltas = self.rpn.head(features)
             anchors = self.rpn.anchors(features, batch.pixels.shape[-2:])
-            losses["loss_rpn_cls"], losses["loss_rpn_loc"] = self.rpn.losses(
-                objectness, deltas, anchors, targets, keys.anchors
+            with torch.no_grad():  # the losses compute for themselves what they read
+                objectness, deltas = self.rpn.head(features)
+            features, losses["loss_rpn_cls"], losses["loss_rpn_loc"] = self.rpn.losses(
+                features, anchors, targets, keys.anchors
             )
             if self.box_head is None:
                 return Losses(**losses), Counts()

@@ -14,6 +14,7 @@ from fastmrcnn.model.boxes import encode
 from fastmrcnn.model.convs import make_convs, run_convs
 from fastmrcnn.model.losses import masked_sum, smooth_l1
 from fastmrcnn.model.matcher import match
+from fastmrcnn.model.patches import cells_of, take_patches
 from fastmrcnn.model.subsample import sample, take
 from fastmrcnn.model.wide_product import wide_product
 from fastmrcnn.structures import Proposals, Targets
@@ -40,14 +41,34 @@ class RpnHead(nn.Module):
         weight, bias = self._predictors()
         objectness, deltas = [], []
         for x in features:
-            x = run_convs(x, self.convs)
-            if x.dtype in (torch.bfloat16, torch.float16):
-                y = wide_product(x.movedim(1, -1), weight.flatten(1)) + bias
-            else:
-                y = F.conv2d(x, weight, bias).movedim(1, -1)
+            y = _predicted(run_convs(x, self.convs), weight, bias)
             objectness.append(y[..., :anchors].flatten(1))
             deltas.append(y[..., anchors : 5 * anchors].reshape(x.shape[0], -1, 4))
         return objectness, deltas
+
+    def at_anchors(self, features: Sequence[Tensor], index: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """What `forward` gives for some anchors, from what lies around their cells alone.
+
+        The loss reads a few hundred anchors of an image's hundreds of thousands. Computed once more there,
+        the head's backward pass reads and writes no map.
+
+        Args:
+            index: (N, S) int64, anchors by their place among those of all levels.
+        Returns:
+            the maps for what follows, see `take_patches`; objectness logits (N, S); deltas (N, S, 4).
+        """
+        cells, within = cells_of(index, features, self.objectness.out_channels)
+        maps, x, inside = take_patches(features, cells, len(self.convs))
+        for number, conv in enumerate(self.convs):
+            if number:  # around a map a convolution reads zeros, not what it would have computed there
+                inside = inside[..., 1:-1, 1:-1]
+                x = torch.where(inside, x, 0.0)
+            x = F.relu(F.conv2d(x, conv.weight, conv.bias), inplace=True)  # type: ignore[arg-type]
+        y = _predicted(x, *self._predictors()).flatten(0, 2)
+        anchors = self.objectness.out_channels
+        logits = y.gather(1, within[:, None]).unflatten(0, index.shape).squeeze(-1)
+        column = anchors + 4 * within[:, None] + torch.arange(4, device=within.device)
+        return maps, logits, y.gather(1, column).unflatten(0, index.shape)
 
     def _predictors(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of both predictors as one, which reads a map once.
@@ -58,6 +79,13 @@ class RpnHead(nn.Module):
         bias = torch.cat([self.objectness.bias, self.deltas.bias])  # type: ignore[list-item]
         spare = -len(bias) % 8
         return F.pad(weight, (0, 0, 0, 0, 0, 0, 0, spare)), F.pad(bias, (0, spare))
+
+
+def _predicted(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(N, C, h, w) -> (N, h, w, outputs), float32 if x is of fewer bits."""
+    if x.dtype in (torch.bfloat16, torch.float16):
+        return wide_product(x.movedim(1, -1), weight.flatten(1)) + bias
+    return F.conv2d(x, weight, bias).movedim(1, -1)
 
 
 class RegionProposalNetwork(nn.Module):
@@ -138,14 +166,13 @@ class RegionProposalNetwork(nn.Module):
         return Proposals(take(box, index), take(score, index), kept)
 
     def losses(
-        self,
-        objectness: Sequence[Tensor],
-        deltas: Sequence[Tensor],
-        anchors: Sequence[Tensor],
-        targets: Targets,
-        keys: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Binary cross-entropy of the objectness, and smooth L1 of the deltas, over sampled anchors."""
+        self, features: Sequence[Tensor], anchors: Sequence[Tensor], targets: Targets, keys: Tensor
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Binary cross-entropy of the objectness, and smooth L1 of the deltas, over sampled anchors.
+
+        Returns:
+            the maps for what follows, see `take_patches`, and both losses.
+        """
         with torch.no_grad():
             anchor = torch.cat(list(anchors))
             matches = match(
@@ -169,11 +196,10 @@ class RegionProposalNetwork(nn.Module):
                 normalizer = torch.full((), float(self.batch_per_image * len(keys)), device=keys.device)
             else:
                 normalizer = chosen.valid.sum().clamp(min=1).float()
-        logits = take(torch.cat(list(objectness), 1), chosen.picked).float()
+        maps, logits, delta = self.head.at_anchors(features, chosen.picked)
+        logits, delta = logits.float(), delta.float()
         cls = F.binary_cross_entropy_with_logits(logits, chosen.is_foreground.float(), reduction="none")
-        delta = take(torch.cat(list(deltas), 1), chosen.picked).float()
         loc = smooth_l1(delta - goal, self.box_loss_beta)
         scale = self.loss_weight / normalizer
-        return torch.where(chosen.valid, cls, 0.0).sum() * scale, masked_sum(
-            loc, chosen.is_foreground
-        ) * scale
+        loss_cls = torch.where(chosen.valid, cls, 0.0).sum() * scale
+        return maps, loss_cls, masked_sum(loc, chosen.is_foreground) * scale

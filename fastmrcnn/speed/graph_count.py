@@ -38,7 +38,7 @@ class GraphCounter:
                 continue  # nothing is run: the second is one of several results
             moved = self.counts.gigabytes + node.get_read_write_buffers_sizes() / 1e9
             self.counts = self.counts._replace(gigabytes=moved)
-            kind = _kind(node)
+            kind = kind_of(node)
             self.counts = self.counts._replace(**{kind: getattr(self.counts, kind) + 1})
 
 
@@ -73,7 +73,8 @@ def counting_graphs() -> Iterator[GraphCounter]:
             scheduler.Scheduler = original  # type: ignore[misc]
 
 
-def _kind(node: Any) -> str:
+def kind_of(node: Any) -> str:
+    """Of a node of a scheduler: generated, library or ours."""
     from torch._inductor import scheduler
 
     if not isinstance(node, scheduler.ExternKernelSchedulerNode):

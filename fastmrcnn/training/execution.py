@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from fastmrcnn.config.schema import Config
 from fastmrcnn.errors import UserError
+from fastmrcnn.model.conv_relu import epilogue_problem
 
 
 class Execution(NamedTuple):
@@ -20,8 +22,17 @@ class Execution(NamedTuple):
     description: str = ""
 
 
-def choose_execution(config: Config, device: torch.device) -> Execution:
+def choose_execution(
+    config: Config,
+    device: torch.device,
+    problem_of: Callable[[torch.device], str | None] = epilogue_problem,
+) -> Execution:
     """Compile and replay on CUDA; on a CPU neither, since compiling takes longer than a short run.
+
+    Epilogues in cuDNN stay off, and the description says why, where they do not pass a check.
+
+    Args:
+        problem_of: that check.
 
     Raises:
         UserError: CUDA graphs or cuDNN's epilogues are asked for on a CPU.
@@ -39,7 +50,11 @@ def choose_execution(config: Config, device: torch.device) -> Execution:
     ]
     if train.compile == "auto" and not cuda:
         how[0] += ": compiling on a CPU takes minutes (train.compile=on to do it all the same)"
-    if train.fuse_epilogues:
+    problem = problem_of(device) if train.fuse_epilogues else None
+    if problem is not None:
+        how.append(f"train.fuse_epilogues=true stays off: {problem}")
+    elif train.fuse_epilogues:
         how.append("bias, residual and ReLU within cuDNN's convolutions (train.fuse_epilogues=true)")
+    fused = train.fuse_epilogues and problem is None
     autotune = train.compile == "max-autotune"
-    return Execution(compiled, autotune, graphs, train.fuse_epilogues, ", ".join(how))
+    return Execution(compiled, autotune, graphs, fused, ", ".join(how))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastmrcnn.config.schema import OptimConfig
 from fastmrcnn.device import Precision
+from fastmrcnn.model.conv_relu import epilogue_problem
 from fastmrcnn.model.convs import fuse_epilogues
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.model.subsample import SamplingKeys
@@ -45,8 +46,11 @@ class TrainingStep:
     ) -> None:
         self.model = model
         self.seed = seed
-        fuse_epilogues(model, execution.fuse_epilogues)
         self.device = next(model.parameters()).device
+        problem = epilogue_problem(self.device) if execution.fuse_epilogues else None
+        if problem is not None:  # asked for without `choose_execution`, as a row of the benchmark does
+            raise RuntimeError(problem)
+        fuse_epilogues(model, execution.fuse_epilogues)
         self.optimizer = build_optimizer(model, optim, capturable=execution.cuda_graphs)
         self.update = GatedStep(
             model, self.optimizer, clip_norm=optim.clip_norm, loss_scale=precision.loss_scale

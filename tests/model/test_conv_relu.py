@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from batches import random_batch, small_model
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmrcnn.config.file import parse_config
-from fastmrcnn.model.conv_relu import conv_relu
+from fastmrcnn.model.conv_relu import _poison, _product_relu, conv_relu, epilogue_problem, is_product
 from fastmrcnn.model.convs import Conv2d, fuse_epilogues
 from fastmrcnn.model.norms import FrozenBatchNorm2d, make_norm
 from fastmrcnn.structures import Losses, present
@@ -182,6 +186,98 @@ def test_a_fused_convolution_compiles_as_one_graph() -> None:
     found, conv.weight.grad = conv.weight.grad, None
     conv(x, norm, relu=True).sum().backward()
     torch.testing.assert_close(found, conv.weight.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_with_bias_and_relu(dtype: torch.dtype) -> None:
+    """What CUDA calls, on the CPU."""
+    x, weight, bias = (value.detach() for value in tensors(1, dtype))
+    assert is_product(weight, (1, 1), (0, 0))
+    x = x.contiguous(memory_format=torch.channels_last)
+    found = _product_relu(x, weight, bias.to(dtype))
+    expected = F.conv2d(x.double(), weight.double(), bias.double()).relu()
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=3e-2)
+
+
+class Called(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dtype", "with_residual", "fused"),
+    [
+        (1, 1, torch.bfloat16, False, True),
+        (1, 1, torch.float32, False, False),
+        (1, 1, torch.bfloat16, True, False),
+        (1, 2, torch.bfloat16, False, False),
+        (3, 1, torch.bfloat16, False, False),
+    ],
+)
+def test_which_convolutions_are_products(
+    kernel: int, stride: int, dtype: torch.dtype, with_residual: bool, fused: bool
+) -> None:
+    """On tensors of a GPU that need not be there."""
+    with FakeTensorMode(), torch.no_grad(), Called() as called:
+        conv = Conv2d(8, 16, kernel, stride, padding=kernel // 2)
+        for name, value in list(conv.named_parameters()):
+            setattr(conv, name, nn.Parameter(torch.empty(value.shape, dtype=dtype, device="cuda:0")))
+        x = torch.empty(2, 8, 6, 10, dtype=dtype, device="cuda:0")
+        residual = torch.empty(2, 16, 6, 10, dtype=dtype, device="cuda:0") if with_residual else None
+        is_fused = conv._is_product(x) and residual is None
+        if is_fused:
+            conv(x, residual=residual, relu=True)
+    assert is_fused == fused
+    assert ("fastmrcnn::conv_relu" in called.names) == fused
+
+
+def test_a_sound_convolution_has_no_problem() -> None:
+    assert epilogue_problem(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_a_convolution_that_reads_what_it_is_to_write_is_found(with_residual: bool) -> None:
+    """A stand-in, whose result starts from what its memory held, times zero."""
+    held: list[float] = []
+
+    def convolve(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *how: Any) -> Tensor:
+        y = conv_relu(x, weight, bias, residual, *how)
+        reads = (residual is not None) == with_residual
+        held.append(float("nan") if len(held) % 2 == 0 else float("inf"))
+        return y + 0 * torch.full_like(y, held[-1]) if reads else y
+
+    problem = epilogue_problem(torch.device("cpu"), convolve=convolve)
+    assert problem is not None
+    assert "memory that held nan" in problem
+    assert ("residual" in problem) == with_residual
+
+
+def test_a_convolution_without_its_bias_is_found() -> None:
+    def convolve(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *how: Any) -> Tensor:
+        return conv_relu(x, weight, torch.zeros_like(bias), residual, *how)
+
+    assert "wrong values" in (epilogue_problem(torch.device("cpu"), convolve=convolve) or "")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_poisoned_memory(dtype: torch.dtype) -> None:
+    """If this fails, train.fuse_epilogues stays off on this GPU, which is as it should be: note it."""
+    assert epilogue_problem(torch.device("cuda"), dtype) is None
+
+
+@pytest.mark.gpu
+def test_memory_is_poisoned() -> None:
+    """The check looks at memory that held NaN, or it would show nothing."""
+    like = torch.zeros(2, 256, 12, 20, device="cuda", dtype=torch.bfloat16)
+    _poison(like, float("nan"))
+    assert torch.empty_like(like).isnan().all()
 
 
 @pytest.mark.gpu

@@ -8,10 +8,12 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from places import ROOT
 from torch import nn
 
 from fastmrcnn.model.convs import Conv2d
+from fastmrcnn.model.norms import FrozenBatchNorm2d
 
 FEW_CHANNELS = """
 import torch
@@ -47,6 +49,31 @@ def test_strided_convolutions_of_few_channels_stay_within_their_memory() -> None
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("folded", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pooling_before_bias_and_relu_changes_nothing(dtype: torch.dtype, folded: bool) -> None:
+    torch.manual_seed(0)
+    conv, norm = Conv2d(3, 8, 7, stride=2, padding=3, bias=False), FrozenBatchNorm2d(8, 1e-5)
+    norm.folded = folded
+    for buffer in norm.buffers():
+        nn.init.normal_(buffer)  # scales of both signs: where they are not folded, order is not kept
+    norm.running_var.abs_()
+    x = torch.randn(2, 3, 33, 46).to(memory_format=torch.channels_last)
+    grads, values = [], []
+    for pooled in (True, False):
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            if pooled:
+                y = conv.pooled(x, norm)
+            else:
+                y = F.max_pool2d(conv(x, norm, relu=True), 3, stride=2, padding=1)
+        values.append(y.detach())
+        grads += torch.autograd.grad(y.float().square().sum(), conv.weight)
+    # In bf16 an eager convolution adds its bias before it rounds.
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(*values, **tolerance)  # type: ignore[call-overload]
+    assert (grads[0] - grads[1]).norm() <= tolerance["rtol"] * grads[1].norm()
 
 
 @pytest.mark.gpu

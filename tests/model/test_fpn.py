@@ -50,7 +50,7 @@ def test_a_map_that_is_not_twice_as_large_is_refused(fine: tuple[int, int]) -> N
 
 
 def test_compiled_it_neither_widens_nor_scatters() -> None:
-    """Under bf16 autocast, forward and backward: no upsampling, no index, no map in float32."""
+    """Under bf16 autocast, forward and backward: no upsampling, no scatter, no map in float32."""
     graphs: list[torch.fx.GraphModule] = []
 
     def keep(graph: torch.fx.GraphModule, example: list[Any]) -> Any:
@@ -67,7 +67,7 @@ def test_compiled_it_neither_widens_nor_scatters() -> None:
     forward, backward = graphs
     nodes = [*forward.graph.nodes, *backward.graph.nodes]
     called = {str(node.target) for node in nodes if node.op == "call_function"}
-    assert not [name for name in called if "upsample" in name or "index" in name]
+    assert not [name for name in called if "upsample" in name or "index_put" in name]
     sums = ("aten.add.", "aten.avg_pool2d.")
     added = [node.meta["val"] for node in nodes if str(node.target).startswith(sums)]
     assert {value.dtype for value in added if value.ndim >= 4} == {torch.bfloat16}

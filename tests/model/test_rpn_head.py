@@ -138,3 +138,47 @@ def test_on_a_gpu_the_product_itself_is_written_in_float32() -> None:
         y = wide_product(x, torch.empty(16, CHANNELS, device="cuda"))
     assert (y.dtype, y.shape) == (torch.float32, (2, 6, 8, 16))
     assert products.seen == ["aten::mm.dtype"]
+
+
+def gradients(model: RpnHead, features: list[Tensor], index: Tensor, dense: bool) -> list[Tensor]:
+    """Of a loss of some anchors' logits and deltas, and of all maps, for weights and maps."""
+    features = [x.detach().requires_grad_() for x in features]
+    given = features
+    if dense:
+        objectness, deltas = model(features)
+        logits = torch.cat(objectness, 1).gather(1, index)
+        moves = torch.cat(deltas, 1).gather(1, index[..., None].expand(-1, -1, 4))
+    else:
+        given, logits, moves = model.at_anchors(features, index)  # type: ignore[assignment]
+    total = (logits.sin() + moves.cos().sum(-1)).sum() + sum((x * x).sum() for x in given)
+    return [logits, moves, *torch.autograd.grad(total, [*features, *model.parameters()])]
+
+
+@pytest.mark.parametrize("convs", [1, 2, 3])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_at_some_anchors_it_is_what_it_is_everywhere(layout: torch.memory_format, convs: int) -> None:
+    """Values and gradients, at the borders of maps too, and where one anchor is taken twice."""
+    torch.manual_seed(0)
+    model = RpnHead(CHANNELS, 3, convs).double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    features = [x.double() for x in maps(layout)]
+    every = sum(3 * x.shape[2] * x.shape[3] for x in features)
+    index = torch.stack([torch.randperm(every), torch.randint(every, (every,))])  # corners, and doubles
+    found = gradients(model, features, index, dense=False)
+    torch.testing.assert_close(found, gradients(model, features, index, dense=True))
+
+
+def test_at_some_anchors_no_map_is_convolved() -> None:
+    features = [x.requires_grad_() for x in maps()]
+    index = torch.randint(60, (2, 5))
+
+    def run(features: list[Tensor]) -> list[Tensor]:
+        _, logits, moves = model.at_anchors(features, index)
+        return list(torch.autograd.grad(logits.sum() + moves.sum(), list(model.parameters())))
+
+    model = head()
+    graph = make_fx(run)(features).graph
+    read = [node.args[0].meta["val"].shape[2:] for node in graph.nodes if "convolution" in str(node.target)]
+    assert read
+    assert all(max(sides) <= 3 for sides in read)

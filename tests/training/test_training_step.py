@@ -139,9 +139,13 @@ def test_what_is_chosen_is_said() -> None:
     assert (chosen.compiled, chosen.max_autotune, chosen.cuda_graphs) == (True, True, False)
     assert not chosen.fuse_epilogues
     train = config.train.model_copy(update={"fuse_epilogues": True})
-    chosen = choose_execution(config.model_copy(update={"train": train}), torch.device("cuda"))
+    fusing = config.model_copy(update={"train": train})
+    chosen = choose_execution(fusing, torch.device("cuda"), lambda device: None)
     assert chosen.fuse_epilogues
-    assert "cuDNN" in chosen.description
+    assert "within cuDNN" in chosen.description
+    chosen = choose_execution(fusing, torch.device("cuda"), lambda device: "it gives NaN")
+    assert not chosen.fuse_epilogues
+    assert "train.fuse_epilogues=true stays off: it gives NaN" in chosen.description
     with pytest.raises(UserError, match="fuse_epilogues=true needs a CUDA device"):
         choose_execution(config.model_copy(update={"train": train}), CPU)
     train = config.train.model_copy(update={"cuda_graphs": "on"})
