@@ -12,7 +12,7 @@ from places import ROOT
 
 PACKAGE = ROOT / "fastmrcnn"
 COMMANDS = ("train", "evaluate", "predict", "propose", "convert", "benchmark")
-GROUND = ("errors", "structures", "device", "files")
+GROUND = ("errors", "structures", "device", "files", "graphs")
 
 # What a room may import, the ground first. A room's own modules import each other freely.
 ROOMS: dict[str, tuple[str, ...]] = {
@@ -20,6 +20,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "structures": (),
     "device": ("errors",),
     "files": ("errors",),
+    "graphs": (),
     "kernels": (),
     "config": ("errors",),
     "data": ("structures", "files", "errors"),
