@@ -154,9 +154,7 @@ def train(
         assert val_set is not None
         judged = model if ema is None else ema.model
         judged.eval()
-        found = run_evaluation(
-            judged, val_set, config, output=folder / "evaluation", pictures=pictures, device=device
-        )
+        found = run_evaluation(judged, val_set, config, output=folder / "evaluation", pictures=pictures)
         model.train()
         with requests.held():
             metrics.write({"iteration": done - 1, **found})

@@ -22,7 +22,7 @@ import fastmrcnn.predict as command
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.image_files import image_suffixes, looks_like_image
 from fastmrcnn.data.image_ids import CocoIds, KnownImage, match_categories, match_images
-from fastmrcnn.detection.detector import Detector
+from fastmrcnn.detection.detector import Detector, Prepared
 from fastmrcnn.errors import UserError, run_main
 from fastmrcnn.evaluation.run import run_evaluation
 from fastmrcnn.training.stopping import STOP
@@ -180,16 +180,16 @@ def test_what_was_found_is_kept_when_the_rest_fails(
     run: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real = Detector.detect
+    real = Detector.begin
 
-    def detect(self: Detector, pixels: Any, score: float) -> Any:
-        if pixels.shape[:2] == SIZES[5]:
+    def begin(self: Detector, images: Prepared, *arguments: Any, **more: Any) -> Any:
+        if images.sizes == [SIZES[5]]:
             if isinstance(error, BaseException):
                 raise error
             signal.raise_signal(error)
-        return real(self, pixels, score)
+        return real(self, images, *arguments, **more)
 
-    monkeypatch.setattr(Detector, "detect", detect)
+    monkeypatch.setattr(Detector, "begin", begin)
     before = {number: signal.getsignal(number) for number in STOP}
     for number in STOP:  # a background job of a shell ignores some, and so would the command
         signal.signal(number, signal.default_int_handler)

@@ -74,6 +74,12 @@ def test_windows_equal_grid_sample_over_the_whole_image(threshold: float) -> Non
     assert torch.equal(found[sure], (values >= threshold)[sure])
 
 
+def paste_one_to_host(
+    masks: torch.Tensor, boxes: torch.Tensor, height: int, width: int, threshold: float
+) -> np.ndarray:
+    return paste_to_host([masks], [boxes], [(height, width)], threshold)[0]
+
+
 @pytest.fixture
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     """What CPU tensors run takes the place of a GPU."""
@@ -90,10 +96,10 @@ def test_accelerator_path_gives_the_same(
     arguments = (masks, boxes, height, width, threshold)
     windows, encoded = paste_masks(*arguments), encode_masks(*arguments)
     assert windows.any()
-    np.testing.assert_array_equal(paste_to_host(*arguments), windows.numpy())
+    np.testing.assert_array_equal(paste_one_to_host(*arguments), windows.numpy())
     monkeypatch.setattr(paste, "on_accelerator", lambda masks: True)
     assert torch.equal(paste_masks(*arguments), windows)
-    host = paste_to_host(*arguments)
+    host = paste_one_to_host(*arguments)
     assert host.dtype == np.bool_
     np.testing.assert_array_equal(host, windows.numpy())
     assert encode_masks(*arguments) == encoded
@@ -108,8 +114,8 @@ def test_images_are_encoded_together(room: int, monkeypatch: pytest.MonkeyPatch)
     boxes = [random_boxes(n, *size, seed=i) for i, (n, size) in enumerate(zip(counts, sizes, strict=True))]
     monkeypatch.setattr(paste, "ROOM", room)
     on_host = []
-    by_windows = paste._runs_of_windows
-    monkeypatch.setattr(paste, "_runs_of_windows", lambda *a: on_host.append(a) or by_windows(*a))
+    by_windows = paste.runs_of_windows
+    monkeypatch.setattr(paste, "runs_of_windows", lambda *a: on_host.append(a) or by_windows(*a))
     found = encode_images(masks, boxes, sizes)
     assert (len(on_host) > 0) == (room == 1)
     assert [len(own) for own in found] == counts

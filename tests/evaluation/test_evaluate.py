@@ -24,7 +24,7 @@ from fastmrcnn import evaluate
 from fastmrcnn.config.schema import Config
 from fastmrcnn.data.build import read_split
 from fastmrcnn.data.coco import CocoDataset
-from fastmrcnn.detection.objects import split_detections
+from fastmrcnn.detection.fetch import split_detections
 from fastmrcnn.errors import UserError
 from fastmrcnn.evaluation.coco import METRICS, evaluate_coco
 from fastmrcnn.evaluation.run import RESULTS, run_evaluation

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmrcnn.graphs import leaves
 from fastmrcnn.model.subsample import SamplingKeys
-from fastmrcnn.structures import Batch, Counts, Losses, tree_map
+from fastmrcnn.structures import Batch, Counts, Losses
 from fastmrcnn.training.cuda_graph import GraphedStep, Result, Run, Staging
 
 CPU = torch.device("cpu")
