@@ -22,6 +22,7 @@ import fastmrcnn.predict as command
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.image_files import image_suffixes, looks_like_image
 from fastmrcnn.data.image_ids import CocoIds, KnownImage, match_categories, match_images
+from fastmrcnn.detection import drawing, prediction
 from fastmrcnn.detection.detector import Detector, Prepared
 from fastmrcnn.errors import UserError, run_main
 from fastmrcnn.evaluation.run import run_evaluation
@@ -171,15 +172,18 @@ def test_all_kinds_of_images_of_a_folder(images: Path, run: Any) -> None:
         (UserError("x: disk full"), 2, ""),
     ],
 )
+@pytest.mark.parametrize("processes", [False, True], ids=["here", "processes"])
 def test_what_was_found_is_kept_when_the_rest_fails(
     error: BaseException | signal.Signals,
     code: int,
     by: str,
+    processes: bool,
     images: Path,
     planted: Detector,
     run: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(drawing, "WORTH_IT", 1 if processes else 100)
     real = Detector.begin
 
     def begin(self: Detector, images: Prepared, *arguments: Any, **more: Any) -> Any:
@@ -203,6 +207,32 @@ def test_what_was_found_is_kept_when_the_rest_fails(
     assert {Path(entry["file_name"]).name for entry in done.entries} == {"11.png"}
     if code != 2:
         assert f"stopped{by} after 2 of 4 images; what was found in them is in " in done.err
+
+
+@pytest.mark.parametrize("processes", [False, True], ids=["here", "processes"])
+@pytest.mark.parametrize("error", [UserError("x: disk full"), ValueError("odd colour")])
+def test_an_error_in_a_drawing_ends_the_run_and_names_its_image(
+    error: Exception, processes: bool, images: Path, planted: Detector, monkeypatch: Any, tmp_path: Path
+) -> None:
+    """The others are kept, also those that come after it and were found already."""
+    monkeypatch.setattr(drawing, "WORTH_IT", 1 if processes else 100)
+    real = prediction.save_picture
+
+    def save_picture(path: Path, picture: np.ndarray) -> None:
+        if path.name == "2.png":
+            raise error
+        real(path, picture)
+
+    monkeypatch.setattr(prediction, "save_picture", save_picture)  # forks take it over
+    with pytest.raises((UserError, RuntimeError)) as caught:
+        command.main([str(images), "--checkpoint", "x", "--output", str(tmp_path / "out")])
+    text = str(caught.value)
+    assert "2.png" in text or text == "x: disk full"
+    entries = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    kept = {Path(entry["file_name"]).name for entry in entries}
+    assert "11.png" in kept
+    written = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert kept <= written <= {"11.png", "5.png", "8.png"}
 
 
 def test_a_stop_before_the_first_image_is_one_line(
