@@ -370,7 +370,8 @@ def test_on_a_gpu_every_row_of_ours_runs_and_agrees(config: Config, tmp_path: Pa
     assert named > 0.9 * profiled["step_ms"] > 0
     for row in inference_rows.measure_inference(workload, compiled=True, report=quiet):
         assert row.get("failure") is None
-        assert row["detections_per_image"] == 10
+        if row["way"] != inference_rows.PYTHON:
+            assert row["detections_per_image"] == 10
 
 
 # Clocks and counters
@@ -587,13 +588,16 @@ def test_kernels_count_with_the_part_that_launched_them() -> None:
 def test_inference_fills_its_detection_slots(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inference_rows, "BATCHES", (2,))
     monkeypatch.setattr(inference_rows, "WARM_UP", 1)
-    (row,) = inference_rows.measure_inference(workload, compiled=False, report=quiet)
+    row, python = inference_rows.measure_inference(workload, compiled=False, report=quiet)
+    assert (row["way"], python["way"]) == (inference_rows.EAGER, inference_rows.PYTHON)
     assert row["detections_per_image"] == 10
+    assert 1 <= python["detections_per_image"] <= 10
     assert row["p50_ms"] >= max(row["model_ms"], row["paste_ms"]) > 0
-    assert row["images_per_second"] == pytest.approx(2000 / row["p50_ms"])
-    assert "10 an image" in inference_rows.inference_table([row])
+    for one in (row, python):
+        assert one["images_per_second"] == pytest.approx(2000 / one["p50_ms"])
+        assert f"{one['detections_per_image']:.0f} an image" in inference_rows.inference_table([one])
     monkeypatch.setattr(inference_rows, "paste_masks", None)
-    (row,) = inference_rows.measure_inference(workload, compiled=False, report=quiet)
+    row, _ = inference_rows.measure_inference(workload, compiled=False, report=quiet)
     assert "not callable" in row["failure"]
     assert "FAILED" in inference_rows.inference_table([row])
 
