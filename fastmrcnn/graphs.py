@@ -36,7 +36,7 @@ def record_graph(run: Callable[[], T], pool: Any, warm_ups: int) -> tuple[T, tor
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     # Other threads go on meanwhile: a loader's thread may pin memory, which "global" would not bear.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         result = run()
     return result, graph
 

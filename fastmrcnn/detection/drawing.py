@@ -44,7 +44,7 @@ class Artists:
         if wanted and "fork" in multiprocessing.get_all_start_methods() and sys.platform == "linux":
             fork = multiprocessing.get_context("fork")
             self.pool = ProcessPoolExecutor(wanted, mp_context=fork, initializer=_begin)
-            self.pool.submit(os.getpid).result()  # now all of them are there
+            self.pool.submit(os.getpid).result()  # which makes all of them
         self.threads = wanted if self.pool else 1
 
     def __enter__(self) -> Artists:

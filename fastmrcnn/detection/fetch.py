@@ -151,7 +151,7 @@ def send_back(buffer: Tensor) -> Callable[[], Tensor]:
     host = torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=True)
     host.copy_(buffer, non_blocking=True)
     arrived = torch.cuda.Event()
-    arrived.record()
+    arrived.record(torch.cuda.current_stream(buffer.device))
 
     def arrive() -> Tensor:
         arrived.synchronize()

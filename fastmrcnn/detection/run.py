@@ -20,16 +20,14 @@ def run_model(
     model: nn.Module,
     batch: Batch,
     precision: str,
-    device: torch.device | None = None,
     part: Callable[[Batch], Detections] | None = None,
 ) -> Detections:
     """Detections of a batch, under the autocast that `runtime.precision` means on the device.
 
     Args:
-        device: of the model; None: that of its first parameter.
         part: what of the model detects; None: all of it.
     """
-    device = device or device_of(model)
+    device = device_of(model)
     chosen = choose_precision(precision, device)
     with torch.no_grad(), torch.autocast(device.type, dtype=chosen.dtype, enabled=chosen.autocast):
         return (part or model)(to_device(batch, device))
@@ -77,7 +75,7 @@ class Inference:
                 return self._run(batch) if self.recorded is None else self.recorded(batch)
 
     def _run(self, batch: Batch) -> Detections:
-        return run_model(self.model, batch, self.precision, part=self.part)
+        return run_model(self.model, batch, self.precision, self.part)
 
     def _settle(self, device: torch.device) -> None:
         """Start anew if the model's tensors are not where they were: a graph would go on reading there."""
@@ -102,4 +100,5 @@ def device_of(model: nn.Module) -> torch.device:
 
 def places_of(model: nn.Module) -> tuple[Any, ...]:
     """Where the model's tensors are."""
-    return tuple((t.device, t.data_ptr()) for t in itertools.chain(model.parameters(), model.buffers()))
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return (device_of(model), *(tensor.data_ptr() for tensor in tensors))

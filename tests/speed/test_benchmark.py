@@ -26,6 +26,7 @@ from fastmrcnn.config.file import parse_config
 from fastmrcnn.config.schema import Config
 from fastmrcnn.data.shapes import write_shapes
 from fastmrcnn.data.synthetic import full_masks, synthetic_batch, synthetic_batches
+from fastmrcnn.detection import recorded
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_head import MaskHead
@@ -596,6 +597,11 @@ def test_inference_fills_its_detection_slots(workload: Workload, monkeypatch: py
     for one in (row, python):
         assert one["images_per_second"] == pytest.approx(2000 / one["p50_ms"])
         assert f"{one['detections_per_image']:.0f} an image" in inference_rows.inference_table([one])
+    apart = inference_rows.Inference(workload)
+    with pytest.raises(RuntimeError, match="could not be recorded"):  # there are no CUDA graphs on a CPU
+        apart.measure(2, inference_rows.RECORDED)
+    monkeypatch.setattr(recorded, "CudaRecorder", lambda: lambda run, batch: (run(batch), lambda: None))
+    assert apart.measure(2, inference_rows.RECORDED)["detections_per_image"] == 10
     monkeypatch.setattr(inference_rows, "paste_masks", None)
     row, _ = inference_rows.measure_inference(workload, compiled=False, report=quiet)
     assert "not callable" in row["failure"]
