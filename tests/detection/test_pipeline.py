@@ -6,6 +6,8 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from places import ROOT
 
 from fastmrcnn.detection import drawing
 from fastmrcnn.detection.drawing import Artists, save_overlay
@@ -211,6 +214,33 @@ def test_signals_to_the_whole_group_pass_them_by(artists: Artists, tmp_path: Pat
         os.kill(process, number)
     artists.draw(tmp_path / "a.png", *picture(), NAMES, None, 0.5)
     assert (tmp_path / "a.png").exists()
+
+
+ORPHANS = """
+import os, time
+from fastmrcnn.detection import drawing
+drawing.WORTH_IT, os.cpu_count = 1, lambda: 4
+artists = drawing.Artists(3)
+print(*artists.pool._processes, flush=True)
+time.sleep(100)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not LINUX, reason="there are no forks")
+def test_who_draws_ends_with_a_parent_that_is_killed() -> None:
+    words = [sys.executable, "-c", ORPHANS]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        processes = [Path("/proc", number) for number in parent.stdout.readline().split()]
+        assert len(processes) == 3
+        parent.kill()
+    for _ in range(100):
+        if not any(process.exists() for process in processes):
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("processes that draw live on")
 
 
 def test_few_pictures_are_drawn_here(tmp_path: Path) -> None:
