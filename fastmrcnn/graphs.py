@@ -1,9 +1,16 @@
-"""CUDA graphs: how one is recorded, and what decides whether two inputs can share it."""
+"""CUDA graphs and streams.
+
+How a graph is recorded, what decides whether two inputs can share it, and where work goes that is not to wait
+behind what was begun before it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
@@ -48,3 +55,17 @@ def leaves(structure: Any) -> list[Tensor]:
 def shapes_of(structure: Any) -> Shapes:
     """What decides whether two inputs can share a graph."""
     return tuple((leaf.shape, leaf.dtype) for leaf in leaves(structure))
+
+
+def beside(device: torch.device) -> AbstractContextManager[Any]:
+    """Work on a CUDA device that is begun within runs beside what was begun before.
+
+    Its inputs must be there already, and the host must have waited for its results when the block ends:
+    nothing else keeps an order.
+    """
+    return torch.cuda.stream(_stream_beside(device)) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@functools.cache
+def _stream_beside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

@@ -33,8 +33,11 @@ from fastmrcnn.detection.pipeline import ahead, reading_threads
 from fastmrcnn.detection.prediction import Prediction, all_predictions, as_prediction
 from fastmrcnn.detection.run import Inference, device_of
 from fastmrcnn.errors import UserError
+from fastmrcnn.graphs import beside
 from fastmrcnn.structures import Batch, pinned
 from fastmrcnn.weights.trained import TrainedModel, load_trained
+
+IN_FLIGHT = 2  # batches of a list that a GPU is given before the host takes up what came of the one before
 
 
 class Prepared(NamedTuple):
@@ -142,16 +145,18 @@ class Detector(TrainedModel):
         found: dict[int, Prediction] = {}
         waiting: dict[Size, dict[int, NDArray[np.uint8]]] = {}
         begun: deque[tuple[dict[int, NDArray[np.uint8]], Fetched]] = deque()
-        on_gpu = device_of(self.model).type == "cuda"
+        device = device_of(self.model)
+        on_gpu = device.type == "cuda"
 
         def begin(group: dict[int, NDArray[np.uint8]]) -> None:
             begun.append((group, self.begin(self.prepare(list(group.values())), score)))
-            if len(begun) > on_gpu:  # which is at work on the last one meanwhile
+            if len(begun) > (IN_FLIGHT if on_gpu else 0):
                 fetch()
 
         def fetch() -> None:
             group, fetched = begun.popleft()
-            objects = all_predictions(fetched.objects(), list(group.values()), self.card)
+            with beside(device):
+                objects = all_predictions(fetched.objects(), list(group.values()), self.card)
             found.update(zip(group, objects, strict=True))
 
         def read(place: int) -> NDArray[np.uint8]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastmrcnn.detection.heatmaps import decode_heatmaps
 from fastmrcnn.detection.objects import Objects
 from fastmrcnn.detection.paste import compressed, on_accelerator, runs_of_slots, runs_of_windows
+from fastmrcnn.graphs import beside
 from fastmrcnn.structures import Detections, pinned, to_device, tree_map
 
 
@@ -110,11 +111,12 @@ class Fetched:
         heatmaps = self.detections.heatmaps
         if heatmaps is None:
             return [None] * len(counts)
-        some = to_device(pinned(kept, heatmaps.device), heatmaps.device)
-        own = heatmaps.flatten(0, 1).index_select(0, some).split(counts)
         boxes = [input_boxes[index][keep[index]] for index in range(len(counts))]
-        decoded = [decode_heatmaps(*pair)[..., [0, 1, 3]] for pair in zip(own, boxes, strict=True)]
-        places = list(torch.cat(decoded).cpu().split(counts)) if decoded else []
+        with beside(heatmaps.device):
+            some = to_device(pinned(kept, heatmaps.device), heatmaps.device)
+            own = heatmaps.flatten(0, 1).index_select(0, some).split(counts)
+            decoded = [decode_heatmaps(*pair) for pair in zip(own, boxes, strict=True)]
+            places = [one[..., [0, 1, 3]] for one in torch.cat(decoded).cpu().split(counts)]
         for one, (scale, shift, _) in zip(places, self.moves, strict=True):
             one[..., :2] = one[..., :2] * scale[:2] + shift[:2]
         return [one.numpy() for one in places]

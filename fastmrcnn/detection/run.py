@@ -35,7 +35,7 @@ def run_model(
 
 class Inference:
     """Runs a model on batches. On a GPU the host does not wait, frequent shapes are replayed as CUDA graphs,
-    and the model is brought into channels_last. Threads take turns.
+    the model is brought into channels_last, and threads take turns.
 
     Args:
         model: in eval mode.
@@ -65,14 +65,14 @@ class Inference:
 
     def __call__(self, batch: Batch) -> Detections:
         """Detections on the model's device, which may not be there yet; no later call writes over them."""
-        with self._lock:
-            device = device_of(self.model)
-            if device.type == "cpu" and self.record is None:
-                return self._run(batch)
-            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-                self._settle(device)
-                batch = pinned(batch, device)
-                return self._run(batch) if self.recorded is None else self.recorded(batch)
+        device = device_of(self.model)
+        if device.type == "cpu" and self.record is None:
+            return self._run(batch)
+        current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        with self._lock, current:
+            self._settle(device)
+            batch = pinned(batch, device)
+            return self._run(batch) if self.recorded is None else self.recorded(batch)
 
     def _run(self, batch: Batch) -> Detections:
         return run_model(self.model, batch, self.precision, self.part)

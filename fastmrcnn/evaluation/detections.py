@@ -20,15 +20,13 @@ def detect(
     dataset: CocoDataset,
     config: Config,
     part: Callable[[Batch], Detections] | None = None,
-    encode: bool = True,
 ) -> Iterator[tuple[LoadedBatch, Fetched]]:
     """All images of a set, and what is on its way of their detections; the host waits for none of it.
 
     Args:
         part: what of the model detects; None: all of it.
-        encode: masks on a GPU come as run lengths.
     """
-    runtime, threshold = config.runtime, config.model.mask_head.threshold if encode else None
+    runtime, threshold = config.runtime, config.model.mask_head.threshold
     infer = Inference(model, runtime.precision, part=part, graphs=runtime.graphs == "auto")
     for loaded in evaluation_loader(dataset, config, pin_memory=device_of(model).type == "cuda"):
         found = infer(loaded.batch)
