@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from fastmrcnn.data.image_files import image_suffixes, looks_like_image
 from fastmrcnn.data.image_ids import CocoIds, KnownImage, match_categories, match_images
 from fastmrcnn.detection import drawing, prediction
 from fastmrcnn.detection.detector import Detector, Prepared
+from fastmrcnn.detection.pipeline import Behind
 from fastmrcnn.errors import UserError, run_main
 from fastmrcnn.evaluation.run import run_evaluation
 from fastmrcnn.training.stopping import STOP
@@ -233,6 +235,42 @@ def test_an_error_in_a_drawing_ends_the_run_and_names_its_image(
     assert "11.png" in kept
     written = {path.name for path in (tmp_path / "out").glob("*.png")}
     assert kept <= written <= {"11.png", "5.png", "8.png"}
+
+
+def test_a_stop_while_pictures_are_drawn_waits_for_them(
+    images: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And says so. The signal comes when all images have been seen."""
+    all_seen = threading.Event()
+    rest, save, write = Behind.rest, prediction.save_picture, os.write
+    said: list[bytes] = []
+
+    def noted(file: int, data: bytes) -> int:
+        said.extend([data] if file == 2 else [])
+        return write(file, data)
+
+    def waiting(self: Behind[Any]) -> Any:
+        all_seen.set()
+        return rest(self)
+
+    def save_picture(path: Path, picture: np.ndarray) -> None:
+        if path.name == "8.png":
+            all_seen.wait(60)
+            os.kill(os.getpid(), signal.SIGINT)
+        save(path, picture)
+
+    monkeypatch.setattr(os, "write", noted)
+    monkeypatch.setattr(Behind, "rest", waiting)
+    monkeypatch.setattr(prediction, "save_picture", save_picture)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        done = run(images)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done.code == 130
+    assert done.names == ["11.png", "2.png", "5.png", "8.png", "predictions.json"]
+    assert "stopped after 4 of 4 images" in done.err
+    assert said == [b"\nstopping as soon as what was found is saved; once more stops at once\n"]
 
 
 def test_a_stop_before_the_first_image_is_one_line(
