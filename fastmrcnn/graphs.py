@@ -33,7 +33,7 @@ def record_graph(run: Callable[[], T], pool: Any, warm_ups: int) -> tuple[T, tor
     Returns:
         What `run` returned, whose tensors each replay writes anew; and the graph.
     """
-    stream = torch.cuda.Stream()
+    stream = _recording_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), warnings.catch_warnings():
         # AdamW wonders why an update that can be recorded is not.
@@ -46,6 +46,12 @@ def record_graph(run: Callable[[], T], pool: Any, warm_ups: int) -> tuple[T, tor
     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         result = run()
     return result, graph
+
+
+@functools.cache
+def _recording_stream(device: int) -> torch.cuda.Stream:
+    """One for all graphs: what one of them has let go of in a pool, only the same stream is given again."""
+    return torch.cuda.Stream(device)
 
 
 def leaves(structure: Any) -> list[Tensor]:

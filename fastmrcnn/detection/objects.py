@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from fastmrcnn.detection.paste import encode_images, paste_to_host
+from fastmrcnn.detection.paste import encode_images, paste_all_to_host
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def all_pasted(found: Sequence[Objects], threshold: float) -> list[Objects]:
     """`pasted` for each of several images, whose bitmaps come from their device in one copy."""
     waiting = [one for one in found if one.probabilities is not None]
     bitmaps = iter(
-        paste_to_host(
+        paste_all_to_host(
             [one.probabilities for one in waiting if one.probabilities is not None],
             [torch.from_numpy(one.boxes) for one in waiting],
             [(one.height, one.width) for one in waiting],

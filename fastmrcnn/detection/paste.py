@@ -63,6 +63,13 @@ def paste_masks(
 
 
 def paste_to_host(
+    masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float = 0.5
+) -> NDArray[np.bool_]:
+    """(D, height, width): the bitmaps of `paste_masks` in NumPy."""
+    return paste_all_to_host([masks], [boxes], [(height, width)], threshold)[0]
+
+
+def paste_all_to_host(
     masks: Sequence[Tensor],
     boxes: Sequence[Tensor],
     sizes: Sequence[tuple[int, int]],

@@ -74,12 +74,6 @@ def test_windows_equal_grid_sample_over_the_whole_image(threshold: float) -> Non
     assert torch.equal(found[sure], (values >= threshold)[sure])
 
 
-def paste_one_to_host(
-    masks: torch.Tensor, boxes: torch.Tensor, height: int, width: int, threshold: float
-) -> np.ndarray:
-    return paste_to_host([masks], [boxes], [(height, width)], threshold)[0]
-
-
 @pytest.fixture
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     """What CPU tensors run takes the place of a GPU."""
@@ -96,10 +90,10 @@ def test_accelerator_path_gives_the_same(
     arguments = (masks, boxes, height, width, threshold)
     windows, encoded = paste_masks(*arguments), encode_masks(*arguments)
     assert windows.any()
-    np.testing.assert_array_equal(paste_one_to_host(*arguments), windows.numpy())
+    np.testing.assert_array_equal(paste_to_host(*arguments), windows.numpy())
     monkeypatch.setattr(paste, "on_accelerator", lambda masks: True)
     assert torch.equal(paste_masks(*arguments), windows)
-    host = paste_one_to_host(*arguments)
+    host = paste_to_host(*arguments)
     assert host.dtype == np.bool_
     np.testing.assert_array_equal(host, windows.numpy())
     assert encode_masks(*arguments) == encoded
