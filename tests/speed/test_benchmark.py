@@ -592,7 +592,7 @@ def test_inference_fills_its_detection_slots(workload: Workload, monkeypatch: py
     row, python = inference_rows.measure_inference(workload, compiled=False, report=quiet)
     assert (row["way"], python["way"]) == (inference_rows.EAGER, inference_rows.PYTHON)
     assert row["detections_per_image"] == 10
-    assert 1 <= python["detections_per_image"] <= 10
+    assert python["detections_per_image"] == pytest.approx(3, abs=1)  # as there are objects; scores may tie
     assert row["p50_ms"] >= max(row["model_ms"], row["paste_ms"]) > 0
     for one in (row, python):
         assert one["images_per_second"] == pytest.approx(2000 / one["p50_ms"])
