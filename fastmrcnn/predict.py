@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -17,9 +19,12 @@ from fastmrcnn.data.image_files import image_suffixes, looks_like_image
 from fastmrcnn.data.image_ids import CocoIds, KnownImage, match_categories, match_images, read_ids, size_fault
 from fastmrcnn.data.images import fitted, read_noted
 from fastmrcnn.data.pixel_range import RangeNote, Reading, note_lines
-from fastmrcnn.detection.detector import Detector, load
-from fastmrcnn.detection.objects import Objects, coco_results
-from fastmrcnn.detection.prediction import as_prediction
+from fastmrcnn.detection.detector import Detector, Prepared, load
+from fastmrcnn.detection.drawing import Artists
+from fastmrcnn.detection.fetch import Fetched
+from fastmrcnn.detection.objects import Objects, coco_results, encoded
+from fastmrcnn.detection.pipeline import MOST_PIXELS, Behind, ahead, reading_threads
+from fastmrcnn.detection.run import device_of
 from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.files import expanded, make_folder, to_write, write_json
 from fastmrcnn.training.stopping import Requests, signal_of
@@ -37,11 +42,106 @@ class Task(NamedTuple):
     known: KnownImage | None  # what --annotations says of it
 
 
+class Loaded(NamedTuple):
+    """An image as it was read, and as the model takes it."""
+
+    pixels: NDArray[np.uint8]
+    note: RangeNote | None
+    prepared: Prepared
+
+    @property
+    def weight(self) -> int:
+        """Its pixels."""
+        return self.pixels.shape[0] * self.pixels.shape[1]
+
+
 class Left(NamedTuple):
     """What was asked for and is left out."""
 
     path: Path
     reason: str
+
+
+@dataclass
+class Run:
+    """Images are read ahead of the model, encoded and drawn behind it."""
+
+    output: Path
+    score: float
+    coco: CocoIds | None
+    detector: Detector
+    category_ids: Sequence[int]
+    reading: Reading
+    artists: Artists
+    left: list[Left]
+    done: int = 0
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[tuple[str, RangeNote]] = field(default_factory=list)
+
+    def perform(self, tasks: Sequence[Task]) -> None:
+        """What was found in images that are done is kept, whatever ends this."""
+        threads = reading_threads(device_of(self.detector.model).type == "cuda")
+        with (
+            Requests("what was found is saved") as requests,
+            tqdm(total=len(tasks), unit="img", desc="predict", dynamic_ncols=True) as bar,
+            Behind[list[dict[str, Any]]](self.artists.threads, MOST_PIXELS) as behind,
+            contextlib.closing(ahead(tasks, self.load, threads)) as loaded,
+        ):
+
+            def add(results: Iterable[list[dict[str, Any]]]) -> None:
+                for entries in results:
+                    self.entries += entries
+                    self.done += 1
+                    bar.update()
+
+            try:
+                try:
+                    for task, future in loaded:
+                        try:
+                            image = future.result()
+                        except UserError as error:
+                            self.left.append(Left(task.path, str(error).removeprefix(f"{task.path}: ")))
+                            bar.update()
+                            continue
+                        if image.note is not None:
+                            self.notes.append((str(task.path), image.note))
+                        fetched = self.detector.begin(image.prepared, self.score, encode=True)
+                        make_folder(self.output)
+                        with requests.held():  # what is drawn is counted
+                            add(behind.put(self.finish, task, image.pixels, fetched, weight=image.weight))
+                    with requests.held():
+                        add(behind.rest())
+                finally:
+                    requests.hold()
+                    add(behind.whatever_works())
+            except KeyboardInterrupt as stop:
+                bar.close()
+                number, by = signal_of(stop)
+                kept = f"; what was found in them is in {self.output}" if self.done else ""
+                line = f"\nstopped{by} after {self.done} of {count(len(tasks), 'image')}{kept}"
+                print(line, file=sys.stderr)
+                raise SystemExit(128 + number) from None
+            finally:
+                if self.done:
+                    write_json(self.output / RESULTS, self.entries)
+
+    def load(self, task: Task) -> Loaded:
+        pixels, note = read_task(task, self.coco, self.reading)
+        return Loaded(pixels, note, self.detector.prepare([pixels]))
+
+    def finish(self, task: Task, pixels: NDArray[np.uint8], fetched: Fetched) -> list[dict[str, Any]]:
+        """Encode and draw what was found in an image; returns its entries once the overlay is there."""
+        card = self.detector.card
+        threshold = card.config.model.mask_head.threshold
+        try:
+            [found] = encoded(fetched.objects(), threshold)
+            entries = as_entries(found, task, self.detector, self.category_ids)
+            self.artists.draw(task.overlay, pixels, found, card.class_names, card.keypoints, threshold)
+        except UserError:
+            raise
+        except Exception as error:
+            raise RuntimeError(f"{task.path}: what was found in it could not be drawn") from error
+        return entries
 
 
 def main(argv: list[str]) -> None:
@@ -53,40 +153,19 @@ def main(argv: list[str]) -> None:
     if not tasks:
         refuse(left)
     check_output(output, [task.overlay for task in tasks])
-    detector = load(arguments.checkpoint, arguments.device)
-    category_ids = detector.card.category_ids
-    if coco is not None:
-        category_ids = match_categories(detector.class_names, category_ids, coco, arguments.checkpoint)
-    reading = detector.reading
-    if arguments.max_pixels is not None:
-        reading = reading._replace(max_pixels=arguments.max_pixels)
-    entries: list[dict[str, Any]] = []
-    notes: list[tuple[str, RangeNote]] = []
-    done = 0
-    with Requests() as requests:
-        try:
-            for task in tqdm(tasks, unit="img", desc="predict", dynamic_ncols=True):
-                try:
-                    pixels, note = read_task(task, coco, reading)
-                except UserError as error:
-                    left.append(Left(task.path, str(error).removeprefix(f"{task.path}: ")))
-                    continue
-                if note is not None:
-                    notes.append((str(task.path), note))
-                found = detector.detect(pixels, arguments.score)
-                make_folder(output)
-                as_prediction(found, pixels, detector.card).save(task.overlay)
-                entries += as_entries(found, task, detector, category_ids)
-                done += 1
-        except KeyboardInterrupt as stop:
-            number, by = signal_of(stop)
-            kept = f"; what was found in them is in {output}" if done else ""
-            print(f"\nstopped{by} after {done} of {count(len(tasks), 'image')}{kept}", file=sys.stderr)
-            raise SystemExit(128 + number) from None
-        finally:  # what was found is not lost if the rest fails
-            if done:
-                requests.hold()
-                write_json(output / RESULTS, entries)
+    with Artists(len(tasks)) as artists:
+        detector = load(arguments.checkpoint, arguments.device)
+        if arguments.no_graphs:
+            detector = detector.without_graphs()
+        category_ids = detector.card.category_ids
+        if coco is not None:
+            category_ids = match_categories(detector.class_names, category_ids, coco, arguments.checkpoint)
+        reading = detector.reading
+        if arguments.max_pixels is not None:
+            reading = reading._replace(max_pixels=arguments.max_pixels)
+        run = Run(output, arguments.score, coco, detector, category_ids, reading, artists, left)
+        run.perform(tasks)
+    done, entries, notes = run.done, run.entries, run.notes
     untrained = "" if reading.pixel_range else "; the model was not trained with a data.pixel_range"
     for line in note_lines(notes):
         print(line + untrained)
@@ -131,6 +210,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--max-pixels", type=int, help="larger images are refused (default: the model's data.max_pixels)"
     )
+    parser.add_argument("--no-graphs", action="store_true", help="on a GPU: replay nothing as CUDA graphs")
     arguments = parser.parse_intermixed_args(argv)
     if not 0 <= arguments.score <= 1:
         raise UserError(f"--score {arguments.score:g}: must be in 0..1")

@@ -141,3 +141,10 @@ def tree_map(function: Callable[[Tensor], Any], structure: T) -> T:
 def to_device(structure: T, device: Any) -> T:
     """Copy a structure to a device, without waiting where the source is pinned."""
     return tree_map(lambda t: t.to(device, non_blocking=True), structure)
+
+
+def pinned(structure: T, device: Any) -> T:
+    """What is on the host, in memory whose copies to a CUDA device do not wait; for others as it is."""
+    if device.type != "cuda":
+        return structure
+    return tree_map(lambda t: t if t.is_cuda or t.is_pinned() else t.pin_memory(), structure)

@@ -24,7 +24,7 @@ from fastmrcnn.device import busy_machine, choose_device, choose_precision, set_
 from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.evaluation.run import run_evaluation
 from fastmrcnn.files import write_text
-from fastmrcnn.structures import Batch, to_device
+from fastmrcnn.structures import Batch
 from fastmrcnn.training.console import describe, describe_start, list_left_out, mask_slot_advice, print_next
 from fastmrcnn.training.curves import plot_losses
 from fastmrcnn.training.dry_run import dry_run
@@ -156,9 +156,7 @@ def train(
         assert val_set is not None
         judged = model if ema is None else ema.model
         judged.eval()
-        found = run_evaluation(
-            judged, val_set, config, output=folder / "evaluation", pictures=pictures, device=device
-        )
+        found = run_evaluation(judged, val_set, config, output=folder / "evaluation", pictures=pictures)
         model.train()
         with requests.held():
             metrics.write({"iteration": done - 1, **found})
@@ -178,7 +176,7 @@ def train(
         fetched = time.perf_counter()
         for step, loaded in enumerate(loader, start=start):
             data_time = time.perf_counter() - fetched
-            batch = to_device(loaded.batch, device)
+            batch = make_step.upload(loaded.batch)
             recent.append((step, loaded.image_ids))
             for fault in loaded.left_out.values():
                 tqdm.write(f"left out, others stand in for it: {fault}")

@@ -23,7 +23,7 @@ COMMANDS = (
     "experiments",
     "benchmark",
 )
-GROUND = ("errors", "structures", "device", "files")
+GROUND = ("errors", "structures", "device", "files", "graphs")
 
 # What a room may import, the ground first. A room's own modules import each other freely.
 ROOMS: dict[str, tuple[str, ...]] = {
@@ -31,6 +31,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "structures": (),
     "device": ("errors",),
     "files": ("errors",),
+    "graphs": (),
     "kernels": (),
     "config": ("errors",),
     "data": ("structures", "files", "errors"),

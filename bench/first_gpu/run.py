@@ -120,8 +120,8 @@ STEPS = [
     Step(
         "inference",
         3,
-        130,
-        14,
+        210,
+        18,
         (*BENCHMARK, "--no-ladder", "--inference", "--steps", "30", "--json", JSON),
         (*BENCHMARK, "--no-ladder", "--inference", *SHAPE, "--json", JSON, *SMALL),
     ),

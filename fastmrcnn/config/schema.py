@@ -146,6 +146,9 @@ class RuntimeConfig(Section):
     """auto: bf16 on CUDA, fp32 on CPU. fp16 comes with a gradient scaler."""
     threads: int | None = Field(None, gt=0)
     """CPU threads; None: what torch chooses."""
+    graphs: Literal["auto", "off"] = "auto"
+    """Replay detection as a CUDA graph for each padded shape that comes often. auto: on CUDA. Of training
+    there is train.cuda_graphs."""
 
 
 class TrainConfig(Section):

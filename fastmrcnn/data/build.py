@@ -98,7 +98,7 @@ def read_sets(
     return train_set, check_same_classes(train_set, val_set)
 
 
-def evaluation_loader(dataset: CocoDataset, config: Config) -> EvalLoader:
+def evaluation_loader(dataset: CocoDataset, config: Config, pin_memory: bool = False) -> EvalLoader:
     """All images of a set, resized and padded as the configuration says for evaluation."""
     data = config.data
     return EvalLoader(
@@ -108,6 +108,7 @@ def evaluation_loader(dataset: CocoDataset, config: Config) -> EvalLoader:
         long_side_max=data.long_side_max,
         buckets=data.buckets,
         workers=data.workers,
+        pin_memory=pin_memory,
     )
 
 

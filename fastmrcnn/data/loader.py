@@ -147,12 +147,13 @@ class EvalLoader:
         long_side_max: int,
         buckets: Sequence[Size] | Literal["auto"] = "auto",
         workers: int = 0,
+        pin_memory: bool = False,
     ) -> None:
         sizes = [(record.height, record.width) for record in dataset.records]
         self.buckets = resolve_buckets(buckets, sizes, [short_side], long_side_max)
         self.plans = _plan_evaluation(dataset, batch, short_side, long_side_max, self.buckets)
         samples = EvalSamples(dataset, batch, short_side, long_side_max)
-        self.loader = _data_loader(samples, self.plans, workers, pin_memory=False)
+        self.loader = _data_loader(samples, self.plans, workers, pin_memory)
 
     def __len__(self) -> int:
         return len(self.plans)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -24,11 +27,25 @@ from fastmrcnn.detection.arguments import (
     checked_path,
     checked_score,
 )
-from fastmrcnn.detection.objects import Objects, split_detections
-from fastmrcnn.detection.prediction import Prediction, as_prediction
-from fastmrcnn.detection.run import run_model
+from fastmrcnn.detection.fetch import Fetched
+from fastmrcnn.detection.objects import Objects
+from fastmrcnn.detection.pipeline import ahead, reading_threads
+from fastmrcnn.detection.prediction import Prediction, all_predictions, as_prediction
+from fastmrcnn.detection.run import Inference, device_of
 from fastmrcnn.errors import UserError
+from fastmrcnn.graphs import beside
+from fastmrcnn.structures import Batch, pinned
 from fastmrcnn.weights.trained import TrainedModel, load_trained
+
+IN_FLIGHT = 2  # batches of a list that a GPU is given before the host takes up what came of the one before
+
+
+class Prepared(NamedTuple):
+    """Images of one padded shape, as the model takes them."""
+
+    batch: Batch
+    input_to_image: torch.Tensor  # (n, 2, 3)
+    sizes: list[Size]  # height and width of each as it is
 
 
 @dataclass(frozen=True)
@@ -86,24 +103,49 @@ class Detector(TrainedModel):
 
     def detect(self, pixels: NDArray[np.uint8], score: float) -> Objects:
         """The detections in (h, w, 3) RGB pixels, resized by the rule in the model's card."""
-        return self._detect([pixels], score)[0]
+        return self.begin(self.prepare([pixels]), score).objects()[0]
 
     def detect_batch(self, images: Sequence[NDArray[np.uint8]], score: float) -> list[Objects]:
         """As `detect`, in images of one `padded_shape`, which go through the model together."""
-        return self._detect(images, score)
+        return self.begin(self.prepare(images), score).objects()
 
     def padded_shape(self, size: Size) -> Size:
         """(H, W) of the batch that an image of this height and width goes into."""
         data = self.card.config.data
         return padded_shape(size, data.short_side_test, data.long_side_max)
 
-    def _detect(self, images: Sequence[NDArray[np.uint8]], score: float) -> list[Objects]:
-        """Of images with one padded shape."""
+    def prepare(self, images: Sequence[NDArray[np.uint8]]) -> Prepared:
+        """Resize (h, w, 3) RGB pixels and pad them to one shape, which must be the same for all of them."""
+        data = self.card.config.data
+        batch, maps = prepare_images(images, data.short_side_test, data.long_side_max)
+        sizes = [(pixels.shape[0], pixels.shape[1]) for pixels in images]
+        return Prepared(pinned(batch, device_of(self.model)), torch.from_numpy(maps), sizes)
+
+    def begin(self, images: Prepared, score: float, *, encode: bool = False) -> Fetched:
+        """Detect; on a GPU without waiting, so that the next images can be begun before these are fetched.
+
+        Args:
+            encode: masks on a GPU come as run lengths.
+        """
+        threshold = self.card.config.model.mask_head.threshold if encode else None
+        return Fetched(
+            self._inference(images.batch), images.input_to_image, images.sizes, score, encode=threshold
+        )
+
+    def without_graphs(self) -> Detector:
+        """The same model, which on a GPU replays nothing as CUDA graphs."""
         config = self.card.config
-        batch, maps = prepare_images(images, config.data.short_side_test, config.data.long_side_max)
-        detections = run_model(self.model, batch, config.runtime.precision)
-        sizes = [pixels.shape[:2] for pixels in images]
-        return split_detections(detections, torch.from_numpy(maps), sizes, score)
+        runtime = config.runtime.model_copy(update={"graphs": "off"})
+        card = replace(self.card, config=config.model_copy(update={"runtime": runtime}))
+        return Detector(self.model, card)
+
+    @cached_property
+    def _inference(self) -> Inference:
+        runtime = self.card.config.runtime
+        return Inference(self.model, runtime.precision, graphs=runtime.graphs == "auto")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # graphs stay here
 
     def _predict_all(self, images: Sequence[Any], score: float, batch: int) -> list[Prediction]:
         data = self.card.config.data
@@ -111,20 +153,35 @@ class Detector(TrainedModel):
         checked = [checked_image(image, name) for image, name in zip(images, names, strict=True)]
         found: dict[int, Prediction] = {}
         waiting: dict[Size, dict[int, NDArray[np.uint8]]] = {}
+        begun: deque[tuple[dict[int, NDArray[np.uint8]], Fetched]] = deque()
+        device = device_of(self.model)
+        on_gpu = device.type == "cuda"
 
-        def predict(group: dict[int, NDArray[np.uint8]]) -> None:
-            objects = self._detect(list(group.values()), score)
-            for (place, pixels), one in zip(group.items(), objects, strict=True):
-                found[place] = as_prediction(one, pixels, self.card)
+        def begin(group: dict[int, NDArray[np.uint8]]) -> None:
+            begun.append((group, self.begin(self.prepare(list(group.values())), score)))
+            if len(begun) > (IN_FLIGHT if on_gpu else 0):
+                fetch()
 
-        for place, (image, name) in enumerate(zip(checked, names, strict=True)):
-            pixels = _pixels(image, name, self.reading)
-            shape = padded_shape(pixels.shape[:2], data.short_side_test, data.long_side_max)
-            waiting.setdefault(shape, {})[place] = pixels
-            if len(waiting[shape]) == batch:
-                predict(waiting.pop(shape))
+        def fetch() -> None:
+            group, fetched = begun.popleft()
+            with beside(device):
+                objects = all_predictions(fetched.objects(), list(group.values()), self.card)
+            found.update(zip(group, objects, strict=True))
+
+        def read(place: int) -> NDArray[np.uint8]:
+            return _pixels(checked[place], names[place], self.reading)
+
+        with contextlib.closing(ahead(range(len(images)), read, reading_threads(on_gpu))) as pixels_ahead:
+            for place, future in pixels_ahead:
+                pixels = future.result()
+                shape = padded_shape(pixels.shape[:2], data.short_side_test, data.long_side_max)
+                waiting.setdefault(shape, {})[place] = pixels
+                if len(waiting[shape]) == batch:
+                    begin(waiting.pop(shape))
         for group in waiting.values():
-            predict(group)
+            begin(group)
+        while begun:
+            fetch()
         return [found[place] for place in range(len(images))]
 
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastmrcnn.structures import pinned, to_device
+
 
 @torch.no_grad()
 def decode_heatmaps(heatmaps: Tensor, boxes: Tensor) -> Tensor:
@@ -36,7 +38,8 @@ def decode_heatmaps(heatmaps: Tensor, boxes: Tensor) -> Tensor:
         found[index, :, 0] = place % columns
         found[index, :, 1] = place.div(columns, rounding_mode="floor")
         found[index, :, 2] = flat.gather(1, place[:, None])[:, 0]
-    step, corner = (sides / pixels).to(found.device), boxes[:, :2].to(found.device)
+    places = torch.cat((sides / pixels, boxes[:, :2]), 1)
+    step, corner = to_device(pinned(places, found.device), found.device).split(2, 1)
     found[..., :2] = (found[..., :2] + 0.5) * step[:, None] + corner[:, None]
     found[..., 3] = (found[..., 2] - heatmaps.flatten(2).logsumexp(2)).exp()
     return found

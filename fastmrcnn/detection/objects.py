@@ -1,4 +1,4 @@
-"""The objects of an image, found or annotated; and how a model's padded detections become them."""
+"""The objects of an image, found or annotated; their masks as bitmaps and as COCO's run lengths."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from fastmrcnn.detection.heatmaps import decode_heatmaps
-from fastmrcnn.detection.paste import encode_images, paste_to_host
-from fastmrcnn.structures import Detections, tree_map
+from fastmrcnn.detection.paste import encode_images, paste_all_to_host
 
 
 @dataclass(frozen=True)
 class Objects:
     """n objects of one image, in its pixels. Those that were found come by falling score.
 
-    Masks that a model found are `probabilities` at first, which stay on its device: encoded there
-    (`coco_results`) they come as lengths of runs, and pasted there (`pasted`) as bits.
+    Masks that a model found are `probabilities` at first, which stay on its device (`pasted` makes bitmaps of
+    them, `encoded` run lengths), or have been encoded there.
 
     Raises:
         ValueError: for other shapes.
@@ -34,6 +33,7 @@ class Objects:
     scores: NDArray[np.float32] | None = None  # (n,) in 0..1; None: annotated
     masks: NDArray[np.bool_] | None = None  # (n, height, width)
     probabilities: Tensor | None = None  # (n, M, M) float32, of the mask within the box
+    rles: tuple[dict[str, Any], ...] | None = None  # n masks as COCO's compressed RLE
     keypoints: NDArray[np.float32] | None = None  # (n, J, 3) x, y, and score or, if annotated, visibility
     crowd: NDArray[np.bool_] | None = None  # (n,) a region of several objects; None: no such regions
 
@@ -41,6 +41,8 @@ class Objects:
         count, masks, points = len(self), self.masks, self.keypoints
         if self.boxes.shape != (count, 4):
             raise ValueError(f"boxes must be (n, 4), got {self.boxes.shape}")
+        if self.rles is not None and len(self.rles) != count:
+            raise ValueError(f"{count} boxes need as many rles, got {len(self.rles)}")
         for name, values in (("classes", self.classes), ("scores", self.scores), ("crowd", self.crowd)):
             if values is not None and values.shape != (count,):
                 raise ValueError(f"{count} boxes need as many {name}, got {len(values)}")
@@ -59,57 +61,55 @@ class Objects:
         return replace(self, **cut)
 
 
-def split_detections(
-    detections: Detections, input_to_image: Tensor, sizes: Sequence[tuple[int, int]], score: float = 0.0
-) -> list[Objects]:
-    """Take a padded batch apart.
-
-    Args:
-        input_to_image: (n, 2, 3), (x, y, 1) in input pixels -> (x, y) in the pixels of the original image;
-            a scale and a shift. Images of the batch beyond the first n are padding.
-        sizes: height and width of the n original images.
-        score: detections below it are dropped, as are those whose box has no area within the image.
-    """
-    # Masks and heatmaps are large: they stay where they are, and of those only the kept detections' are read.
-    host = tree_map(lambda tensor: tensor.cpu(), detections._replace(masks=None, heatmaps=None))
-    maps = input_to_image.detach().cpu().float()
-    found = []
-    for index, (height, width) in enumerate(sizes):
-        scale, shift = maps[index].diagonal()[[0, 1, 0, 1]], maps[index, :, 2][[0, 1, 0, 1]]
-        limit = torch.tensor([width, height, width, height], dtype=torch.float32)
-        boxes = torch.minimum((host.boxes[index] * scale + shift).clamp(min=0), limit)
-        some = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-        keep = host.valid[index] & some & (host.scores[index] >= score)
-        probabilities = keypoints = None
-        if detections.masks is not None:
-            kept = keep.nonzero()[:, 0].to(detections.masks.device)
-            probabilities = detections.masks[index].index_select(0, kept).float()
-        if detections.heatmaps is not None:
-            own = detections.heatmaps[index][keep.to(detections.heatmaps.device)]
-            places = decode_heatmaps(own, host.boxes[index][keep])[..., [0, 1, 3]].cpu()
-            places[..., :2] = places[..., :2] * scale[:2] + shift[:2]
-            keypoints = places.numpy()
-        found.append(
-            Objects(
-                int(height),
-                int(width),
-                boxes[keep].numpy(),
-                host.classes[index][keep].numpy(),
-                host.scores[index][keep].float().numpy(),
-                probabilities=probabilities,
-                keypoints=keypoints,
-            )
-        )
-    return found
-
-
 def pasted(found: Objects, threshold: float) -> Objects:
-    """The objects with masks in place of their probabilities; a pixel belongs to one from `threshold` on."""
-    if found.probabilities is None:
+    """The objects with bitmaps for masks; a pixel belongs to one from `threshold` on."""
+    return all_pasted([found], threshold)[0]
+
+
+def all_pasted(found: Sequence[Objects], threshold: float) -> list[Objects]:
+    """`pasted` for each of several images, whose bitmaps come from their device in one copy."""
+    waiting = [one for one in found if one.probabilities is not None]
+    bitmaps = iter(
+        paste_all_to_host(
+            [one.probabilities for one in waiting if one.probabilities is not None],
+            [torch.from_numpy(one.boxes) for one in waiting],
+            [(one.height, one.width) for one in waiting],
+            threshold,
+        )
+    )
+    return [
+        replace(one, masks=next(bitmaps), probabilities=None)
+        if one.probabilities is not None
+        else _decoded(one)
+        for one in found
+    ]
+
+
+def _decoded(found: Objects) -> Objects:
+    """With bitmaps in place of run lengths."""
+    if found.rles is None:
         return found
-    boxes, size = torch.from_numpy(found.boxes), (found.height, found.width)
-    masks = paste_to_host(found.probabilities, boxes, *size, threshold)
-    return replace(found, masks=masks, probabilities=None)
+    masks = np.zeros((len(found), found.height, found.width), dtype=np.bool_)
+    for mask, rle in zip(masks, found.rles, strict=True):
+        mask[:] = coco_mask.decode(rle)
+    return replace(found, masks=masks, rles=None)
+
+
+def encoded(found: Sequence[Objects], threshold: float) -> list[Objects]:
+    """Objects with run lengths in place of probabilities, those of all images made at once."""
+    waiting = [one for one in found if one.probabilities is not None]
+    rles = iter(
+        encode_images(
+            [one.probabilities for one in waiting if one.probabilities is not None],
+            [torch.from_numpy(one.boxes) for one in waiting],
+            [(one.height, one.width) for one in waiting],
+            threshold,
+        )
+    )
+    return [
+        one if one.probabilities is None else replace(one, rles=tuple(next(rles)), probabilities=None)
+        for one in found
+    ]
 
 
 def coco_results(
@@ -132,14 +132,10 @@ def coco_results(
         masks, segmentation (compressed RLE); where there are keypoints, keypoints (x, y and score of
         each).
     """
-    masks = [one.probabilities for one in found if one.probabilities is not None]
-    rles: Sequence[Sequence[Any]] = [[None] * len(one) for one in found]
-    if masks:
-        sizes = [(one.height, one.width) for one in found]
-        rles = encode_images(masks, [torch.from_numpy(one.boxes) for one in found], sizes, threshold)
     entries = []
-    for one, image_id, own in zip(found, image_ids, rles, strict=True):
+    for one, image_id in zip(encoded(found, threshold), image_ids, strict=True):
         assert one.scores is not None, "annotated objects are no results"
+        own: Sequence[Any] = [None] * len(one) if one.rles is None else one.rles
         points: Sequence[Any] = [None] * len(one)
         if one.keypoints is not None:
             shift = np.array([keypoint_offset, keypoint_offset, 0], np.float32)

@@ -20,6 +20,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from fastmrcnn import kernels
+from fastmrcnn.structures import pinned, to_device
 
 Runs = NDArray[Any]  # (runs,) integer, lengths of zeros and ones in turn
 ROOM = 4  # runs of an object for each column of the image, on an accelerator; the host encodes one with more
@@ -64,12 +65,40 @@ def paste_masks(
 def paste_to_host(
     masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float = 0.5
 ) -> NDArray[np.bool_]:
-    """(D, height, width): the bitmaps of `paste_masks` in NumPy; from an accelerator they come as bits."""
-    _check(masks, boxes, threshold)
-    if not on_accelerator(masks):
-        return paste_masks(masks, boxes, height, width, threshold).numpy()
-    bits = kernels.paste_masks(masks, boxes.to(masks.device), height, width, threshold, packed=True)
-    return np.unpackbits(bits.cpu().numpy(), axis=-1, count=width).view(np.bool_)
+    """(D, height, width): the bitmaps of `paste_masks` in NumPy."""
+    return paste_all_to_host([masks], [boxes], [(height, width)], threshold)[0]
+
+
+def paste_all_to_host(
+    masks: Sequence[Tensor],
+    boxes: Sequence[Tensor],
+    sizes: Sequence[tuple[int, int]],
+    threshold: float = 0.5,
+) -> list[NDArray[np.bool_]]:
+    """The bitmaps of `paste_masks` in NumPy; from an accelerator they come as bits, all of them in one copy.
+
+    Args:
+        masks, boxes: of each image (D, M, M) and (D, 4).
+        sizes: height and width of each image.
+    Returns:
+        For each image (D, height, width).
+    """
+    each = list(zip(masks, boxes, sizes, strict=True))
+    for own_masks, own_boxes, _ in each:
+        _check(own_masks, own_boxes, threshold)
+    if not masks or not on_accelerator(masks[0]):
+        return [paste_masks(m, b, *size, threshold).numpy() for m, b, size in each]
+    device = masks[0].device
+    moved = to_device(pinned(torch.cat(list(boxes)), device), device).split([len(one) for one in boxes])
+    bits = [
+        kernels.paste_masks(m, b, *size, threshold, packed=True)
+        for m, b, size in zip(masks, moved, sizes, strict=True)
+    ]
+    host = torch.cat([one.flatten() for one in bits]).cpu().split([one.numel() for one in bits])
+    return [
+        np.unpackbits(one.view(packed.shape).numpy(), axis=-1, count=width).view(np.bool_)
+        for one, packed, (_, width) in zip(host, bits, sizes, strict=True)
+    ]
 
 
 def encode_images(
@@ -94,21 +123,51 @@ def encode_images(
         runs = _runs_of_images(masks, boxes, sizes, threshold)
     else:
         runs = [
-            _runs_of_windows(own_masks, own_boxes, height, width, threshold)
+            runs_of_windows(own_masks, own_boxes, height, width, threshold)
             for own_masks, own_boxes, (height, width) in zip(masks, boxes, sizes, strict=True)
         ]
-    return [_compressed(own, height, width) for own, (height, width) in zip(runs, sizes, strict=True)]
+    return [compressed(own, height, width) for own, (height, width) in zip(runs, sizes, strict=True)]
 
 
 def on_accelerator(masks: Tensor) -> bool:
     return masks.device.type != "cpu"
 
 
-def _compressed(runs: list[Runs], height: int, width: int) -> list[dict[str, Any]]:
+def compressed(runs: list[Runs], height: int, width: int) -> list[dict[str, Any]]:
+    """COCO's compressed RLE of the objects of an image."""
     uncompressed = [{"size": [height, width], "counts": counts} for counts in runs]
     # pycocotools takes a list of these, but not an empty one.
     encoded = coco_mask.frPyObjects(uncompressed, height, width) if uncompressed else []
     return [{"size": [height, width], "counts": rle["counts"].decode("ascii")} for rle in encoded]
+
+
+def runs_of_slots(
+    masks: Tensor, boxes: Tensor, keep: Tensor, sizes: Sequence[tuple[int, int]], threshold: float
+) -> tuple[Tensor, Tensor]:
+    """Lengths of the runs of a whole batch, made where the masks are, without the host waiting.
+
+    Args:
+        masks, boxes: (n, D, M, M), and (n, D, 4) in the pixels of the images, on one device.
+        keep: (n, D) bool; other slots get the runs of an empty mask.
+        sizes: height and width of the n images.
+    Returns:
+        (n, D, R) int32, with room for R = 4 runs for each column of the widest image; and (n, D) int32, how
+        many each has, which may be more than there is room for.
+    """
+    largest_height, largest_width = (max(axis) for axis in zip(*sizes, strict=True))
+    of_image = torch.from_numpy(np.array(sizes, np.int64))
+    of_slot = to_device(pinned(of_image, masks.device), masks.device).repeat_interleave(masks.shape[1], 0)
+    runs, count = kernels.mask_rle(
+        masks.flatten(0, 1),
+        boxes.flatten(0, 1),
+        largest_height,
+        largest_width,
+        threshold,
+        max_runs=ROOM * largest_width,
+        sizes=of_slot,
+        valid=keep.flatten(),
+    )
+    return runs.view(*keep.shape, -1), count.view(keep.shape)
 
 
 def _runs_of_images(
@@ -117,16 +176,17 @@ def _runs_of_images(
     """Of each object of each image, made where the masks are. Only the lengths of runs are copied."""
     device = masks[0].device
     of_object = [size for own, size in zip(masks, sizes, strict=True) for _ in range(len(own))]
+    own_sizes = torch.from_numpy(np.array(of_object, np.int64))
     largest_height, largest_width = (max(axis) for axis in zip(*sizes, strict=True))
     max_runs = ROOM * largest_width
     runs, count = kernels.mask_rle(
         torch.cat(list(masks)),
-        torch.cat(list(boxes)).to(device),
+        to_device(pinned(torch.cat(list(boxes)), device), device),
         largest_height,
         largest_width,
         threshold,
         max_runs=max_runs,
-        sizes=torch.tensor(of_object, device=device),
+        sizes=to_device(pinned(own_sizes, device), device),
     )
     counts = count.tolist()
     rows = iter(zip(counts, runs[:, : max(counts)].cpu().numpy(), strict=True))
@@ -138,12 +198,12 @@ def _runs_of_images(
                 own.append(row[:number])
             else:  # there was no room for all of them
                 one = slice(index, index + 1)
-                own += _runs_of_windows(own_masks[one], own_boxes[one], height, width, threshold)
+                own += runs_of_windows(own_masks[one], own_boxes[one], height, width, threshold)
         found.append(own)
     return found
 
 
-def _runs_of_windows(masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float) -> list[Runs]:
+def runs_of_windows(masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float) -> list[Runs]:
     """Of each object, made on the host.
 
     Each is pasted and encoded in the columns that its box covers; the columns on both sides only lengthen

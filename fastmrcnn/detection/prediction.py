@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from fastmrcnn.data.keypoints import KeypointSchema
 from fastmrcnn.detection.arguments import checked_path
 from fastmrcnn.detection.draw import draw_objects, save_picture
-from fastmrcnn.detection.objects import Objects, pasted
+from fastmrcnn.detection.objects import Objects, all_pasted
 from fastmrcnn.weights.card import ModelCard
 
 
@@ -77,5 +78,12 @@ class Prediction:
 
 
 def as_prediction(found: Objects, pixels: NDArray[np.uint8], card: ModelCard) -> Prediction:
-    objects = pasted(found, card.config.model.mask_head.threshold)
-    return Prediction(pixels, objects, card.class_names, card.keypoints)
+    return all_predictions([found], [pixels], card)[0]
+
+
+def all_predictions(
+    found: Sequence[Objects], images: Sequence[NDArray[np.uint8]], card: ModelCard
+) -> list[Prediction]:
+    """Of several images, whose masks come from their device in one copy."""
+    each = zip(images, all_pasted(found, card.config.model.mask_head.threshold), strict=True)
+    return [Prediction(pixels, objects, card.class_names, card.keypoints) for pixels, objects in each]

@@ -7,18 +7,19 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from pycocotools.coco import COCO
 from tqdm import tqdm
 
 from fastmrcnn.config.schema import Config
-from fastmrcnn.data.build import evaluation_loader
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.pixel_range import clipped_line
 from fastmrcnn.data.records import ImageProposals
-from fastmrcnn.detection.objects import coco_boxes, split_detections
-from fastmrcnn.detection.run import run_model
+from fastmrcnn.data.worker import LoadedBatch
+from fastmrcnn.detection.fetch import Fetched
+from fastmrcnn.detection.objects import Objects, coco_boxes
+from fastmrcnn.detection.pipeline import in_turn
 from fastmrcnn.evaluation.coco import ground_truth, mean_known
+from fastmrcnn.evaluation.detections import detect
 from fastmrcnn.evaluation.engines import new_judge
 from fastmrcnn.model.mask_rcnn import MaskRCNN, as_detections
 from fastmrcnn.structures import Batch, Detections
@@ -31,15 +32,13 @@ def collect_proposals(
     dataset: CocoDataset,
     config: Config,
     *,
-    device: torch.device | None = None,
     progress: bool = True,
 ) -> dict[int, ImageProposals]:
     """Proposals of every image, in its own pixels, by image id.
 
     Args:
         model: in eval mode, with an RPN.
-        config: its sections data, evaluate and runtime.precision are used.
-        device: of the model; None: that of its first parameter.
+        config: its sections data, evaluate and runtime are used.
     """
 
     def propose(batch: Batch) -> Detections:
@@ -47,11 +46,15 @@ def collect_proposals(
 
     found: dict[int, ImageProposals] = {}
     clipped: dict[int, str] = {}
-    with tqdm(total=len(dataset), unit="img", desc="propose", disable=not progress) as bar:
-        for loaded in evaluation_loader(dataset, config):
-            proposals = run_model(model, loaded.batch, config.runtime.precision, device, propose)
+
+    def finish(begun: tuple[LoadedBatch, Fetched]) -> tuple[LoadedBatch, list[Objects]]:
+        loaded, fetched = begun
+        return loaded, fetched.objects()
+
+    bar = tqdm(total=len(dataset), unit="img", desc="propose", disable=not progress)
+    with bar, contextlib.closing(in_turn(detect(model, dataset, config, propose), finish, 1)) as finished:
+        for loaded, each in finished:
             clipped |= loaded.clipped
-            each = split_detections(proposals, loaded.input_to_image, loaded.original_sizes)
             for image_id, one in zip(loaded.image_ids, each, strict=True):
                 assert one.scores is not None, "what was found has them"
                 found[image_id] = ImageProposals(one.boxes, one.scores)

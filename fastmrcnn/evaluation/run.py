@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 from tqdm import tqdm
 
 from fastmrcnn.config.schema import Config
-from fastmrcnn.data.build import evaluation_loader
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.collate import read_objects
 from fastmrcnn.data.images import read_image
@@ -22,10 +22,13 @@ from fastmrcnn.data.masks import bitmap
 from fastmrcnn.data.pixel_range import clipped_line
 from fastmrcnn.data.proposals import write_proposals
 from fastmrcnn.data.records import ImageRecord
+from fastmrcnn.data.worker import LoadedBatch
 from fastmrcnn.detection.draw import draw_comparison, save_picture
-from fastmrcnn.detection.objects import Objects, coco_results, pasted, split_detections
-from fastmrcnn.detection.run import run_model
+from fastmrcnn.detection.fetch import Fetched
+from fastmrcnn.detection.objects import Objects, coco_results, encoded, pasted
+from fastmrcnn.detection.pipeline import in_turn
 from fastmrcnn.evaluation.coco import MAX_DETS, evaluate_coco, ground_truth
+from fastmrcnn.evaluation.detections import detect
 from fastmrcnn.evaluation.proposals import collect_proposals, proposal_recall
 from fastmrcnn.files import make_folder, write_json
 from fastmrcnn.model.mask_rcnn import MaskRCNN
@@ -41,18 +44,16 @@ def run_evaluation(
     *,
     output: Path,
     pictures: int | None = None,
-    device: torch.device | None = None,
     progress: bool = True,
 ) -> dict[str, float]:
     """Detect in all images of a set, write the results as COCO JSON, judge them, draw some.
 
     Args:
         model: in eval mode, its classes those of `dataset`.
-        config: its sections data, evaluate, model and runtime.precision are used.
+        config: its sections data, evaluate, model and runtime are used.
         output: folder for coco_instances_results.json, and pictures/ with ground truth beside
             predictions; made if it is not there. What an earlier evaluation wrote is replaced.
         pictures: how many to draw; None: `evaluate.pictures`.
-        device: of the model; None: that of its first parameter.
         progress: show a progress bar and COCO's tables.
     Returns:
         As `judge_results`, or as `proposal_recall` of a model that is an RPN alone, whose proposals go to
@@ -62,33 +63,34 @@ def run_evaluation(
     """
     if not config.model.box_head.enabled:
         assert isinstance(model, MaskRCNN)
-        proposals = collect_proposals(model, dataset, config, device=device, progress=progress)
+        proposals = collect_proposals(model, dataset, config, progress=progress)
         make_folder(output)
         write_proposals(output / "proposals.npz", proposals)
         return proposal_recall(dataset, proposals, show=progress)
     chosen = choose_pictures(dataset, config.evaluate.pictures if pictures is None else pictures)
     threshold, offset = config.model.mask_head.threshold, config.data.keypoint_offset
-    loader = evaluation_loader(dataset, config)
     sigmas = config.evaluate.oks_sigmas
     if dataset.num_keypoints is not None:
         choose_sigmas(dataset.num_keypoints, sigmas)  # a mistake in them is told at once
-    results = []
+    results: list[dict[str, Any]] = []
     kept: dict[int, Objects] = {}
     clipped: dict[int, str] = {}
     cut = 0
-    with tqdm(
-        total=len(dataset), unit="img", desc="evaluate", dynamic_ncols=True, disable=not progress
-    ) as bar:
-        for loaded in loader:
-            detections = run_model(model, loaded.batch, config.runtime.precision, device)
-            cut += int(detections.cut[: loaded.real].sum())
-            found = split_detections(detections, loaded.input_to_image, loaded.original_sizes)
-            ids = loaded.image_ids
+
+    def finish(begun: tuple[LoadedBatch, Fetched]) -> tuple[LoadedBatch, list[Objects], list[Any], int]:
+        """On the host, while the model is at work on the next batch."""
+        loaded, fetched = begun
+        found = encoded(fetched.objects(), threshold)
+        entries = coco_results(found, loaded.image_ids, dataset.category_ids, threshold, offset)
+        return loaded, found, entries, int(fetched.cut.sum())
+
+    bar = tqdm(total=len(dataset), unit="img", desc="evaluate", dynamic_ncols=True, disable=not progress)
+    with bar, contextlib.closing(in_turn(detect(model, dataset, config), finish, threads=1)) as finished:
+        for loaded, found, entries, number in finished:
+            cut += number
             clipped |= loaded.clipped
-            results += coco_results(found, ids, dataset.category_ids, threshold, offset)
-            for image_id, one in zip(ids, found, strict=True):
-                if image_id in chosen:
-                    kept[image_id] = one
+            results += entries
+            kept |= {k: one for k, one in zip(loaded.image_ids, found, strict=True) if k in chosen}
             bar.update(loaded.real)
     make_folder(output)
     write_json(output / RESULTS, results)
@@ -101,8 +103,13 @@ def run_evaluation(
             f"{cut} class scores above model.box_head.score_threshold did not go into NMS; "
             f"raise model.box_head.candidates (now {config.model.box_head.candidates}) to keep them"
         )
-    for image_id, one in kept.items():
-        draw_picture(chosen[image_id], one, dataset, threshold, output / "pictures")
+    folder = output / "pictures"
+
+    def draw(image_id: int) -> None:
+        draw_picture(chosen[image_id], kept[image_id], dataset, threshold, folder)
+
+    for _ in in_turn(kept, draw, threads=min(4, os.cpu_count() or 1)):
+        pass
     return values
 
 

@@ -1,16 +1,27 @@
-"""Inference on synthetic images: the model, then its masks pasted to the full size of the images."""
+"""Inference on synthetic images: the model with its masks pasted to full size, and all of it from Python.
+
+The rows of the model begin with a batch on the device, and end with bitmaps of all its detections there.
+The row "from Python" is what a program gets: `detector([...])` on decoded images in memory, to objects with
+bitmaps on the host, about as many as there are objects in an image.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastmrcnn.data.synthetic import synthetic_batch
+from fastmrcnn.detection.detector import Detector
 from fastmrcnn.detection.paste import paste_masks
+from fastmrcnn.detection.prediction import Prediction
+from fastmrcnn.detection.recorded import BEFORE, RecordedModel
+from fastmrcnn.detection.run import device_of
 from fastmrcnn.device import choose_precision
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.speed.apart import Apart, GoneError, one_line
@@ -19,13 +30,17 @@ from fastmrcnn.speed.step_workload import Workload, changed, on_disk, read_workl
 from fastmrcnn.speed.timing import summary, waited_for
 from fastmrcnn.structures import Batch, Detections, to_device
 from fastmrcnn.training.compile_cache import keep_compile_cache
+from fastmrcnn.weights.card import ModelCard
 from fastmrcnn.weights.start import new_model
 
 BATCHES = (1, 8)
 WARM_UP = 3
 # How the model is run, and the mode of torch.compile. reduce-overhead replays CUDA graphs.
 EAGER, COMPILED, GRAPHS = "eager", "compiled", "compiled, CUDA graphs"
+RECORDED = "CUDA graphs"  # as a detector does: what runs eagerly, recorded
+PYTHON = "from Python"
 _MODES = {COMPILED: "default", GRAPHS: "reduce-overhead"}
+LISTS = 4  # batches in a list, from Python: while one is on the device, the host is at work on another
 
 
 class Inference:
@@ -37,6 +52,7 @@ class Inference:
         config = changed(workload.config, "model.box_head.score_threshold", 0.0)
         card = Workload(config, device, workload.shape, 1, 1, num_classes=workload.num_classes).card
         self.workload = workload
+        self.card = card
         self.model = new_model(card, device)
         self.model.load_state_dict(workload.start)
         self.model.eval()
@@ -44,6 +60,8 @@ class Inference:
     def measure(self, images: int, way: str) -> dict[str, Any]:
         load = self.workload
         batch = synthetic_batch(images, load.shape, load.objects, load.num_classes, load.seed)
+        if way == PYTHON:
+            return _from_python(self.model, self.card, batch, load.steps, load.objects)
         batch = to_device(batch._replace(targets=None), load.device)
         return _measure(self.model, batch, load.config.runtime.precision, way, load.steps)
 
@@ -78,7 +96,7 @@ def measure_inference(
     report: Callable[[str], None] = print,
     keep: Callable[[list[dict[str, Any]]], None] = lambda found: None,
 ) -> list[dict[str, Any]]:
-    """Milliseconds of a batch of 1 and of 8, and images a second.
+    """Milliseconds of a batch of 1 and of 8, and images a second; of the model, and from Python.
 
     Args:
         compiled: measure the compiled model too, on CUDA also with CUDA graphs.
@@ -86,9 +104,10 @@ def measure_inference(
         keep: is given the rows so far after each.
     """
     measure = measure or Inference(workload).measure
-    ways = [EAGER]
+    cuda = workload.device.type == "cuda"
+    ways = [EAGER, RECORDED, PYTHON] if cuda else [EAGER, PYTHON]
     if compiled:
-        ways += [COMPILED, GRAPHS] if workload.device.type == "cuda" else [COMPILED]
+        ways += [COMPILED, GRAPHS] if cuda else [COMPILED]
     found = []
     for images in BATCHES:
         for way in ways:
@@ -114,7 +133,11 @@ def _measure(model: MaskRCNN, batch: Batch, precision_name: str, way: str, steps
             return model.detect(batch)
 
     run: Callable[[Batch], Detections] = detect
-    if way != EAGER:
+    warm_up = WARM_UP
+    if way == RECORDED:
+        recorded = RecordedModel(detect, device)
+        run, warm_up = recorded, BEFORE + WARM_UP
+    elif way != EAGER:
         torch._dynamo.reset()
         keep_compile_cache()
         run = torch.compile(detect, fullgraph=True, dynamic=False, mode=_MODES[way])
@@ -125,18 +148,53 @@ def _measure(model: MaskRCNN, batch: Batch, precision_name: str, way: str, steps
             paste_masks(found.masks.flatten(0, 1), found.boxes.flatten(0, 1), height, width)
 
     model_ms, paste_ms = [], []
-    for _ in range(WARM_UP + steps):
+    for _ in range(warm_up + steps):
         found, milliseconds = waited_for(lambda: run(batch), device)
         model_ms.append(milliseconds)
         paste_ms.append(waited_for(partial(paste, found), device)[1])
-    both = summary(map(sum, zip(model_ms[WARM_UP:], paste_ms[WARM_UP:], strict=True)))
+    if way == RECORDED and recorded.failed:
+        raise RuntimeError("the model could not be recorded")
+    both = summary(map(sum, zip(model_ms[warm_up:], paste_ms[warm_up:], strict=True)))
     return {
         "precision": precision.name,
         "detections_per_image": int(found.valid.sum()) / len(batch.pixels),
-        "model_ms": summary(model_ms[WARM_UP:]).p50_ms,
-        "paste_ms": summary(paste_ms[WARM_UP:]).p50_ms,
+        "model_ms": summary(model_ms[warm_up:]).p50_ms,
+        "paste_ms": summary(paste_ms[warm_up:]).p50_ms,
         **both._asdict(),
         "images_per_second": 1e3 * len(batch.pixels) / both.p50_ms,
+    }
+
+
+def _from_python(model: MaskRCNN, card: ModelCard, batch: Batch, steps: int, objects: int) -> dict[str, Any]:
+    """`detector([image, ...])`: milliseconds of a batch, of several in a list.
+
+    Args:
+        objects: the threshold is chosen so that there are so many in an image, on average.
+    """
+    height, width = batch.pixels.shape[-2:]
+    config = changed(card.config, "data.short_side_test", min(height, width))
+    config = changed(config, "data.long_side_max", max(height, width))  # so that nothing is resized
+    detector = Detector(model, replace(card, config=config))
+    images = [pixels.permute(1, 2, 0).contiguous().numpy() for pixels in batch.pixels] * LISTS
+    device = device_of(model)
+    number = len(batch.pixels)
+    scores = np.sort(np.concatenate([one.scores for one in detector(images[:number], 0.0, batch=number)]))
+    threshold = float(scores[-min(objects * number, len(scores))]) if len(scores) else 0.0
+
+    def predict() -> list[Prediction]:
+        return detector(images, score=threshold, batch=number)
+
+    warm_up = 1 + BEFORE // LISTS + 1  # lists, after which the batch has its graph
+    times = []
+    for _ in range(warm_up + steps):
+        found, milliseconds = waited_for(predict, device)
+        times.append(milliseconds / LISTS)
+    taken = summary(times[warm_up:])
+    return {
+        "precision": choose_precision(config.runtime.precision, device).name,
+        "detections_per_image": sum(map(len, found)) / len(found),
+        **taken._asdict(),
+        "images_per_second": 1e3 * number / taken.p50_ms,
     }
 
 
@@ -153,8 +211,7 @@ def inference_table(rows: list[dict[str, Any]]) -> str:
             [
                 *cells,
                 row["precision"],
-                f"{row['model_ms']:.1f}",
-                f"{row['paste_ms']:.1f}",
+                *(f"{row[name]:.1f}" if name in row else "" for name in ("model_ms", "paste_ms")),
                 spread(row),
                 f"{row['images_per_second']:.1f}",
                 f"{row['detections_per_image']:.0f} an image",

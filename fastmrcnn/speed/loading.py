@@ -57,8 +57,8 @@ def _measure(config: Config, train_set: CocoDataset, device: torch.device, steps
     execution = choose_execution(config, device)
     make_step = TrainingStep(model, config.optim, precision, execution, seed=config.train.seed)
     loader = train_loader(train_set, config, 0, pin_memory=device.type == "cuda")
-    batches = (to_device(loaded.batch, device) for loaded in loader)
-    first = next(batches)
+    batches = (loaded.batch for loaded in loader)
+    first = to_device(next(batches), device)
     fit_frozen_norms(model.eval(), first)
     model.train()
     make_step.warm_up(first, loader.buckets)
@@ -69,7 +69,7 @@ def _measure(config: Config, train_set: CocoDataset, device: torch.device, steps
         started = time.perf_counter()
         batch = next(batches)
         waits.append(time.perf_counter() - started)
-        return batch
+        return make_step.upload(batch)
 
     loaded_s = _run(make_step, from_loader, config, steps)
     batches.close()  # and with it the workers

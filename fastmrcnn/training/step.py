@@ -14,13 +14,14 @@ from torch import Tensor
 
 from fastmrcnn.config.schema import OptimConfig
 from fastmrcnn.device import Precision
+from fastmrcnn.graphs import Shapes, shapes_of
 from fastmrcnn.model.conv_relu import epilogue_problem
 from fastmrcnn.model.convs import fuse_epilogues
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.model.subsample import SamplingKeys
-from fastmrcnn.structures import Batch, tree_map
+from fastmrcnn.structures import Batch, to_device, tree_map
 from fastmrcnn.training.compile_cache import keep_compile_cache
-from fastmrcnn.training.cuda_graph import GraphedStep, Result, Run, Shapes, shapes_of
+from fastmrcnn.training.cuda_graph import GraphedStep, Result, Run, Staging
 from fastmrcnn.training.execution import Execution
 from fastmrcnn.training.optim import Ema, GatedStep, build_optimizer, set_rate
 
@@ -60,8 +61,10 @@ class TrainingStep:
         self.number = torch.zeros((), dtype=torch.int64, device=self.device)
         self.forward = compiled(forward_of(model, self.device, precision), execution)
         self.run: Run = self._run
+        # A step that is not recorded reads a batch to its end: there is no room beside it for the next one.
+        self.staging = Staging(self.device) if execution.cuda_graphs and self.device.type == "cuda" else None
         if execution.cuda_graphs:
-            self.run = GraphedStep(self._run, self.update.closed)
+            self.run = GraphedStep(self._run, self.update.closed, staging=self.staging)
         self.warm: set[Shapes] = set()
 
     def __call__(self, batch: Batch, step: int, lr: float) -> Result:
@@ -69,6 +72,10 @@ class TrainingStep:
         self.number.fill_(step)
         set_rate(self.optimizer, lr)
         return self.run(batch, self.draw_keys(batch, step))
+
+    def upload(self, batch: Batch) -> Batch:
+        """A batch of the loader on the step's device, for the next step; pinned, the host does not wait."""
+        return to_device(batch, self.device) if self.staging is None else self.staging(batch)
 
     def draw_keys(self, batch: Batch, step: int) -> SamplingKeys:
         self.generator.manual_seed((self.seed << 32) + step)

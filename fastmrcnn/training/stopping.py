@@ -41,9 +41,13 @@ class Requests:
     of a loader process, which torch reports by an exception out of a signal, waits for the end of
     `held()` too. What is ignored when the block begins (as under nohup) stays ignored, and only in the main
     thread is anything changed.
+
+    Args:
+        kept: what is awaited within `held()`, for the line that says so.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kept: str = "this step is saved") -> None:
+        self._kept = kept
         self.save = False
         self.stop: int | None = None
         self._held = False
@@ -98,7 +102,7 @@ class Requests:
             raise Stopped(number)
         # Not print: this may have interrupted one.
         with contextlib.suppress(OSError):
-            os.write(2, b"\nstopping as soon as this step is saved; once more stops at once\n")
+            os.write(2, f"\nstopping as soon as {self._kept}; once more stops at once\n".encode())
 
     def _on_save(self, number: int, frame: FrameType | None) -> None:
         self.save = True

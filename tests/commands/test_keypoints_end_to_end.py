@@ -24,7 +24,8 @@ from tiny import TREE, newest_run
 from fastmrcnn import evaluate, load, train
 from fastmrcnn.data.coco import read_coco
 from fastmrcnn.data.keypoints import KeypointOptions, choose_sigmas
-from fastmrcnn.detection.objects import coco_results, split_detections
+from fastmrcnn.detection.fetch import split_detections
+from fastmrcnn.detection.objects import coco_results
 from fastmrcnn.errors import UserError
 from fastmrcnn.evaluation.coco import KEYPOINT_METRICS, METRICS, evaluate_coco, ground_truth
 from fastmrcnn.predict import main as predict_main

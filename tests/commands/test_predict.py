@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -206,6 +210,58 @@ def test_command_in_a_process_of_its_own(dataset: CocoDataset, tmp_path: Path) -
     same = load(path, "cpu")(image, score=0.06)
     assert len(same) > 0
     assert [entry["score"] for entry in entries] == pytest.approx(same.scores.tolist(), abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl_c", "sigterm"])
+def test_a_stop_of_the_whole_group_keeps_what_was_found(
+    number: signal.Signals, dataset: CocoDataset, tmp_path: Path
+) -> None:
+    """As a terminal or a scheduler sends it: to the processes that draw too, which end with the command."""
+    torch.manual_seed(0)
+    model = build_model(config().model, 3)
+    path = save_checkpoint(
+        tmp_path / "run" / "checkpoints",
+        step=1,
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        card=ModelCard(config(), dataset.class_names, dataset.category_ids),
+        keep=1,
+    )
+    images, output = tmp_path / "many", tmp_path / "out"
+    images.mkdir()
+    for k in range(400):
+        shutil.copy(dataset.records[0].path, images / f"{k:03d}.png")
+    words = [str(images), "--checkpoint", str(path), "--output", str(output), "--score", "0.06"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastmrcnn.predict", *words],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    for _ in range(1200):
+        if len(list(output.glob("*.png"))) >= 5 or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 128 + number
+    assert "Traceback" not in error
+    pictures = {path.name for path in output.glob("*.png")}
+    assert f"after {len(pictures)} of 400 images; what was found in them is in" in error
+    entries = json.loads((output / "predictions.json").read_text())
+    assert {entry["overlay"] for entry in entries} == pictures
+    assert not list(output.glob(".*"))
+    for _ in range(100):  # who drew is gone
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("processes that draw live on")
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(

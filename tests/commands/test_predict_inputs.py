@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ import fastmrcnn.predict as command
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.image_files import image_suffixes, looks_like_image
 from fastmrcnn.data.image_ids import CocoIds, KnownImage, match_categories, match_images
-from fastmrcnn.detection.detector import Detector
+from fastmrcnn.detection import drawing, prediction
+from fastmrcnn.detection.detector import Detector, Prepared
+from fastmrcnn.detection.pipeline import Behind
 from fastmrcnn.errors import UserError, run_main
 from fastmrcnn.evaluation.run import run_evaluation
 from fastmrcnn.training.stopping import STOP
@@ -171,25 +174,28 @@ def test_all_kinds_of_images_of_a_folder(images: Path, run: Any) -> None:
         (UserError("x: disk full"), 2, ""),
     ],
 )
+@pytest.mark.parametrize("processes", [False, True], ids=["here", "processes"])
 def test_what_was_found_is_kept_when_the_rest_fails(
     error: BaseException | signal.Signals,
     code: int,
     by: str,
+    processes: bool,
     images: Path,
     planted: Detector,
     run: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real = Detector.detect
+    monkeypatch.setattr(drawing, "WORTH_IT", 1 if processes else 100)
+    real = Detector.begin
 
-    def detect(self: Detector, pixels: Any, score: float) -> Any:
-        if pixels.shape[:2] == SIZES[5]:
+    def begin(self: Detector, images: Prepared, *arguments: Any, **more: Any) -> Any:
+        if images.sizes == [SIZES[5]]:
             if isinstance(error, BaseException):
                 raise error
             signal.raise_signal(error)
-        return real(self, pixels, score)
+        return real(self, images, *arguments, **more)
 
-    monkeypatch.setattr(Detector, "detect", detect)
+    monkeypatch.setattr(Detector, "begin", begin)
     before = {number: signal.getsignal(number) for number in STOP}
     for number in STOP:  # a background job of a shell ignores some, and so would the command
         signal.signal(number, signal.default_int_handler)
@@ -203,6 +209,68 @@ def test_what_was_found_is_kept_when_the_rest_fails(
     assert {Path(entry["file_name"]).name for entry in done.entries} == {"11.png"}
     if code != 2:
         assert f"stopped{by} after 2 of 4 images; what was found in them is in " in done.err
+
+
+@pytest.mark.parametrize("processes", [False, True], ids=["here", "processes"])
+@pytest.mark.parametrize("error", [UserError("x: disk full"), ValueError("odd colour")])
+def test_an_error_in_a_drawing_ends_the_run_and_names_its_image(
+    error: Exception, processes: bool, images: Path, planted: Detector, monkeypatch: Any, tmp_path: Path
+) -> None:
+    """The others are kept, also those that come after it and were found already."""
+    monkeypatch.setattr(drawing, "WORTH_IT", 1 if processes else 100)
+    real = prediction.save_picture
+
+    def save_picture(path: Path, picture: np.ndarray) -> None:
+        if path.name == "2.png":
+            raise error
+        real(path, picture)
+
+    monkeypatch.setattr(prediction, "save_picture", save_picture)  # forks take it over
+    with pytest.raises((UserError, RuntimeError)) as caught:
+        command.main([str(images), "--checkpoint", "x", "--output", str(tmp_path / "out")])
+    text = str(caught.value)
+    assert "2.png" in text or text == "x: disk full"
+    entries = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    kept = {Path(entry["file_name"]).name for entry in entries}
+    assert "11.png" in kept
+    written = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert kept <= written <= {"11.png", "5.png", "8.png"}
+
+
+def test_a_stop_while_pictures_are_drawn_waits_for_them(
+    images: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And says so. The signal comes when all images have been seen."""
+    all_seen = threading.Event()
+    rest, save, write = Behind.rest, prediction.save_picture, os.write
+    said: list[bytes] = []
+
+    def noted(file: int, data: bytes) -> int:
+        said.extend([data] if file == 2 else [])
+        return write(file, data)
+
+    def waiting(self: Behind[Any]) -> Any:
+        all_seen.set()
+        return rest(self)
+
+    def save_picture(path: Path, picture: np.ndarray) -> None:
+        if path.name == "8.png":
+            all_seen.wait(60)
+            os.kill(os.getpid(), signal.SIGINT)
+        save(path, picture)
+
+    monkeypatch.setattr(os, "write", noted)
+    monkeypatch.setattr(Behind, "rest", waiting)
+    monkeypatch.setattr(prediction, "save_picture", save_picture)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        done = run(images)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done.code == 130
+    assert done.names == ["11.png", "2.png", "5.png", "8.png", "predictions.json"]
+    assert "stopped after 4 of 4 images" in done.err
+    assert said == [b"\nstopping as soon as what was found is saved; once more stops at once\n"]
 
 
 def test_a_stop_before_the_first_image_is_one_line(

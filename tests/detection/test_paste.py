@@ -108,8 +108,8 @@ def test_images_are_encoded_together(room: int, monkeypatch: pytest.MonkeyPatch)
     boxes = [random_boxes(n, *size, seed=i) for i, (n, size) in enumerate(zip(counts, sizes, strict=True))]
     monkeypatch.setattr(paste, "ROOM", room)
     on_host = []
-    by_windows = paste._runs_of_windows
-    monkeypatch.setattr(paste, "_runs_of_windows", lambda *a: on_host.append(a) or by_windows(*a))
+    by_windows = paste.runs_of_windows
+    monkeypatch.setattr(paste, "runs_of_windows", lambda *a: on_host.append(a) or by_windows(*a))
     found = encode_images(masks, boxes, sizes)
     assert (len(on_host) > 0) == (room == 1)
     assert [len(own) for own in found] == counts

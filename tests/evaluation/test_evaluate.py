@@ -24,7 +24,8 @@ from fastmrcnn import evaluate
 from fastmrcnn.config.schema import Config
 from fastmrcnn.data.build import read_split
 from fastmrcnn.data.coco import CocoDataset
-from fastmrcnn.detection.objects import split_detections
+from fastmrcnn.detection import fetch, paste
+from fastmrcnn.detection.fetch import split_detections
 from fastmrcnn.errors import UserError
 from fastmrcnn.evaluation.coco import METRICS, evaluate_coco
 from fastmrcnn.evaluation.run import RESULTS, run_evaluation
@@ -112,6 +113,24 @@ def test_other_limit_on_detections(tmp_path: Path, capsys: pytest.CaptureFixture
     assert values["segm/AP"] == known[known > -1].mean() * 100
     first = next(line for line in capsys.readouterr().out.splitlines() if "0.50:0.95" in line)
     assert f"maxDets= 30 ] = {values['segm/AP'] / 100:.3f}" in first
+
+
+def test_the_host_waits_once_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU tensors take the place of a GPU's, whose values come by `cpu`."""
+    dataset = write_set(tmp_path / "data")
+    model = PlantedModel(dataset, change=shuffled)
+    config = config_for(dataset, batch=3)
+    expected = run_evaluation(model, dataset, config, output=tmp_path / "a", pictures=0, progress=False)
+    for room in (fetch, paste):
+        monkeypatch.setattr(room, "on_accelerator", lambda masks: True)
+    waits = []
+    real = Tensor.cpu
+    monkeypatch.setattr(Tensor, "cpu", lambda self: waits.append(self.shape) or real(self))
+    model.seen.clear()
+    values = run_evaluation(model, dataset, config, output=tmp_path / "b", pictures=0, progress=False)
+    assert len(waits) == len(model.seen) < len(dataset)
+    np.testing.assert_equal(values, expected)
+    assert (tmp_path / "a" / RESULTS).read_bytes() == (tmp_path / "b" / RESULTS).read_bytes()
 
 
 def test_no_detections(tmp_path: Path) -> None:

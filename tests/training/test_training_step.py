@@ -13,10 +13,11 @@ from nosync import NoSync
 from fastmrcnn.config.schema import Config, OptimConfig
 from fastmrcnn.device import choose_precision, set_up_cuda
 from fastmrcnn.errors import UserError
+from fastmrcnn.graphs import leaves
 from fastmrcnn.model.convs import Conv2d
 from fastmrcnn.model.subsample import SamplingKeys
 from fastmrcnn.structures import Batch, present, to_device
-from fastmrcnn.training.cuda_graph import GraphedStep, Result, Run, leaves
+from fastmrcnn.training.cuda_graph import GraphedStep, Result, Run
 from fastmrcnn.training.execution import Execution, choose_execution
 from fastmrcnn.training.step import TrainingStep
 
