@@ -200,6 +200,10 @@ def test_no_kernel_spills_and_features_load_wide(tmp_path: Path) -> None:
             (fast,) = [r for r in main if r["variant"] == "bf16 channels_last"]
             assert fast["main_load"] == 16
             assert fast["occupancy"] == 2 * 8 / ARCHITECTURES["sm_90"].warps  # two programs, of 8 warps
+    both_sets = [r for r in rows if r["kernel"] == "roi_align backward 7x7 and 14x14"]
+    assert {r["variant"] for r in both_sets} == both
+    (fast,) = [r for r in both_sets if r["variant"] == "bf16 channels_last"]
+    assert (fast["main_load"], fast["occupancy"]) == (16, 2 * 8 / ARCHITECTURES["sm_90"].warps)
     assert "bf16 channels_last, packed" in variants["roi_align backward hits"]
     for direction in ("forward", "backward"):
         assert variants[f"mask_loss {direction}"] == both
@@ -249,7 +253,7 @@ from fastmrcnn.kernels.mask_paste import kernel as mask_paste
 from fastmrcnn.kernels.mask_rle import kernel as mask_rle
 from fastmrcnn.kernels.nms import kernel as nms
 from fastmrcnn.kernels.roi_align import backward, forward
-from fastmrcnn.kernels.common.pooling import Pooling
+from fastmrcnn.kernels.common.pooling import Asked, Pooling
 
 how = Pooling((1, 1), [1.0], 1, False, 224.0, 4, 4)
 box, index = torch.empty(1, 4, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
@@ -264,7 +268,7 @@ launches = [
     *mask_rle._launches(feature[0], box, None, None, 1, 1, 0.5, 1)[2],
     *nms._launches(box[None], box[None, :, 0], index[None], None, 0.5, index[None], kept, True),
     forward.launch([feature], box, index, None, how)[1],
-    *backward.launches(feature, box, index, None, 1, [(1, 1)], False, how)[1],
+    *backward.launches([feature], [Asked(box, index, None, how)], 1, [(1, 1)], False)[1],
 ]
 for launch in launches:
     launch.spec("", "", 0, 0).compile()
