@@ -12,7 +12,8 @@ from peers import reference_peer, torchvision_ops, torchvision_roi_align
 from torch import Tensor
 from workload import STRIDES, Workload, feature_maps, generator, rois
 
-from fastmrcnn.kernels import multilevel_roi_align
+from fastmrcnn.kernels import RoiSet, multilevel_roi_align, multilevel_roi_align_sets
+from fastmrcnn.kernels.common.pooling import Asked
 from fastmrcnn.kernels.roi_align import cpu
 
 SCALES = [1 / stride for stride in STRIDES]
@@ -43,7 +44,8 @@ class _Reference(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         [boxes] = ctx.saved_tensors
-        grads = cpu.multilevel_roi_align_backward(grad, boxes, None, None, ctx.images, ctx.sizes, ctx.how)
+        asked = [Asked(boxes, None, None, ctx.how)]
+        grads = cpu.multilevel_roi_align_backward([grad], asked, ctx.images, ctx.sizes)
         return None, None, *grads
 
 
@@ -58,7 +60,7 @@ def traffic(features: list[Tensor], boxes: Tensor, how: cpu.Pooling) -> Traffic:
     flat = boxes.flatten(0, 1).double().cpu()
     ones = torch.ones(flat.shape[0], 1, *how.output_size, dtype=torch.float64)
     sizes = [(f.shape[2], f.shape[3]) for f in features]
-    touched = cpu.multilevel_roi_align_backward(ones, flat, None, None, images, sizes, how)
+    touched = cpu.multilevel_roi_align_backward([ones], [Asked(flat, None, None, how)], images, sizes)
     pixels = sum(int((part != 0).sum()) for part in touched)
     out = flat.shape[0] * channels * how.output_size[0] * how.output_size[1] * item
     return Traffic(
@@ -142,3 +144,57 @@ def test_roi_align_variants(
     run: Any, load: Workload, device: torch.device, bins: int, variant: str, which: str
 ) -> None:
     run(contest(load, device, bins, 0, True, variant), which)
+
+
+@lru_cache(maxsize=1)
+def contest_of_sets(load: Workload, device: torch.device) -> Contest:
+    """The box head's and the mask head's RoIs, whose gradients of the maps are made as one, or apart.
+
+    Outputs stand one after the other in memory, channels last, so that they are one tensor.
+    """
+    maps = feature_maps(load)
+    sets = ((7, rois(load, load.box_rois)), (14, rois(load, load.mask_rois)))
+    sizes = [load.images * boxes.shape[1] * load.channels * bins * bins for bins, boxes in sets]
+    gradient = torch.randn(sum(sizes), generator=generator(9)).to(load.dtype)
+    image = torch.arange(load.images, device=device).repeat_interleave(load.mask_rois)
+
+    def make_inputs(device: torch.device) -> Inputs:
+        leaves = [m.to(device).requires_grad_() for m in maps]
+        (_, first), (_, second) = sets
+        arguments = {"features": leaves, "boxes": first.to(device), "others": second.to(device).flatten(0, 1)}
+        return Inputs(arguments, leaves, gradient.to(device))
+
+    def joined(outs: list[Tensor]) -> Tensor:
+        return torch.cat([out.movedim(-3, -1).flatten() for out in outs])
+
+    def together(features: list[Tensor], boxes: Tensor, others: Tensor) -> Tensor:
+        asked = [RoiSet(boxes, 7), RoiSet(others, 14, batch_index=image)]
+        return joined(multilevel_roi_align_sets(features, asked, spatial_scales=SCALES, aligned=True))
+
+    def apart(features: list[Tensor], boxes: Tensor, others: Tensor) -> Tensor:
+        how: dict[str, Any] = {"spatial_scales": SCALES, "aligned": True}
+        first = multilevel_roi_align(features, boxes, 7, **how)
+        return joined([first, multilevel_roi_align(features, others, 14, batch_index=image, **how)])
+
+    def exact(features: list[Tensor], boxes: Tensor, others: Tensor) -> Tensor:
+        doubles = [f.double() for f in features]
+        second = others.unflatten(0, (load.images, -1))
+        return joined(
+            [roi_align_reference(doubles, b, bins, 0, True) for bins, b in ((7, boxes), (14, second))]
+        )
+
+    title = f"RoIAlign 7x7 and 14x14, {load.box_rois} and {load.mask_rois} RoIs an image, adaptive"
+    both = [traffic(maps, boxes, pooling(bins, 0, True)) for bins, boxes in sets]
+    moved = Traffic(
+        {f"{name} {i}": size for i, one in enumerate(both) for name, size in one.forward.items()},
+        {
+            **{f"{name} {i}": size for i, one in enumerate(both) for name, size in one.backward.items()},
+            "write gradients 1": 0,  # as those of the first
+        },
+    )
+    return Contest(title, make_inputs, together, exact, {"a call for each": apart}, moved)
+
+
+@pytest.mark.parametrize("which", ["backward", "both"])
+def test_roi_align_sets(run: Any, load: Workload, device: torch.device, which: str) -> None:
+    run(contest_of_sets(load, device), which)

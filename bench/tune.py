@@ -24,7 +24,7 @@ from torch import Tensor
 from workload import STRIDES, TRAINING, Workload, feature_maps, generator, masks, proposals, rois
 
 from fastmrcnn.kernels.common.launch import Launch
-from fastmrcnn.kernels.common.pooling import Pooling
+from fastmrcnn.kernels.common.pooling import Asked, Pooling
 from fastmrcnn.kernels.mask_loss import kernel as mask_loss
 from fastmrcnn.kernels.nms import kernel as nms
 from fastmrcnn.kernels.roi_align import backward, forward
@@ -89,16 +89,22 @@ def roi_align_trials(load: Workload, device: torch.device) -> Iterator[Trial]:
         )
         gradient = torch.randn(out.shape, generator=generator(9)).to(out)
         grads, (*finding, gather) = backward.launches(
-            gradient.contiguous(memory_format=torch.channels_last),
-            boxes, None, None, load.images, sizes, True, how,
+            [gradient.contiguous(memory_format=torch.channels_last)],
+            [Asked(boxes, None, None, how)], load.images, sizes, True,
         )  # fmt: skip
+
+        def find(finding: list[Launch] = finding) -> None:
+            finding[1].arguments["taken_ptr"].zero_()
+            for launch in finding:
+                launch.run()
+
         yield Trial(
             f"roi_align backward {bins}x{bins}",
             gather,
             {**blocks, "num_stages": [3, 5, 7]},
             lambda arguments, first=gather.grid[0]: grid(arguments, first),
             grads,
-            lambda finding=finding: [launch.run() for launch in finding],
+            find,
         )
 
 

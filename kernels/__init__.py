@@ -18,11 +18,13 @@ from .nms.op import batched_nms, nms, padded_nms
 from .patch import patch, unpatch
 from .polygon_targets.op import polygon_mask_targets
 from .roi_align.op import MultiScaleRoIAlign, multilevel_roi_align, roi_align
+from .roi_align.sets import RoiSet, multilevel_roi_align_sets
 from .roi_max.op import multilevel_roi_align_max, multilevel_roi_pool, multilevel_roi_warp, roi_pool
 
 __all__ = [
     "BoxMatches",
     "MultiScaleRoIAlign",
+    "RoiSet",
     "assign_levels",
     "batched_nms",
     "by_reference",
@@ -37,6 +39,7 @@ __all__ = [
     "match_boxes",
     "multilevel_roi_align",
     "multilevel_roi_align_max",
+    "multilevel_roi_align_sets",
     "multilevel_roi_pool",
     "multilevel_roi_warp",
     "nms",

@@ -141,7 +141,7 @@ class BoxHead(nn.Module):
             weights=self.delta_weights,
             score_threshold=self.score_threshold,
         )
-        kept, real = padded_nms(box, score, cls, valid, self.nms_iou, min(self.detections, count))
+        kept, real = padded_nms(box, score, cls.int(), valid, self.nms_iou, min(self.detections, count))
         return Detections(
             boxes=torch.where(real[..., None], take(box, kept), 0.0),
             scores=torch.where(real, take(score, kept), 0.0),

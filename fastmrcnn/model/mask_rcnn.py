@@ -13,7 +13,7 @@ from fastmrcnn.model.cascade import CascadeBoxHead
 from fastmrcnn.model.fpn import FeaturePyramid
 from fastmrcnn.model.keypoint_head import KeypointHead, with_keypoints
 from fastmrcnn.model.mask_head import MaskHead
-from fastmrcnn.model.roi_pooler import RoiPooler
+from fastmrcnn.model.roi_pooler import RoiPooler, WantedRois
 from fastmrcnn.model.rois import RoiSampler, pack_foreground
 from fastmrcnn.model.rpn import RegionProposalNetwork
 from fastmrcnn.model.subsample import SamplingKeys
@@ -100,28 +100,35 @@ class MaskRCNN(nn.Module):
 
         assert self.box_head is not None
         rois = self.sampler(proposals, targets, keys.rois)
-        pooled = self.box_features(features, rois.boxes, rois.valid)
-        losses |= self.box_losses(features, pooled, rois, targets, batch.sizes)
         counts["num_fg"] = rois.is_foreground.sum()
         most = self.sampler.foreground_slots
+        # All RoIs are known before any features are cut, so that their gradients can be made as one.
+        wanted = {"box": WantedRois(rois.boxes, rois.valid, self.box_head.resolution)}
         if self.mask_head is not None:
-            chosen = pack_foreground(rois, most, self.mask_head.slots_per_image)
+            of_mask = pack_foreground(rois, most, self.mask_head.slots_per_image)
+            counts["masks_dropped"] = counts["num_fg"] - of_mask.valid.sum()
             if self.res5 is None:
-                x = self.pooler(features, chosen.boxes, chosen.valid, self.mask_head.resolution, chosen.image)
-            else:
-                x = pooled.flatten(0, 1).index_select(0, chosen.slot)
-            losses["loss_mask"] = self.mask_head.loss_of_rois(x, chosen, batch, targets.masks)
-            counts["masks_dropped"] = counts["num_fg"] - chosen.valid.sum()
+                wanted["mask"] = of_mask.wanted(self.mask_head.resolution)
         if self.keypoint_head is not None:
             if targets.keypoints is None:
                 raise ValueError("a model with a keypoint head needs targets with keypoints")
             labelled = with_keypoints(rois, targets.keypoints)
-            chosen = pack_foreground(labelled, most, self.keypoint_head.slots_per_image)
-            x = self.pooler(features, chosen.boxes, chosen.valid, self.keypoint_head.resolution, chosen.image)
+            of_keypoints = pack_foreground(labelled, most, self.keypoint_head.slots_per_image)
+            counts["keypoints_dropped"] = labelled.is_foreground.sum() - of_keypoints.valid.sum()
+            wanted["keypoint"] = of_keypoints.wanted(self.keypoint_head.resolution)
+        x = dict(zip(wanted, self.pooler.together(features, list(wanted.values())), strict=True))
+
+        pooled = self.with_res5(x["box"])
+        losses |= self.box_losses(features, pooled, rois, targets, batch.sizes)
+        if self.mask_head is not None:
+            if self.res5 is not None:
+                x["mask"] = pooled.flatten(0, 1).index_select(0, of_mask.slot)
+            losses["loss_mask"] = self.mask_head.loss_of_rois(x["mask"], of_mask, batch, targets.masks)
+        if self.keypoint_head is not None:
+            assert targets.keypoints is not None
             losses["loss_keypoint"] = self.keypoint_head.loss(
-                self.keypoint_head(x), chosen, targets.keypoints
+                self.keypoint_head(x["keypoint"]), of_keypoints, targets.keypoints
             )
-            counts["keypoints_dropped"] = labelled.is_foreground.sum() - chosen.valid.sum()
         return Losses(**losses), Counts(**counts)
 
     @torch.no_grad()
@@ -197,8 +204,11 @@ class MaskRCNN(nn.Module):
     def box_features(self, features: list[Tensor], boxes: Tensor, valid: Tensor) -> Tensor:
         """What the box head reads of (N, S, 4) boxes: (N, S, C, side, side)."""
         assert self.box_head is not None
-        x = self.pooler(features, boxes, valid, self.box_head.resolution)
-        return x if self.res5 is None else self.res5(x.flatten(0, 1)).unflatten(0, valid.shape)
+        return self.with_res5(self.pooler(features, boxes, valid, self.box_head.resolution))
+
+    def with_res5(self, x: Tensor) -> Tensor:
+        """RoI features (N, S, C, side, side) after the stage that the heads share, if there is one."""
+        return x if self.res5 is None else self.res5(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
     def draw_keys(self, batch: Batch, generator: torch.Generator) -> SamplingKeys:
         """Fresh sampling keys for a batch, on the generator's device."""

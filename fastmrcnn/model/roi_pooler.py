@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from fastmrcnn.kernels import (
+    RoiSet,
     multilevel_roi_align,
     multilevel_roi_align_max,
+    multilevel_roi_align_sets,
     multilevel_roi_pool,
     multilevel_roi_warp,
 )
+
+
+class WantedRois(NamedTuple):
+    """Boxes whose features a head reads."""
+
+    boxes: Tensor  # (N, S, 4), or (T, 4) with their image
+    valid: Tensor  # (N, S) or (T,) bool
+    resolution: int  # side of their features
+    image: Tensor | None = None  # (T,)
 
 
 @dataclass(eq=False)
@@ -49,12 +60,7 @@ class RoiPooler:
         Slots that are not valid give zeros.
         """
         features = features[: len(self.scales)]
-        where: dict[str, Any] = {
-            "valid": valid,
-            "batch_index": image,
-            "spatial_scales": self.scales,
-            "canonical_size": self.canonical_size,
-        }
+        where: dict[str, Any] = {"valid": valid, "batch_index": image, **self.levels}
         if self.op == "pool":
             return multilevel_roi_pool(features, boxes, resolution, **where)
         where["sampling_ratio"] = self.sampling_ratio
@@ -62,3 +68,17 @@ class RoiPooler:
             return multilevel_roi_warp(features, boxes, resolution, mode=self.mode, **where)
         align = multilevel_roi_align if self.mode == "avg" else multilevel_roi_align_max
         return align(features, boxes, resolution, aligned=self.aligned, **where)
+
+    def together(self, features: Sequence[Tensor], wanted: Sequence[WantedRois]) -> list[Tensor]:
+        """What a call for each gives. RoIAlign makes the gradients of the maps of all of them as one."""
+        if len(wanted) == 1 or self.op != "align" or self.mode != "avg":
+            return [self(features, *one) for one in wanted]
+        sets = [
+            RoiSet(one.boxes, one.resolution, one.valid, one.image, self.sampling_ratio) for one in wanted
+        ]
+        features = features[: len(self.scales)]
+        return multilevel_roi_align_sets(features, sets, aligned=self.aligned, **self.levels)
+
+    @property
+    def levels(self) -> dict[str, Any]:
+        return {"spatial_scales": self.scales, "canonical_size": self.canonical_size}

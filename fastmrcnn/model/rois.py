@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmrcnn.model.matcher import match
+from fastmrcnn.model.roi_pooler import WantedRois
 from fastmrcnn.model.subsample import sample, take
 from fastmrcnn.structures import Proposals, SampledRois, Targets
 
@@ -22,6 +23,9 @@ class PackedRois(NamedTuple):
     classes: Tensor  # (T,) int64 in 0..K-1; 0 where not valid
     matched: Tensor  # (T,) int64, ground-truth slot of that image
     valid: Tensor  # (T,) bool
+
+    def wanted(self, resolution: int) -> WantedRois:
+        return WantedRois(self.boxes, self.valid, resolution, self.image)
 
 
 @dataclass(eq=False)

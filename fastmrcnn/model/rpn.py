@@ -156,7 +156,7 @@ class RegionProposalNetwork(nn.Module):
             scores.append(top)
             moves.append(take(delta, index))
             references.append(take(anchor[None].expand(logits.shape[0], -1, -1), index))
-            levels.append(torch.full_like(index, level))
+            levels.append(torch.full_like(index, level, dtype=torch.int32))
         score = torch.cat(scores, 1)
         box, valid = decode_boxes(
             torch.cat(moves, 1), torch.cat(references, 1), sizes, scores=score, min_side=self.min_box_side

@@ -18,6 +18,7 @@ from fastmrcnn.detection.detector import Detector, load
 from fastmrcnn.detection.draw import draw_objects
 from fastmrcnn.evaluation.run import annotated_objects
 from fastmrcnn.files import make_folder, replacing, write_json
+from fastmrcnn.model.mask_rcnn import MaskRCNN
 
 SHOWN = (2, 3)  # validation images, counted from 0
 SIDE = 320  # of a picture, in pixels
@@ -55,9 +56,12 @@ def keep_features(run: Path, path: Path) -> None:
     dataset = read_split(detector.card.config, "val")
     record = dataset.records[SHOWN[0]]
     pixels = read_image(record)[0]
-    maps, scale = features(detector, pixels)
+    model = detector.model
+    assert isinstance(model, MaskRCNN)
+    maps, scale = features(detector, model, pixels)
     box = largest_box(dataset, SHOWN[0]) * scale
-    stride = detector.model.rpn.anchors.strides[0] if detector.model.rpn is not None else 16
+    assert model.rpn is not None
+    stride = model.rpn.anchors.strides[0]
     x0, y0, x1, y1 = (int(value) for value in np.round(box / stride))
     inside = maps[:, y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)].mean(axis=(1, 2))
     chosen = int(np.argmax((inside - maps.mean(axis=(1, 2))) / (maps.std(axis=(1, 2)) + 1e-6)))
@@ -71,12 +75,14 @@ def keep_features(run: Path, path: Path) -> None:
     write_json(path, tree)
 
 
-def features(detector: Detector, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], float]:
+def features(
+    detector: Detector, model: MaskRCNN, pixels: NDArray[np.uint8]
+) -> tuple[NDArray[np.float32], float]:
     """(C, h, w) of the one map, and input pixels for each pixel of the image."""
     data = detector.card.config.data
     batch, _ = prepare_images([pixels], data.short_side_test, data.long_side_max)
     with torch.no_grad():
-        found = detector.model.features(batch)[0][0]
+        found = model.features(batch)[0][0]
     return found.float().numpy(), float(batch.sizes[0, 1]) / pixels.shape[1]
 
 

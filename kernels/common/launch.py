@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -137,6 +137,15 @@ class Launch:
             self.options,
             widest_load,
         )
+
+
+def coded(sizes: Iterable[int]) -> tuple[int, ...]:
+    """Sizes that change from call to call, as a kernel takes them in a tuple: there `code >> 2` is the size.
+
+    Triton compiles a kernel anew for each pattern of 1s and of multiples of 16 in a tuple, whatever its
+    `do_not_specialize` says. A code is neither.
+    """
+    return tuple(4 * size + 2 for size in sizes)
 
 
 def plain(tensor: Tensor) -> Tensor:

@@ -32,6 +32,15 @@ class Pooling(NamedTuple):
         return list(self.output_size), *self[1:]
 
 
+class Asked(NamedTuple):
+    """RoIs, and how to pool them."""
+
+    boxes: Tensor  # (R, 4) xyxy in input pixels
+    batch_index: Tensor | None  # (R,) image of each, of any dtype; None: each image has R / N boxes in turn
+    valid: Tensor | None  # (R,) bool; None: all
+    how: Pooling
+
+
 POOLING_SCHEMA = (
     "SymInt[] output_size, float[] spatial_scales, SymInt sampling_ratio, bool aligned, "
     "float canonical_size, SymInt canonical_level, SymInt k_min"

@@ -175,7 +175,7 @@ def _edges_before(edges_of_column_ptr, slot, width, left, column, BLOCK: tl.cons
     return tl.sum(total, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width"])
 def _count_kernel(
     masks_ptr,  # (D, SIDE, SIDE) floating point
     boxes_ptr,  # (D, 4) floating point xyxy
@@ -208,7 +208,7 @@ def _count_kernel(
         tl.store(edges_of_column_ptr + slot * width + column, count, mask=column < right)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "max_runs"])
 def _ends_kernel(
     masks_ptr,  # as in `_count_kernel`
     boxes_ptr,
@@ -248,7 +248,7 @@ def _ends_kernel(
             before += tl.sum(edges, axis=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "max_runs"])
 def _lengths_kernel(
     boxes_ptr,  # as in `_count_kernel`
     sizes_ptr,

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.bitmaps import Bitmaps, Sampling
-from ..common.launch import CompileSpec, Launch, plain
+from ..common.launch import CompileSpec, Launch, coded, plain
 from ..common.library import sum_dtype
 from .sampling import target_pixels
 
@@ -44,7 +44,7 @@ def bitmap_arguments(
     return {
         "rois": rois,
         "bitmaps": tuple(plain(table) for table in bitmaps),
-        "limits": (bitmaps.buffer.numel(), images, objects, *how.image_shape),
+        "limits": coded((bitmaps.buffer.numel(), images, objects, *how.image_shape)),
         "SAMPLES": how.sampling_ratio,
         "ALIGNED": how.aligned,
         "POSITION": TRITON_DTYPE[sum_dtype(boxes)],

@@ -15,7 +15,7 @@ import triton.language as tl
 def target_pixels(
     rois,  # boxes (F, 4), image (F,), matched (F,), valid (F,) uint8 or None
     bitmaps,  # buffer (B,), offset (N, G), window (N, G, 4), affine (N, 2, 3), size (N, 2), image size (N, 2)
-    limits,  # B, N, G, height and width of the input
+    limits,  # B, N, G, height and width of the input, coded
     slot,
     pixel,  # (P,) int32, row by row
     mask,  # (P,)
@@ -25,7 +25,8 @@ def target_pixels(
     DTYPE: tl.constexpr,
 ):
     """(P,) share of each mask pixel that is covered. Only what lies within the tables is read."""
-    buffer_size, images, objects, input_height, input_width = limits
+    buffer_size, images, objects = limits[0] >> 2, limits[1] >> 2, limits[2] >> 2
+    input_height, input_width = limits[3] >> 2, limits[4] >> 2
     boxes_ptr, image_ptr, matched_ptr, valid_ptr = rois
     buffer_ptr, offset_ptr, window_ptr, affine_ptr, size_ptr, image_size_ptr = bitmaps
     x1 = tl.load(boxes_ptr + slot * 4).to(DTYPE)

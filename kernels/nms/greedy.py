@@ -13,18 +13,17 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["slots"])
 def greedy_kernel(
-    boxes_ptr,  # (4, slots) fp32, sorted by run, then falling score, as all that follows
+    boxes_ptr,  # (tiles * TILE, 4) fp32, sorted by run, then falling score, as all that follows; then zeros
     run_ptr,  # (slots,) int64, rising; bit 32 is set in slots that are not valid
-    group_ptr,  # (slots,) int64, read if HAS_GROUPS
-    rank_ptr,  # (slots,) int64, place by image and falling score, read if HAS_GROUPS
-    first_tile_ptr,  # (tiles,) int64, where the run of a tile's first slot begins
+    begin_ptr,  # (slots,) int64, the first slot of the run
+    group_ptr,  # (slots,) int64, compared too; or None where a run has one group
+    rank_ptr,  # (slots,) int64, place by image and falling score; or None, where that is the slot
     keep_ptr,  # (slots,) uint8, written, by image and falling score
     survivors_ptr,  # (tiles,) int64, written, bit by bit the survivors of a tile
     begun_ptr,  # (1,) int32, zero; how many tiles have begun
     done_ptr,  # (tiles,) int32, zero; 1 when a tile's survivors are written
     slots,
     threshold,
-    HAS_GROUPS: tl.constexpr,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -37,23 +36,20 @@ def greedy_kernel(
     bit = tl.full((TILE,), 1, tl.int64) << lane
     slot = tile * TILE + lane
     inside = slot < slots
-    run = tl.load(run_ptr + slot, mask=inside, other=-1)
-    valid = ((run >> 32) & 1) == 0
+    valid = ((tl.load(run_ptr + slot, mask=inside, other=-1) >> 32) & 1) == 0
     candidates = tl.sum(tl.where(valid, bit, 0), axis=0)
     survivors = candidates
     if candidates != 0:
-        within = _overlapping(
-            boxes_ptr, run_ptr, group_ptr, tile, tile, slots, threshold, HAS_GROUPS, TILE, ROWS
-        )
+        within = _overlapping(boxes_ptr, begin_ptr, group_ptr, tile, tile, slots, threshold, TILE, ROWS)
         within = within & (bit - 1)  # only better boxes drop a box
 
-        start = tl.load(first_tile_ptr + tile)
+        start = tl.load(begin_ptr + tile * TILE) // TILE
         if (candidates & 1) == 0:
             start = tile  # not valid slots end an image: behind them a new run begins within this tile
         dropped = tl.zeros((TILE,), tl.int64)
         for other in range(start, tile):
             overlapping = _overlapping(
-                boxes_ptr, run_ptr, group_ptr, other, tile, slots, threshold, HAS_GROUPS, TILE, ROWS
+                boxes_ptr, begin_ptr, group_ptr, other, tile, slots, threshold, TILE, ROWS
             )
             while tl.atomic_add(done_ptr + other, 0, sem="acquire") == 0:
                 pass
@@ -74,58 +70,103 @@ def greedy_kernel(
     tl.debug_barrier()
     tl.atomic_xchg(done_ptr + tile, 1, sem="release")
     place = slot
-    if HAS_GROUPS:
+    if rank_ptr is not None:
         place = tl.load(rank_ptr + slot, mask=inside, other=0)
     tl.store(keep_ptr + place, ((survivors >> lane) & 1).to(tl.uint8), mask=inside)
 
 
 @triton.jit
 def _overlapping(
+    boxes_ptr, begin_ptr, group_ptr, row_tile, tile, slots, threshold, TILE: tl.constexpr, ROWS: tl.constexpr
+):
+    """(TILE,) int64, bit by bit the boxes of `row_tile` of the same run that overlap each box of `tile`.
+
+    inter / union > threshold is told without dividing, unless a pair of the tiles is so close to the
+    threshold that rounding decides: then all of them are divided.
+    """
+    bits, close = _compare(
+        boxes_ptr, begin_ptr, group_ptr, row_tile, tile, slots, threshold, TILE, ROWS, False
+    )
+    if tl.max(close, axis=0) != 0:
+        bits, close = _compare(
+            boxes_ptr, begin_ptr, group_ptr, row_tile, tile, slots, threshold, TILE, ROWS, True
+        )
+    return bits
+
+
+@triton.jit
+def _compare(
     boxes_ptr,
-    run_ptr,
+    begin_ptr,
     group_ptr,
     row_tile,
     tile,
     slots,
     threshold,
-    HAS_GROUPS: tl.constexpr,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
+    DIVIDE: tl.constexpr,
 ):
-    """(TILE,) int64, bit by bit the boxes of `row_tile` that overlap each box of `tile`."""
+    """The bits of `_overlapping`; and (TILE,) int32, not 0 where they may be wrong for want of a division."""
     column = tile * TILE + tl.arange(0, TILE)
-    x1, y1, x2, y2, run = _load(boxes_ptr, run_ptr, column, slots)
+    x1, y1, x2, y2 = _sides(boxes_ptr, column)
     area = (x2 - x1) * (y2 - y1)
-    group = run
-    if HAS_GROUPS:
+    # Of the rows of this tile, the first that is of the same run. (Beyond the end no row is before a box.)
+    first_of_run = tl.load(begin_ptr + column, mask=column < slots, other=0) - row_tile * TILE
+    first_of_run = tl.maximum(first_of_run, 0).to(tl.int32)
+    if group_ptr is not None:
         group = tl.load(group_ptr + column, mask=column < slots, other=0)
-    bits = tl.zeros((ROWS, TILE), tl.int64)
-    for first in range(0, TILE, ROWS):
-        lane = first + tl.arange(0, ROWS)
-        row = row_tile * TILE + lane
-        a1, b1, a2, b2, row_run = _load(boxes_ptr, run_ptr, row, slots)
-        width = tl.minimum(a2[:, None], x2[None, :]) - tl.maximum(a1[:, None], x1[None, :])
-        height = tl.minimum(b2[:, None], y2[None, :]) - tl.maximum(b1[:, None], y1[None, :])
-        inter = tl.maximum(width, 0.0) * tl.maximum(height, 0.0)
-        row_area = (a2 - a1) * (b2 - b1)
-        union = row_area[:, None] + area[None, :] - inter
-        # Boxes that do not meet have an IoU of 0 or NaN, above no threshold. They are most of the pairs, and
-        # a dividend of 0 would take the slow path of IEEE division.
-        meet = inter > 0
-        iou = tl.div_rn(tl.where(meet, inter, 1.0), tl.where(meet, union, 1.0))
-        over = meet & (iou > threshold) & (row_run[:, None] == run[None, :])
-        if HAS_GROUPS:
-            row_group = tl.load(group_ptr + row, mask=row < slots, other=0)
-            over = over & (row_group[:, None] == group[None, :])
-        bits = bits | tl.where(over, (tl.full((ROWS,), 1, tl.int64) << lane)[:, None], 0)
-    return tl.sum(bits, axis=0)
+    close = tl.zeros((ROWS, TILE), tl.int32)
+    for half in tl.static_range(2):  # a word of 32 bits each
+        bits = tl.zeros((ROWS, TILE), tl.uint32)
+        for first in range(0, 32, ROWS):
+            place = first + tl.arange(0, ROWS)
+            lane = half * 32 + place
+            a1, b1, a2, b2 = _sides(boxes_ptr + row_tile * (TILE * 4), lane)
+            width = tl.minimum(a2[:, None], x2[None, :]) - tl.maximum(a1[:, None], x1[None, :])
+            height = tl.minimum(b2[:, None], y2[None, :]) - tl.maximum(b1[:, None], y1[None, :])
+            inter = tl.maximum(width, 0.0) * tl.maximum(height, 0.0)
+            row_area = (a2 - a1) * (b2 - b1)
+            union = row_area[:, None] + area[None, :] - inter
+            # Boxes that do not meet have an IoU of 0 or NaN, above no threshold. They are most of the pairs.
+            meet = (inter > 0) & (lane[:, None] >= first_of_run[None, :])
+            if DIVIDE:  # a dividend of 0 would take the slow path of IEEE division
+                iou = tl.div_rn(tl.where(meet, inter, 1.0), tl.where(meet, union, 1.0))
+                over = meet & (iou > threshold)
+            else:
+                over, undecided = above(inter, union, threshold)
+                over = meet & over
+                close = close | (meet & undecided).to(tl.int32)
+            if group_ptr is not None:
+                row = row_tile * TILE + lane
+                row_group = tl.load(group_ptr + row, mask=row < slots, other=0)
+                over = over & (row_group[:, None] == group[None, :])
+            bits = bits | tl.where(over, (tl.full((ROWS,), 1, tl.uint32) << place)[:, None], 0)
+        if half == 0:
+            low = tl.sum(bits, axis=0).to(tl.int64)
+        else:
+            high = tl.sum(bits, axis=0).to(tl.int64)
+    return low | (high << 32), tl.max(close, axis=0)
 
 
 @triton.jit
-def _load(boxes_ptr, run_ptr, slot, slots):
-    inside = slot < slots
-    x1 = tl.load(boxes_ptr + slot, mask=inside, other=0.0)
-    y1 = tl.load(boxes_ptr + tl.cast(slots, tl.int64) + slot, mask=inside, other=0.0)
-    x2 = tl.load(boxes_ptr + tl.cast(slots, tl.int64) * 2 + slot, mask=inside, other=0.0)
-    y2 = tl.load(boxes_ptr + tl.cast(slots, tl.int64) * 3 + slot, mask=inside, other=0.0)
-    return x1, y1, x2, y2, tl.load(run_ptr + slot, mask=inside, other=-1)
+def above(inter, union, threshold):
+    """Whether inter / union, rounded to float32, is above the threshold; and whether that is undecided.
+
+    For 0 < inter <= union, which holds of two boxes that meet, and a threshold of at least 0. Union may be
+    infinite or NaN, which the quotient is not above; both are decided, or a division is asked for.
+
+    What is computed is off by less than 2**-23 of threshold * union, or by a step of float32 where that is
+    beyond its normal numbers. The margin is 2**-20 of it and more. Beyond it the quotient differs from the
+    threshold by more than half a step, and is rounded to the same side. 2**-120 of union is for quotients
+    that would be rounded to 0, 2**-126 for products that are beyond the normal numbers.
+    """
+    distance = tl.fma(union, -threshold, inter)
+    margin = tl.fma(union, threshold * 9.5367431640625e-7 + 7.52316384526264e-37, 1.1754943508222875e-38)
+    return distance > 0, tl.abs(distance) <= margin
+
+
+@triton.jit
+def _sides(boxes_ptr, slot):
+    at = boxes_ptr + slot * 4
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)

@@ -22,7 +22,7 @@ from .cpu import round_down_to_float32
 from .greedy import greedy_kernel
 
 TILE = 64  # as many as an int64 has bits
-ROWS = 4  # of a tile, compared at once; 8 spill registers on sm_100
+ROWS = 4  # of a tile, compared at once; half of them with wide groups, where 4 spill registers on sm_100
 COMPACT_BLOCK = 2048
 KEY_BLOCK = 1024
 
@@ -104,31 +104,34 @@ def _launches(
     # run; the kernel compares their whole values.
     run = key >> 32 << 32
     rank = order = by_score
+    grouped = groups is not None
     if groups is not None:
         # Widened first: a narrower one that is negative would set the bits of the image too.
         group_by_score = groups.reshape(slots).long().index_select(0, by_score)
         run, rank = (run | (group_by_score & 0xFFFFFFFF)).sort(stable=True)
         order = by_score.index_select(0, rank)
-        groups = group_by_score.index_select(0, rank)
+        # A narrower group is in its run as a whole.
+        groups = group_by_score.index_select(0, rank) if groups.dtype.itemsize == 8 else None
     tiles = triton.cdiv(slots, TILE)
+    sorted_boxes = boxes.new_zeros((tiles * TILE, 4), dtype=torch.float32)
+    torch.index_select(boxes.float(), 0, order, out=sorted_boxes[:slots])
 
     keep = boxes.new_empty((slots,), dtype=torch.uint8)
     begun, done = boxes.new_zeros((tiles + 1,), dtype=torch.int32).split([1, tiles])
     greedy = {
-        "boxes_ptr": boxes.float().t().index_select(1, order),
+        "boxes_ptr": sorted_boxes,
         "run_ptr": run,
+        "begin_ptr": torch.searchsorted(run, run),
         "group_ptr": groups,
-        "rank_ptr": rank,
-        "first_tile_ptr": torch.searchsorted(run, run[::TILE].contiguous()) // TILE,
+        "rank_ptr": rank if grouped else None,
         "keep_ptr": keep,
         "survivors_ptr": boxes.new_empty((tiles,), dtype=torch.int64),
         "begun_ptr": begun,
         "done_ptr": done,
         "slots": slots,
         "threshold": round_down_to_float32(iou_threshold),
-        "HAS_GROUPS": groups is not None,
         "TILE": TILE,
-        "ROWS": TILE if interpreting() else ROWS,
+        "ROWS": 32 if interpreting() else ROWS if groups is None else ROWS // 2,
     }
     # Without fusion the rounding of every step is torchvision's.
     yield Launch(greedy_kernel, (tiles,), greedy, options={"enable_fp_fusion": False})
@@ -159,16 +162,26 @@ def compile_specs() -> list[CompileSpec]:
     kept_valid = index.new_empty(index.shape, dtype=torch.bool)
     valid = index.new_empty((images, per_image), dtype=torch.bool)
     specs = []
-    for name, dtype, grouped in (("fp32", torch.float32, False), ("bf16", torch.bfloat16, True)):
+    for name, dtype, group in (
+        ("fp32", torch.float32, None),
+        ("bf16", torch.bfloat16, torch.int32),
+        ("wide groups", torch.float32, torch.int64),
+    ):
+        grouped = group is not None
         boxes = valid.new_empty((images, per_image, 4), dtype=dtype)
-        groups = valid.new_empty(valid.shape, dtype=torch.int64) if grouped else None
+        groups = None if group is None else valid.new_empty(valid.shape, dtype=group)
         keys, greedy, compact = _launches(
             boxes, boxes[..., 0], groups, valid, 0.7, index, kept_valid, only_finite=True
         )
-        specs.append(keys.spec("nms keys", name, slots * (5 * dtype.itemsize + 1 + 8), 0))
-        moved = slots * (16 + 8 + 1 + (16 if grouped else 0))
+        if name != "wide groups":  # as fp32
+            specs.append(keys.spec("nms keys", name, slots * (5 * dtype.itemsize + 1 + 8), 0))
+        moved = slots * (16 + 8 + 8 + 1 + (0 if group is None else 8 if group == torch.int32 else 16))
         operations = 14 * slots * (in_group if grouped else per_image) // 2  # of one IoU, for all pairs
-        specs.append(greedy.spec("nms greedy", "groups" if grouped else "one group", moved, operations))
+        specs.append(
+            greedy.spec(
+                "nms greedy", {"fp32": "one group", "bf16": "groups"}.get(name, name), moved, operations
+            )
+        )
     moved = slots * 1 + images * max_out * (8 + 8 + 1)
     return [*specs, compact.spec("nms compact", "", moved, 0)]
 

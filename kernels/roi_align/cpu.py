@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.library import sum_dtype
-from ..common.pooling import Pooling
+from ..common.pooling import Asked, Pooling
 from .entries import Entries, entry_groups, transpose
 from .rois import locate
 
@@ -49,23 +49,31 @@ def multilevel_roi_align(
 
 
 def multilevel_roi_align_backward(
-    grad: Tensor,
-    boxes: Tensor,
-    batch_index: Tensor | None,
-    valid: Tensor | None,
-    num_images: int,
-    sizes: list[tuple[int, int]],
-    how: Pooling,
+    out_grads: list[Tensor], asked: list[Asked], num_images: int, sizes: list[tuple[int, int]]
 ) -> list[Tensor]:
-    """Gradient of `multilevel_roi_align` with respect to the features.
+    """Gradient with respect to the features of what was pooled of them, in one or several sets of RoIs.
 
     Args:
-        grad: (R, C, oh, ow).
+        out_grads: of each set, (R, C, oh, ow).
         sizes: height and width of each level.
 
     Returns:
-        Of each level, (N, C, Hl, Wl) in the dtype of `grad`.
+        Of each level, (N, C, Hl, Wl) in the dtype of the gradients.
     """
+    first = out_grads[0]
+    table = _pixel_gradients(first, asked[0], num_images, sizes)
+    for grad, one in zip(out_grads[1:], asked[1:], strict=True):
+        table += _pixel_gradients(grad, one, num_images, sizes)
+    rows = [num_images * height * width for height, width in sizes]
+    return [
+        part.view(num_images, height, width, first.shape[1]).permute(0, 3, 1, 2).to(first.dtype)
+        for part, (height, width) in zip(table.split(rows), sizes, strict=True)
+    ]
+
+
+def _pixel_gradients(grad: Tensor, asked: Asked, num_images: int, sizes: list[tuple[int, int]]) -> Tensor:
+    """(P, C) of all pixels of all levels, from one set."""
+    boxes, batch_index, valid, how = asked
     channels = grad.shape[1]
     dtype = sum_dtype(grad)
     pixels = num_images * sum(height * width for height, width in sizes)
@@ -76,11 +84,7 @@ def multilevel_roi_align_backward(
         bins = torch.where(rois.real[:, None, None], bins, 0)  # NaN times no weight would be NaN
         for group, entries in entry_groups(rois, sizes, how):
             table += _sum_rows(bins[group].flatten(0, 1), transpose(entries, pixels))
-    rows = [num_images * height * width for height, width in sizes]
-    return [
-        part.view(num_images, height, width, channels).permute(0, 3, 1, 2).to(grad.dtype)
-        for part, (height, width) in zip(table.split(rows), sizes, strict=True)
-    ]
+    return table
 
 
 def _sum_rows(table: Tensor, entries: Entries) -> Tensor:

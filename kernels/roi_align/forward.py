@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..common.launch import Launch, Target, target_of
 from ..common.pooling import Pooling, empty_pooled
-from .geometry import axis, bins_of, level_of, load_boxes, scale_of, select, touched, weights
+from .geometry import axis, bins_of, level_of, load_boxes, scale_of, select, size_of, touched, weights
 from .launch import (
     bin_arguments,
     box_arguments,
@@ -19,6 +19,8 @@ from .launch import (
     level_arguments,
     parts_of,
     product_arguments,
+    slots_of,
+    stride_arguments,
     two_programs,
 )
 
@@ -45,7 +47,7 @@ def launch(
     arguments = {
         "maps": tuple(features),
         "out_ptr": out,
-        **{f"map_{axis}": tuple(f.stride(i) for f in features) for i, axis in enumerate("ncyx")},
+        **stride_arguments(features, layout),
         **{f"out_{axis}": out.stride(i) for i, axis in enumerate("rcij")},
         **box_arguments(boxes, batch_index, valid),
         **bin_arguments(how, [(f.shape[2], f.shape[3]) for f in features]),
@@ -54,23 +56,24 @@ def launch(
         "num_images": images,
         "channels": channels,
         "LAYOUT": layout,
-        **product_arguments(config, how),
+        "SLOTS": slots_of(how),
+        **product_arguments(config),
     }
     grid = (rois * parts_of(how), triton.cdiv(channels, config.block_c))
     return out, Launch(_roi_align_kernel, grid, arguments, config.num_warps, config.options)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rois_per_image", "num_images"])
 def _roi_align_kernel(
     maps,  # of each level, (N, C, Hl, Wl)
     boxes_ptr,  # (R, 4) xyxy
     batch_ptr,  # (R,) image of each box, any dtype
     valid_ptr,  # (R,) uint8
     out_ptr,  # (R, C, OH, OW)
-    map_n, map_c, map_y, map_x,  # strides of each level
+    map_n, map_c, map_y, map_x,  # strides of each level, coded; None where LAYOUT tells them
     stride_roi, stride_coordinate, stride_batch,
     out_r, out_c, out_i, out_j,
-    heights, widths,  # of each level
+    heights, widths,  # of each level, coded
     rois_per_image, num_images, channels,
     OH: tl.constexpr, OW: tl.constexpr,
     PART_H: tl.constexpr, PART_W: tl.constexpr,  # bins of a program, at most TILE along a side
@@ -89,8 +92,8 @@ def _roi_align_kernel(
     )  # fmt: skip
     level = level_of(x1, y1, x2, y2, len(SCALES), AREA)
     scale = scale_of(level, x1, SCALES)
-    height = select(heights, level, level * 0 + heights[0])
-    width = select(widths, level, level * 0 + widths[0])
+    height = size_of(heights, level)
+    width = size_of(widths, level)
     start_y, bin_y, step_y, samples_y = axis(y1, y2, scale, OH, SAMPLES, ALIGNED)
     start_x, bin_x, step_x, samples_x = axis(x1, x2, scale, OW, SAMPLES, ALIGNED)
     top, bottom = touched(start_y, bin_y, step_y, samples_y, height, first_i, last_i)
@@ -109,11 +112,11 @@ def _roi_align_kernel(
         map_ptr += wide_image * height * width * channels
         map_channel, stride_y, stride_x = channel.to(tl.int64) * height * width, width, 1
     else:
-        zero = wide_image * 0
-        map_ptr += wide_image * select(map_n, level, zero + map_n[0])
-        map_channel = channel * select(map_c, level, zero + map_c[0])
-        stride_y = select(map_y, level, zero + map_y[0])
-        stride_x = select(map_x, level, zero + map_x[0])
+        wide_level = level.to(tl.int64)
+        map_ptr += wide_image * size_of(map_n, wide_level)
+        map_channel = channel * size_of(map_c, wide_level)
+        stride_y = size_of(map_y, wide_level)
+        stride_x = size_of(map_x, wide_level)
 
     side = tl.arange(0, TILE)
     flat = tl.arange(0, TILE * TILE)

@@ -21,6 +21,12 @@ def select(values, level, first):
 
 
 @triton.jit
+def size_of(codes, level):
+    """Of a level, from what `coded` makes of the sizes of all."""
+    return select(codes, level, level * 0 + codes[0]) >> 2
+
+
+@triton.jit
 def axis(low, high, scale, BINS: tl.constexpr, SAMPLES: tl.constexpr, ALIGNED: tl.constexpr):
     """Start, length of a bin, distance of its samples, and samples per bin, in pixels of the level."""
     if ALIGNED:
@@ -135,14 +141,15 @@ def weights(line, bins, start, length, step, size, SAMPLES: tl.constexpr, SLOTS:
 def tile_of(index, heights, widths, first_tiles, TILE: tl.constexpr):
     """Level of a tile, height and width of its map, image, and the tile's first row and column.
 
-    `first_tiles` is the index of the first tile of each level: those of the coarsest come first.
+    Heights and widths of the levels are coded, and so are `first_tiles`, the index of the first tile of
+    each: those of the coarsest come first.
     """
     level = index * 0
     for coarser in tl.static_range(1, len(heights)):
-        level = tl.where(index < first_tiles[coarser - 1], coarser, level)
-    height = select(heights, level, level * 0 + heights[0])
-    width = select(widths, level, level * 0 + widths[0])
-    local = index - select(first_tiles, level, level * 0 + first_tiles[0])
+        level = tl.where(index < first_tiles[coarser - 1] >> 2, coarser, level)
+    height = size_of(heights, level)
+    width = size_of(widths, level)
+    local = index - size_of(first_tiles, level)
     columns = (width + TILE - 1) // TILE
     tiles = (height + TILE - 1) // TILE * columns
     y0 = local % tiles // columns * TILE

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.launch import H100, CompileSpec, Target
-from ..common.pooling import Pooling, memory_format
+from ..common.launch import H100, CompileSpec, Launch, Target
+from ..common.pooling import Asked, Pooling, empty_maps, memory_format
 from . import backward, forward
 
 
@@ -30,23 +30,33 @@ def multilevel_roi_align(
     return out
 
 
-def multilevel_roi_align_backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
-    """Arguments as of `backward.launches`. Three launches, and four bytes for a tile and RoI of its image."""
-    grads, launches = backward.launches(grad, *arguments)
-    if grads[0].numel() == 0:
-        return grads
-    if grad.shape[0] == 0:
-        return [part.zero_() for part in grads]
-    for launch in launches:
-        launch.run()
+def multilevel_roi_align_backward(
+    out_grads: list[Tensor],
+    asked: list[Asked],
+    num_images: int,
+    sizes: list[tuple[int, int]],
+    channels_last: bool,
+) -> list[Tensor]:
+    """See `cpu.multilevel_roi_align_backward`. Two launches for each set of RoIs, and one for all.
+
+    It takes, beside the gradients, four bytes for an RoI and tile of the largest map, and a bit for an RoI
+    and tile of its image, or of all images where RoIs name theirs.
+    """
+    if not any(grad.shape[0] for grad in out_grads):
+        return [part.zero_() for part in empty_maps(out_grads[0], num_images, sizes, channels_last)]
+    grads, launches = backward.launches(out_grads, asked, num_images, sizes, channels_last)
+    if grads[0].numel() > 0:
+        for launch in launches:
+            launch.run()
     return grads
 
 
 def compile_specs(target: Target = H100) -> list[CompileSpec]:
     """P2-P5 of 8 images at 800x1344, C=256: 512 RoIs of 7x7 and 128 of 14x14 an image.
 
-    The least bytes count every map once, which is what RoIs that cover the maps must read; the least
-    operations are those of the two products of Wy, patch and Wx for RoIs of 16x16 pixels.
+    Backward of both, too, where the 14x14 are 48 an image and packed, as they are in a step. The least bytes
+    count every map once, which is what RoIs that cover the maps must read; the least operations are those of
+    the two products of Wy, patch and Wx for RoIs of 16x16 pixels.
     """
     images, channels, sizes = 8, 256, [(200, 336), (100, 168), (50, 84), (25, 42)]
     specs = []
@@ -60,37 +70,48 @@ def compile_specs(target: Target = H100) -> list[CompileSpec]:
                 "memory_format": memory_format(channels_last),
             }
             maps = [torch.empty((images, channels, *size), **like) for size in sizes]
-            for bins, per_image in ((7, 512), (14, 128)):
+            maps_bytes = sum(t.nbytes for t in maps)
+
+            def pooled(bins: int, per_image: int, packed: bool, like: Any = like) -> tuple[Tensor, Asked]:
                 rois = images * per_image
                 how = Pooling((bins, bins), [1 / 4, 1 / 8, 1 / 16, 1 / 32], 0, True, 224.0, 4, 2)
                 boxes = torch.empty((rois, 4), device="meta")
+                image = torch.empty((rois,), dtype=torch.int64, device="meta") if packed else None
                 valid = torch.empty((rois,), dtype=torch.bool, device="meta")
-                grad = torch.empty((rois, channels, bins, bins), **like)
-                _, pool = forward.launch(maps, boxes, None, valid, how, target)
-                _, (find, write, gather) = backward.launches(
-                    grad, boxes, None, valid, images, sizes, channels_last, how, target
-                )
-                moved = sum(t.nbytes for t in [*maps, grad, boxes])
-                flops = 2 * rois * channels * (bins * 16 * 16 + bins * bins * 16)
+                return torch.empty((rois, channels, bins, bins), **like), Asked(boxes, image, valid, how)
+
+            def gradient(
+                *sets: tuple[Tensor, Asked], last: bool = channels_last
+            ) -> tuple[list[Launch], int, int]:
+                """Its launches, the least bytes and the least operations of the last."""
+                grads, asked = [grad for grad, _ in sets], [one for _, one in sets]
+                _, launches = backward.launches(grads, asked, images, sizes, last, target)
+                return launches, sum(g.nbytes for g in grads), sum(map(_least_flops, grads))
+
+            for bins, per_image in ((7, 512), (14, 128)):
+                grad, asked = pooled(bins, per_image, False)
                 size = f"{bins}x{bins}"
+                _, pool = forward.launch(maps, *asked, target)
+                (find, write, gather), read, flops = gradient((grad, asked))
+                moved = maps_bytes + read + asked.boxes.nbytes
                 specs.append(pool.spec(f"roi_align forward {size}", variant, moved, flops, widest))
                 specs.append(gather.spec(f"roi_align backward {size}", variant, moved, flops, widest))
                 if channels_last:  # a head that flattens its features hands back such a gradient
-                    _, (*_, gather) = backward.launches(
-                        grad.contiguous(), boxes, None, valid, images, sizes, True, how, target
-                    )
+                    (*_, gather), *_ = gradient((grad.contiguous(), asked))
                     flat = f"{variant}, nchw gradient"
                     specs.append(gather.spec(f"roi_align backward {size}", flat, moved, flops))
-            moved = boxes.nbytes + find.arguments["hits_ptr"].nbytes
-            specs.append(find.spec("roi_align backward hits", variant, moved, 0))
-            moved = find.arguments["hits_ptr"].nbytes
-            specs.append(write.spec("roi_align backward lists", variant, moved, 0))
-            index = torch.empty((rois,), dtype=torch.int64, device="meta")
-            _, (find, write, _) = backward.launches(
-                grad, boxes, index, valid, images, sizes, channels_last, how, target
-            )
-            hits = find.arguments["hits_ptr"].nbytes
-            packed = f"{variant}, packed"
-            specs.append(find.spec("roi_align backward hits", packed, boxes.nbytes + hits, 0))
-            specs.append(write.spec("roi_align backward lists", packed, hits, 0))
+            both = pooled(7, 512, False), pooled(14, 48, True)
+            (*_, packed_find, packed_write, gather), read, flops = gradient(*both)
+            moved = maps_bytes + read + sum(one.boxes.nbytes for _, one in both)
+            specs.append(gather.spec("roi_align backward 7x7 and 14x14", variant, moved, flops, widest))
+            for packed, one, other in (("", find, write), (", packed", packed_find, packed_write)):
+                hits = one.arguments["hits_ptr"].nbytes
+                boxes = one.arguments["boxes_ptr"].nbytes
+                specs.append(one.spec("roi_align backward hits", f"{variant}{packed}", boxes + hits, 0))
+                specs.append(other.spec("roi_align backward lists", f"{variant}{packed}", hits, 0))
     return specs
+
+
+def _least_flops(grad: Tensor) -> int:
+    rois, channels, bins, _ = grad.shape
+    return 2 * rois * channels * (bins * 16 * 16 + bins * bins * 16)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.launch import Target
+from ..common.launch import Target, coded
 from ..common.library import interpreting
 from ..common.pooling import Pooling, is_channels_last
 from ..level_assign.reference import first_threshold
@@ -97,11 +97,30 @@ def box_arguments(boxes: Tensor, batch_index: Tensor | None, valid: Tensor | Non
     }
 
 
+def size_arguments(sizes: list[tuple[int, int]]) -> dict[str, Any]:
+    return {"heights": coded(height for height, _ in sizes), "widths": coded(width for _, width in sizes)}
+
+
+def first_tiles(num_images: int, sizes: list[tuple[int, int]]) -> tuple[tuple[int, ...], int]:
+    """The first tile of each level, coded, and how many tiles there are.
+
+    The coarsest level has the tiles with the most RoIs: they start first.
+    """
+    tiles = [num_images * triton.cdiv(h, TILE) * triton.cdiv(w, TILE) for h, w in sizes]
+    return coded(sum(tiles[level + 1 :]) for level in range(len(tiles))), sum(tiles)
+
+
+def stride_arguments(features: list[Tensor], layout: str) -> dict[str, Any]:
+    """Where the layout is known strides follow from sizes, and a kernel is told none."""
+    strides = [coded(f.stride(i) for f in features) for i in range(4)]
+    names = ("map_n", "map_c", "map_y", "map_x")
+    return dict.fromkeys(names) if layout != "strided" else dict(zip(names, strides, strict=True))
+
+
 def bin_arguments(how: Pooling, sizes: list[tuple[int, int]]) -> dict[str, Any]:
     oh, ow = how.output_size
     return {
-        "heights": tuple(height for height, _ in sizes),
-        "widths": tuple(width for _, width in sizes),
+        **size_arguments(sizes),
         "OH": oh,
         "OW": ow,
         "PART_H": _part(oh),
@@ -119,14 +138,18 @@ def level_arguments(how: Pooling) -> dict[str, Any]:
     }
 
 
-def product_arguments(config: Config, how: Pooling) -> dict[str, Any]:
+def slots_of(how: Pooling) -> int:
+    """Samples of a bin and axis that may touch a line, or more of them."""
+    return triton.next_power_of_2(how.sampling_ratio) if how.sampling_ratio > 0 else ADAPTIVE_SLOTS
+
+
+def product_arguments(config: Config) -> dict[str, Any]:
     return {
         "DTYPE": config.dtype,
         "DOT_DTYPE": config.dot_dtype,
         "WEIGHT_SCALE": config.weight_scale,
         "PRECISION": config.precision,
         "BLOCK_C": config.block_c,
-        "SLOTS": triton.next_power_of_2(how.sampling_ratio) if how.sampling_ratio > 0 else ADAPTIVE_SLOTS,
     }
 
 

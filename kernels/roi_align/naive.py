@@ -42,6 +42,25 @@ def multilevel_roi_align(
     return pool_bins(lines, mean_sample, features, boxes, output_size, **levels)
 
 
+def multilevel_roi_align_sets(
+    features: Sequence[Tensor], sets: Sequence[Any], *, aligned: bool = False, **levels: Any
+) -> list[Tensor]:
+    """One after the other; the gradient of a map is the sum of theirs."""
+    return [
+        multilevel_roi_align(
+            features,
+            one.boxes,
+            one.output_size,
+            valid=one.valid,
+            batch_index=one.batch_index,
+            sampling_ratio=one.sampling_ratio,
+            aligned=aligned,
+            **levels,
+        )
+        for one in sets
+    ]
+
+
 def sample_lines(
     low: float, high: float, bins: int, sampling_ratio: int, aligned: bool, least: int = 0
 ) -> list[Tensor]:

@@ -14,6 +14,7 @@ from ..common.library import runs_triton
 from ..common.pooling import (
     MAPS_SCHEMA,
     POOLING_SCHEMA,
+    Asked,
     Maps,
     Pooling,
     empty_maps,
@@ -185,12 +186,16 @@ def _roi_align(
     valid: Tensor | None,
     *arguments: Any,
 ) -> Tensor:
-    how = Pooling.of(arguments)
-    if runs_triton(boxes):
+    return pooled(list(features), Asked(boxes, batch_index, valid, Pooling.of(arguments)))
+
+
+def pooled(features: list[Tensor], asked: Asked) -> Tensor:
+    """(R, C, oh, ow), channels_last if the first map is; see `cpu`."""
+    if runs_triton(features[0]):
         from . import kernel
 
-        return kernel.multilevel_roi_align(list(features), boxes, batch_index, valid, how)
-    out = cpu.multilevel_roi_align(list(features), boxes, batch_index, valid, how)
+        return kernel.multilevel_roi_align(features, *asked)
+    out = cpu.multilevel_roi_align(features, *asked)
     return out.contiguous(memory_format=memory_format(is_channels_last(features[0])))
 
 
@@ -216,12 +221,18 @@ def _roi_align_backward(
     grad: Tensor, boxes: Tensor, batch_index: Tensor | None, valid: Tensor | None, *arguments: Any
 ) -> list[Tensor]:
     maps, how = Maps(*arguments[:4]), Pooling.of(arguments[4:])
-    where = (boxes, batch_index, valid, maps.num_images, maps.sizes)
-    if runs_triton(boxes):
+    return gradients([grad], [Asked(boxes, batch_index, valid, how)], maps)
+
+
+def gradients(out_grads: list[Tensor], asked: list[Asked], maps: Maps) -> list[Tensor]:
+    """Of the maps, of what was pooled in one or several sets of RoIs; see `cpu`."""
+    if runs_triton(out_grads[0]):
         from . import kernel
 
-        return kernel.multilevel_roi_align_backward(grad, *where, maps.channels_last, how)
-    grads = cpu.multilevel_roi_align_backward(grad, *where, how)
+        return kernel.multilevel_roi_align_backward(
+            out_grads, asked, maps.num_images, maps.sizes, maps.channels_last
+        )
+    grads = cpu.multilevel_roi_align_backward(out_grads, asked, maps.num_images, maps.sizes)
     return [part.clone(memory_format=memory_format(maps.channels_last)) for part in grads]
 
 

@@ -15,11 +15,10 @@ from torch import Tensor
 from ..common.launch import Launch, reach
 from ..common.pooling import Pooling, empty_maps
 from ..roi_align.geometry import level_of, load_boxes, scale_of, select, tile_of
-from ..roi_align.launch import box_arguments
+from ..roi_align.launch import TILE, box_arguments, first_tiles
 from .forward import geometry
 from .geometry import bins_of_tile, lines_of, onto_map, place, sample_at
 
-TILE = 8  # pixels along a side
 ROIS = 32  # whose boxes are compared with the tile at once
 MOST_CHANNELS = 64  # of a program
 
@@ -44,7 +43,7 @@ def launch(
     weighted = kind != "pool"
     most = MOST_CHANNELS // 2 if weighted and not channels_last else MOST_CHANNELS
     block_c = max(16, min(most, triton.next_power_of_2(channels)))
-    tiles = [num_images * triton.cdiv(h, TILE) * triton.cdiv(w, TILE) for h, w in sizes]
+    firsts, tiles = first_tiles(num_images, sizes)
     arguments = {
         "grad_ptr": grad,
         "winner_ptr": winner,
@@ -53,8 +52,7 @@ def launch(
         **{f"winner_{axis}": winner.stride(i) for i, axis in enumerate("rcij")},
         **box_arguments(boxes, batch_index, valid),
         **geometry(kind, how, sizes, grad.dtype),
-        # The coarsest level has the tiles with the most RoIs: they start first.
-        "first_tiles": tuple(sum(tiles[level + 1 :]) for level in range(len(tiles))),
+        "first_tiles": firsts,
         "rois_per_image": rois if batch_index is not None else rois // max(num_images, 1),
         "num_images": num_images,
         "channels": channels,
@@ -63,13 +61,13 @@ def launch(
         "ROIS": ROIS,
         "BLOCK_C": block_c,
     }
-    grid = (sum(tiles), triton.cdiv(channels, block_c))
+    grid = (tiles, triton.cdiv(channels, block_c))
     return grads, Launch(
         _roi_max_backward_kernel, grid, arguments, num_warps=8 if weighted and channels_last else 4
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rois_per_image", "num_images"])
 def _roi_max_backward_kernel(
     grad_ptr,  # (R, C, OH, OW)
     winner_ptr,  # (R, C, OH, OW) int32
@@ -80,8 +78,8 @@ def _roi_max_backward_kernel(
     grad_r, grad_c, grad_i, grad_j,
     winner_r, winner_c, winner_i, winner_j,
     stride_roi, stride_coordinate, stride_batch,
-    heights, widths,  # of each level
-    first_tiles,  # of each level, the index of its first tile
+    heights, widths,  # of each level, coded
+    first_tiles,  # of each level, the index of its first tile, coded
     rois_per_image, num_images, channels,
     OH: tl.constexpr, OW: tl.constexpr,
     SCALES: tl.constexpr, AREA: tl.constexpr, SAMPLES: tl.constexpr, ALIGNED: tl.constexpr,

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..common.launch import Launch, Target, target_of
 from ..common.pooling import Pooling, empty_pooled
-from ..roi_align.geometry import level_of, load_boxes, scale_of, select
-from ..roi_align.launch import box_arguments, layout_of, level_arguments
+from ..roi_align.geometry import level_of, load_boxes, scale_of, select, size_of
+from ..roi_align.launch import box_arguments, layout_of, level_arguments, size_arguments, stride_arguments
 from .geometry import on_map, onto_map, place, sample_at, window
 from .points import MOST_SAMPLES
 
@@ -45,7 +45,7 @@ def launch(
         "maps": tuple(features),
         "out_ptr": out,
         "winner_ptr": winner,
-        **{f"map_{axis}": tuple(f.stride(i) for f in features) for i, axis in enumerate("ncyx")},
+        **stride_arguments(features, layout),
         **{f"out_{axis}": out.stride(i) for i, axis in enumerate("rcij")},
         **box_arguments(boxes, batch_index, valid),
         **geometry(kind, how, [(f.shape[2], f.shape[3]) for f in features], first.dtype),
@@ -65,8 +65,7 @@ def launch(
 def geometry(kind: str, how: Pooling, sizes: list[tuple[int, int]], dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of both kernels."""
     return {
-        "heights": tuple(height for height, _ in sizes),
-        "widths": tuple(width for _, width in sizes),
+        **size_arguments(sizes),
         "OH": how.output_size[0],
         "OW": how.output_size[1],
         "SAMPLES": how.sampling_ratio,
@@ -77,7 +76,7 @@ def geometry(kind: str, how: Pooling, sizes: list[tuple[int, int]], dtype: torch
     }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rois_per_image", "num_images"])
 def _roi_max_kernel(
     maps,  # of each level, (N, C, Hl, Wl)
     boxes_ptr,  # (R, 4) xyxy
@@ -85,10 +84,10 @@ def _roi_max_kernel(
     valid_ptr,  # (R,) uint8
     out_ptr,  # (R, C, OH, OW)
     winner_ptr,  # (R, C, OH, OW) int32, strides of out
-    map_n, map_c, map_y, map_x,  # strides of each level
+    map_n, map_c, map_y, map_x,  # strides of each level, coded; None where LAYOUT tells them
     stride_roi, stride_coordinate, stride_batch,
     out_r, out_c, out_i, out_j,
-    heights, widths,  # of each level
+    heights, widths,  # of each level, coded
     rois_per_image, num_images, channels,
     OH: tl.constexpr, OW: tl.constexpr,
     SCALES: tl.constexpr, AREA: tl.constexpr, SAMPLES: tl.constexpr, ALIGNED: tl.constexpr,
@@ -110,8 +109,8 @@ def _roi_max_kernel(
     )  # fmt: skip
     level = level_of(x1, y1, x2, y2, len(SCALES), AREA)
     scale = scale_of(level, x1, SCALES)
-    height = select(heights, level, level * 0 + heights[0])
-    width = select(widths, level, level * 0 + widths[0])
+    height = size_of(heights, level)
+    width = size_of(widths, level)
     start_y, bin_y, step_y, samples_y = place(y1, y2, scale, OH, SAMPLES, ALIGNED, KIND, MOST)
     start_x, bin_x, step_x, samples_x = place(x1, x2, scale, OW, SAMPLES, ALIGNED, KIND, MOST)
     top, bottom = window(i, start_y, bin_y, step_y, samples_y, height, KIND)
@@ -130,11 +129,11 @@ def _roi_max_kernel(
         map_ptr += wide_image * height * width * channels
         map_channel, stride_y, stride_x = channel.to(tl.int64) * height * width, width, 1
     else:
-        zero = wide_image * 0
-        map_ptr += wide_image * select(map_n, level, zero + map_n[0])
-        map_channel = channel * select(map_c, level, zero + map_c[0])
-        stride_y = select(map_y, level, zero + map_y[0])
-        stride_x = select(map_x, level, zero + map_x[0])
+        wide_level = level.to(tl.int64)
+        map_ptr += wide_image * size_of(map_n, wide_level)
+        map_channel = channel * size_of(map_c, wide_level)
+        stride_y = size_of(map_y, wide_level)
+        stride_x = size_of(map_x, wide_level)
 
     largest = tl.full((BLOCK_J, BLOCK_C), float("-inf"), DTYPE)
     winner = tl.full((BLOCK_J, BLOCK_C), -1, tl.int32)

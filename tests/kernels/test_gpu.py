@@ -16,7 +16,7 @@ from tolerances import assert_near
 from torch import Tensor
 
 from fastmrcnn.kernels import assign_levels, mask_loss, multilevel_roi_align, nms, padded_nms
-from fastmrcnn.kernels.common.pooling import Pooling
+from fastmrcnn.kernels.common.pooling import Asked, Pooling
 from fastmrcnn.kernels.mask_loss import reference as mask_loss_reference
 from fastmrcnn.kernels.nms import cpu as nms_cpu
 from fastmrcnn.kernels.roi_align import cpu as roi_align_cpu
@@ -85,7 +85,7 @@ def test_roi_align(
     exact = roi_align_cpu.multilevel_roi_align([m.detach().double() for m in maps], *where, how)
     assert_near(pooled.flatten(0, 1), exact, dtype, terms=200)
     exact_grads = roi_align_cpu.multilevel_roi_align_backward(
-        grad.flatten(0, 1).double(), *where, 2, SIZES, how
+        [grad.flatten(0, 1).double()], [Asked(*where, how)], 2, SIZES
     )
     for actual, expected in zip(grads, exact_grads, strict=True):
         assert_near(actual, expected, dtype, terms=200)

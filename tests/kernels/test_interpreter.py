@@ -17,8 +17,9 @@ OPERATORS = sorted(path.parent.name for path in (HERE.parents[1] / "kernels").gl
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_with_triton_interpreted(operator: str) -> None:
     """In a process of its own, since Triton decides when a kernel is decorated."""
+    files = map(str, [HERE / f"test_{operator}.py", *HERE.glob(f"test_{operator}_*.py")])
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / f"test_{operator}.py")],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
         cwd=HERE.parents[1],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         text=True,
