@@ -107,7 +107,7 @@ class Detector(TrainedModel):
 
     def detect_batch(self, images: Sequence[NDArray[np.uint8]], score: float) -> list[Objects]:
         """As `detect`, in images of one `padded_shape`, which go through the model together."""
-        return self.begin(self.prepare(images), score).objects()
+        return self.begin(self.prepare(images), score, encode=True).objects()
 
     def padded_shape(self, size: Size) -> Size:
         """(H, W) of the batch that an image of this height and width goes into."""
