@@ -120,10 +120,10 @@ def prepared(model: MaskRCNN, half: bool) -> MaskRCNN:
 
 
 def take_ties_by_index(model: nn.Module) -> None:
-    """Let box heads take equal scores by rising index, as exported files do."""
-    for module in model.modules():
-        if isinstance(module, BoxHead):
-            module.stable = True
+    """Let the box heads take candidates of equal scores by rising index, as formats other than torch do."""
+    for head in model.modules():
+        if isinstance(head, BoxHead):
+            head.stable = True
 
 
 def fold_batch_norms(model: nn.Module) -> int:

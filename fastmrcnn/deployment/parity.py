@@ -114,7 +114,7 @@ def compare(
     """
     parity = Parity(tolerances)
     take_ties_by_index(model)
-    least = min(module.score_threshold for module in model.modules() if isinstance(module, BoxHead))
+    least = max(head.score_threshold for head in model.modules() if isinstance(head, BoxHead))
     for pixels, sizes in batches:
         ours, theirs = eager(model, pixels, sizes), run(pixels, sizes)
         for image in range(len(pixels)):
