@@ -16,10 +16,12 @@ import torch
 from exported_models import images, trained
 from places import ROOT
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.export.passes import move_to_device_pass
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fastmrcnn.deployment.graph import ServingGraph
-from fastmrcnn.deployment.lowering import foreign_operators
+from fastmrcnn.deployment.lowering import PlainPyTorch, foreign_operators
 from fastmrcnn.deployment.pt2 import as_compiled, as_program, trace
 from fastmrcnn.errors import UserError
 from fastmrcnn.weights.pt2_file import DEVICE, METADATA, is_compiled, pt2_runner, read_metadata
@@ -175,6 +177,25 @@ def test_devices_are_moved_everywhere_in_a_program() -> None:
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             places = [node.kwargs.get("device"), *(a for a in node.args if isinstance(a, torch.device))]
             assert {str(place) for place in places if place is not None} <= {"meta"}, node.format_node()
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch knows no CUDA")
+@pytest.mark.parametrize("model", [ADAPTIVE, KEYPOINTS], ids=["masks", "keypoints"])
+def test_all_of_the_graph_is_on_the_gpu_of_its_inputs(model: dict[str, Any]) -> None:
+    """With tensors that have a device and no data, so that no GPU is needed."""
+    graph = ServingGraph(trained(**model), paste=True)
+    with FakeTensorMode(shape_env=ShapeEnv()), PlainPyTorch(), torch.no_grad():
+        for module in graph.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        tensors[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+        pixels, sizes = (value.shape for value in images())
+        found = graph(
+            torch.empty(pixels, dtype=torch.uint8, device="cuda"),
+            torch.empty(sizes, dtype=torch.int32, device="cuda"),
+        )
+    assert {value.device.type for value in found} == {"cuda"}
 
 
 @pytest.fixture(scope="module")
