@@ -20,7 +20,7 @@ from fastmrcnn.detection import fetch, paste, recorded
 from fastmrcnn.detection.detector import Detector
 from fastmrcnn.detection.fetch import Fetched, packed, split_detections, unpacked
 from fastmrcnn.detection.objects import all_pasted, coco_results, encoded, pasted
-from fastmrcnn.detection.recorded import BEFORE, RecordedModel, Run
+from fastmrcnn.detection.recorded import RecordedModel, Run
 from fastmrcnn.detection.run import Inference, device_of, run_model
 from fastmrcnn.graphs import leaves
 from fastmrcnn.structures import Batch, Detections, tree_map
@@ -30,6 +30,12 @@ CPU = torch.device("cpu")
 SIZES = [(64, 50), (120, 88)]  # of the original images
 MAPS = torch.tensor([[[0.5, 0, 0.0], [0, 0.5, 0.0]], [[1.0, 0, -2.0], [0, 1.0, 1.0]]])
 NAMES = ["ant", "bee", "cat"]
+BEFORE = 1  # batches before a shape is recorded; fewer than usual, to be quick
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded, "BEFORE", BEFORE)
 
 
 def batch_of(seed: int, shape: tuple[int, int] = (64, 64)) -> Batch:
@@ -80,13 +86,13 @@ def test_frequent_shapes_are_replayed_with_the_same_results() -> None:
     model, recorder = small_model().eval(), Recorder()
     infer = Inference(model, "fp32", record=recorder)
     seen = []
-    for seed in range(2 * BEFORE + 4):
+    for seed in range(2 * BEFORE + 3):
         batch = batch_of(seed, (96, 64) if seed % 2 else (64, 96))
         seen.append((infer(batch), run_model(model, batch, "fp32")))
     for found, expected in seen:  # no replay has written over what was handed out
         assert_same(found, expected)
     assert recorder.shapes == [(2, 3, 64, 96), (2, 3, 96, 64)]
-    assert recorder.replays == 4
+    assert recorder.replays == 3
     infer(batch_of(1, (32, 64)))
     assert len(recorder.shapes) == 2
 
@@ -183,9 +189,9 @@ def test_a_detector_that_has_detected_can_be_pickled() -> None:
 def test_threads_take_turns() -> None:
     model, recorder = small_model().eval(), Recorder()
     infer = Inference(model, "fp32", record=recorder)
-    batches = [batch_of(seed) for seed in range(8)]
+    batches = [batch_of(seed) for seed in range(4)]
     found: dict[int, Detections] = {}
-    threads = [threading.Thread(target=lambda k=k: found.setdefault(k, infer(batches[k]))) for k in range(8)]
+    threads = [threading.Thread(target=lambda k=k: found.setdefault(k, infer(batches[k]))) for k in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
