@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
-from batches import small_config
+from batches import SMALL, small_config
 from torch import Tensor, nn
 
 from fastmrcnn.data.keypoints import COCO_PERSON
@@ -17,10 +18,10 @@ from fastmrcnn.weights.trained import TrainedModel
 
 def trained(seed: int = 0, **model: Any) -> TrainedModel:
     """A small model of random weights that finds something in noise."""
-    tree = small_config().model_dump(mode="json")["model"]
-    for section, values in model.items():
-        tree[section] = {**tree[section], **values} if isinstance(values, dict) else values
+    tree: dict[str, Any] = copy.deepcopy(SMALL["model"])
     tree["box_head"]["score_threshold"] = 0.0
+    for section, values in model.items():
+        tree[section] = {**tree.get(section, {}), **values} if isinstance(values, dict) else values
     config = small_config(model=tree)
     keypoints = COCO_PERSON if config.model.keypoint_head.enabled else None
     card = ModelCard(config, ["a", "b", "c"], [1, 2, 3], keypoints)

@@ -1,0 +1,139 @@
+"""Every family of recipes as ONNX: onnxruntime and OpenVINO find what the model finds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from places import CONFIGS, FIXTURES
+from serving import images, trained
+
+from fastmrcnn import evaluate, export
+from fastmrcnn.config.file import load_config
+from fastmrcnn.deployment.graph import ServingGraph, check_detects
+from fastmrcnn.deployment.onnx_file import as_onnx
+from fastmrcnn.deployment.onnx_operators import check_operators
+from fastmrcnn.deployment.parity import FULL, HALF, Tolerances, compare
+from fastmrcnn.errors import UserError
+from fastmrcnn.model.mask_rcnn import MaskRCNN
+from fastmrcnn.weights.exported import Arrays, open_session, session_runner
+from fastmrcnn.weights.trained import TrainedModel
+
+for name in ("onnx", "onnxscript", "onnxruntime"):
+    pytest.importorskip(name)
+
+ONE_MAP = {
+    "anchors": {"sizes": [[16, 32, 64]]},
+    "rpn": {"pre_nms_top_n_test": 200, "post_nms_top_n_test": 50},
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "fpn": {"rpn": {"post_nms_top_n_test": 50}, "roi": {"sampling_ratio": 0}},
+    "c4": {"architecture": "c4", **ONE_MAP, "box_head": {"fcs": 0, "resolution": 14}},
+    "c5, pooled": {"architecture": "c5", **ONE_MAP, "roi": {"op": "pool", "mode": "max"}},
+    "keypoints": {
+        "mask_head": {"enabled": False},
+        "keypoint_head": {"enabled": True, "convs": 1, "channels": 16},
+    },
+    "one mask for all classes": {"mask_head": {"class_agnostic": True}, "box_head": {"class_agnostic": True}},
+    "softmax, candidates cut": {"mask_head": {"loss": "softmax"}, "box_head": {"candidates": 100}},
+    "mlp, torchvision's rules": {
+        "mask_head": {"kind": "mlp", "hidden": 16},
+        "anchors": {"rounding": True, "stride_rule": "grid"},
+        "roi": {"aligned": False},
+        "channel_order": "bgr",
+    },
+}
+
+
+def graph_runner(graph: ServingGraph, model: TrainedModel, batch: int, engine: str) -> Any:
+    pixels, _ = images(batch)
+    shape = (pixels.shape[1], pixels.shape[2])
+    content = as_onnx(graph, model.card.config.model, 3, batch, shape).SerializeToString()
+    if engine == "onnxruntime":
+        return session_runner(open_session(content))
+    openvino = pytest.importorskip("openvino")
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(content), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+    def run(pixels: np.ndarray, sizes: np.ndarray) -> Arrays:
+        found = compiled({"pixels": pixels, "sizes": sizes})
+        return {name: np.array(found[name]) for name in graph.outputs}
+
+    return run
+
+
+def check(
+    model: TrainedModel,
+    tolerances: Tolerances,
+    *,
+    batch: int = 2,
+    engine: str = "onnxruntime",
+    half: bool = False,
+) -> None:
+    run = graph_runner(ServingGraph(model, half=half), model, batch, engine)
+    assert isinstance(model.model, MaskRCNN)
+    inputs = [(pixels.numpy(), sizes.numpy()) for pixels, sizes in [images(batch)]]
+    parity = compare(model.model, run, inputs, tolerances, 0.5)
+    assert parity.matched >= 10 * batch
+    assert parity.faults() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_onnxruntime_finds_the_same(family: str) -> None:
+    check(trained(**FAMILIES[family]), FULL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["fpn", "keypoints"])
+def test_openvino_finds_the_same(family: str) -> None:
+    check(trained(**FAMILIES[family]), FULL, batch=1, engine="openvino")
+
+
+def test_every_recipe_can_be_exported_or_is_refused_by_name() -> None:
+    refused = {}
+    for path in sorted(CONFIGS.rglob("*.yaml")):
+        config = load_config(path)
+        try:
+            check_detects(config)
+            check_operators(config.model.roi)
+        except UserError as error:
+            refused[path.stem] = str(error)
+    assert list(refused) == ["table2c_roiwarp_max_r50_c4"]
+    assert "model.roi.op=warp, mode=max" in refused["table2c_roiwarp_max_r50_c4"]
+
+
+@pytest.mark.slow
+def test_a_run_and_its_file_have_the_same_figures(tmp_path: Path) -> None:
+    """AP to three digits, of boxes and keypoints, and a file in fp16 with its own tolerances."""
+    old, arrows = FIXTURES / "checkpoint_0_1" / "keypoints", FIXTURES / "checkpoint_0_1" / "arrows"
+    val = [f"data.val.images={arrows}", f"data.val.annotations={arrows / 'set.json'}"]
+    export.main(["--checkpoint", str(old), "--output", str(tmp_path / "model.onnx"), *val])
+    figures = []
+    for index, checkpoint in enumerate((old, tmp_path / "model.onnx")):
+        folder = tmp_path / f"judged{index}"
+        evaluate.main(["--checkpoint", str(checkpoint), "--output", str(folder), *val])
+        figures.append((folder / "metrics.json").read_text(encoding="utf-8"))
+    assert figures[0] == figures[1]
+    assert '"bbox/AP": 83.8' in figures[0]
+    half = tmp_path / "half" / "model.onnx"
+    export.main(["--checkpoint", str(old), "--half", "--output", str(half), *val])
+    assert half.stat().st_size < 0.75 * (tmp_path / "model.onnx").stat().st_size
+
+
+@pytest.mark.slow
+def test_resnet50_in_fp32_and_fp16() -> None:
+    """Of the published width, with weights that are no one's: what it finds is decided by hardly anything, so
+    some detections come and go with any rounding, as they do when a weight changes in its last bit."""
+    model = trained(
+        backbone={"name": "resnet50", "width": 64, "norm": "frozen_bn"},
+        fpn={"channels": 256},
+        rpn={"post_nms_top_n_test": 50},
+        box_head={"hidden": 256},
+    )
+    torch.manual_seed(0)
+    check(model, FULL._replace(missing=0.1), batch=1)
+    check(model, HALF._replace(missing=0.3, boxes=4.0), batch=1, half=True)
