@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from exported_models import images, trained
 from places import CONFIGS, FIXTURES
-from test_graph import images, trained
 
 from fastmrcnn import evaluate, export
 from fastmrcnn.config.file import load_config
