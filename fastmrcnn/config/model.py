@@ -188,7 +188,7 @@ class BoxHeadConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_cascade(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("cascade") in (True, "true"):
+        if isinstance(value, dict) and str(value.get("cascade")).lower() in ("true", "yes", "on", "1"):
             return {"class_agnostic": True} | value
         return value
 

@@ -102,10 +102,10 @@ class TimmBackbone(nn.Module):
         return [norm(one) for norm, one in zip(self.norms, maps, strict=True)] if self.norms else maps
 
     def layers(self) -> dict[str, int]:
-        """Layer of each parameter, from 0 for the stem, as the rates of `optim.layer_decay` count them."""
+        """Layer of each of timm's parameters, for `optim.layer_decay`: 0 is the stem. The maps' layer norms
+        are not among them: they are new, and learn as the heads do."""
         last = max(self._layers.values())
-        own = {f"timm.{key}": layer for key, layer in self._layers.items()}
-        return {name: own.get(name, last) for name, _ in self.named_parameters()}
+        return {f"timm.{key}": self._layers.get(key, last) for key, _ in self.timm.named_parameters()}
 
     def whole_network(self, timm: ModuleType) -> Any:
         """timm's classifier that the maps are of, its tensors of shape alone."""
@@ -142,7 +142,8 @@ class TimmBackbone(nn.Module):
         training = self.timm.training
         self.timm.eval()
         try:
-            maps = torch.func.functional_call(self.timm, {**params, **buffers}, (image,))
+            with torch.enable_grad():
+                maps = torch.func.functional_call(self.timm, {**params, **buffers}, (image,))
             maps = [one.permute(0, 3, 1, 2) for one in maps] if self._channels_last else list(maps)
         except (RuntimeError, AssertionError, ValueError) as error:
             reason = str(error).strip().split("\n")[0]

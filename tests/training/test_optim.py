@@ -411,3 +411,4 @@ def test_layers_of_convnext_are_its_authors() -> None:
         assert layers[f"timm.stages_{stage}.blocks.{block}.mlp.fc1.weight"] == layer
     for stage, layer in ((1, 2), (2, 3), (3, 6)):
         assert layers[f"timm.stages_{stage}.downsample.1.weight"] == layer
+    assert "norms.0.weight" not in layers  # they learn as the heads do
