@@ -156,6 +156,9 @@ class Performer:
         self.main_of("fastmrcnn.convert")([*words, *recipe])
 
     def benchmark(self, words: list[str]) -> None:
+        if "--schedule" in words:  # needs a CUDA build of torch; a test of its own runs it
+            check_options("fastmrcnn.benchmark", words)
+            return
         small = ["--shape", "64", "64", "--batch", "1", "--steps", "1", "--mask-slots", "16", *TINY]
         self.main_of("fastmrcnn.benchmark")([*words, *small])
 
