@@ -4,8 +4,9 @@
 
 Compiles every kernel that the `compile_specs()` of the operators list, reads the machine code, and prints
 registers, spilled bytes, shared memory, the widest global load and store of a thread, the occupancy that
-follows, and the least bytes and operations that the launch must move and do. Exits with 1 if a kernel does
-not compile, does not fit, spills, or loads its features in narrower pieces than it should.
+follows, and the least bytes and operations that the launch must move and do, with the time that these take
+and an estimate of its own (`estimate.py` has the formula). Exits with 1 if a kernel does not compile, does
+not fit, spills, or loads its features in narrower pieces than it should.
 
 Load widths: NVIDIA, LDG, LDGSTS and STG in the disassembly (the CUDA tools in the triton package); AMD,
 global_, buffer_ and flat_ instructions in the assembly. Limits of occupancy: CUDA C++ Programming Guide,
@@ -36,6 +37,7 @@ import triton
 
 from .common.launch import CompileSpec, Target
 from .common.library import interpreting
+from .estimate import DEVICES, Instructions, count_instructions, estimate
 
 
 class Limits(NamedTuple):
@@ -79,6 +81,7 @@ class Code:
     spilled: int
     loads: Counter[int] = field(default_factory=Counter)
     stores: Counter[int] = field(default_factory=Counter)
+    instructions: Instructions | None = None  # None: not counted
 
 
 @dataclass
@@ -100,6 +103,10 @@ class Row:
     widest_store: int | None = None
     occupancy: float | None = None  # warps that fit, over warps that the multiprocessor can hold
     bound: str | None = None  # what keeps more blocks out
+    instructions: int | None = None  # outside of loops
+    loop_instructions: int | None = None  # in the hot loop
+    floor_us: float | None = None  # of the least bytes and operations, on the device that `estimate.py` names
+    estimate_us: float | None = None
 
 
 def kernel_modules() -> list[ModuleType]:
@@ -159,6 +166,20 @@ def _row(spec: CompileSpec, arch: str, compiled: Any) -> Row:
     row.occupancy, row.bound = occupancy(
         ARCHITECTURES[arch], code.registers, compiled.metadata.shared, spec.num_warps, columns
     )
+    if code.instructions is not None and arch in DEVICES:
+        row.instructions, row.loop_instructions = code.instructions
+        found = estimate(
+            DEVICES[arch],
+            code.instructions,
+            spec.trips,
+            programs=spec.programs,
+            warps=spec.num_warps,
+            resident=row.occupancy * ARCHITECTURES[arch].warps,
+            bytes=spec.bytes,
+            flops=spec.flops,
+        )
+        if found is not None:
+            row.floor_us, row.estimate_us = found.floor * 1e6, found.time * 1e6
     if row.occupancy == 0:
         row.failures.append(f"does not fit: too much {row.bound}")
     if code.spilled:
@@ -183,6 +204,7 @@ def parse_sass(text: str) -> Code:
     """Of the output of `cuobjdump -res-usage -sass`."""
     usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
     code = Code(int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"]))
+    code.instructions = count_instructions(text)
     for name, modifiers in re.findall(r"\b(LDG|LDGSTS|STG)((?:\.\w+)+)", text):
         width = 4
         for part in modifiers.split(".")[1:]:
@@ -250,13 +272,29 @@ def occupancy(limits: Limits, registers: int, shared: int, warps: int, columns: 
 def table(rows: Sequence[Row]) -> str:
     """A line for each kernel, and below it what is wrong with it."""
     head = ["kernel", "", "warps", "registers", "spilled B", "shared B", "load B", "store B", "occupancy"]
-    head += ["bound by", "programs", "least MB", "least MFLOP"]
+    head += [
+        "bound by",
+        "programs",
+        "least MB",
+        "least MFLOP",
+        "code",
+        "loop",
+        "floor us",
+        "estimate us",
+        "share",
+    ]
     lines = [head]
     for row in rows:
         share = None if row.occupancy is None else f"{100 * row.occupancy:.0f}%"
         cells = [row.kernel, row.variant, row.warps, row.registers, row.spilled, row.shared, row.widest_load]
         cells += [row.widest_store, share, row.bound, row.programs]
         cells += [f"{row.least_bytes / 1e6:.2f}", f"{row.least_flops / 1e6:.1f}"]
+        cells += [row.instructions, row.loop_instructions]
+        if row.floor_us is None or row.estimate_us is None:
+            cells += [None, None, None]
+        else:
+            of_floor = f"{100 * row.floor_us / row.estimate_us:.0f}%"
+            cells += [f"{row.floor_us:.1f}", f"{row.estimate_us:.1f}", of_floor]
         lines.append(["-" if cell is None else str(cell) for cell in cells])
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     text = []

@@ -72,6 +72,7 @@ class CompileSpec:
     num_warps: int = 4
     options: dict[str, Any] = field(default_factory=dict)  # of the compiler, as `Launch.options`
     widest_load: int | None = None  # bytes a thread at which the main load must be; None: nothing is asked
+    trips: float | None = None  # of the hot loop, of the average program; None: not known
 
     def compile(self, backend: str = "cuda", arch: int | str = 90, warp_size: int = 32) -> Any:
         """Triton's compiled kernel for a target, with the specialisations of a launch of these arguments."""
@@ -123,7 +124,13 @@ class Launch:
             self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, **self.options)
 
     def spec(
-        self, name: str, variant: str, bytes: int, flops: int, widest_load: int | None = None
+        self,
+        name: str,
+        variant: str,
+        bytes: int,
+        flops: int,
+        widest_load: int | None = None,
+        trips: float | None = None,
     ) -> CompileSpec:
         return CompileSpec(
             name,
@@ -136,6 +143,7 @@ class Launch:
             self.num_warps,
             self.options,
             widest_load,
+            trips,
         )
 
 

@@ -129,13 +129,18 @@ def _specs(slots: int, dtype: torch.dtype, channels_last: bool) -> list[CompileS
     )
     wide = 16 if channels_last and dtype == torch.bfloat16 else None
     elements, moved, small = features.numel(), features.nbytes, slope.nbytes
+    trips = logits.arguments["part"] / logits.arguments["ROWS"]
     return [
-        logits.spec(f"class_mask_logits {slots}", variant, moved + small, 2 * elements, wide),
-        loss.spec(f"class_mask_loss {slots}", variant, moved + targets.nbytes + small, 4 * elements, wide),
+        logits.spec(f"class_mask_logits {slots}", variant, moved + small, 2 * elements, wide, trips),
+        loss.spec(
+            f"class_mask_loss {slots}", variant, moved + targets.nbytes + small, 4 * elements, wide, trips
+        ),
         # Its loads of features are as wide, but in its code those from the tables outnumber them.
         fused.spec(f"class_mask_loss_from_bitmaps {slots}", variant, moved + small, 4 * elements),
-        sums.spec(f"class_mask_logits backward sums {slots}", variant, moved + small, 2 * elements, wide),
-        of_features.spec(f"class_mask_loss backward {slots}", variant, moved + small, elements),
+        sums.spec(
+            f"class_mask_logits backward sums {slots}", variant, moved + small, 2 * elements, wide, trips
+        ),
+        of_features.spec(f"class_mask_loss backward {slots}", variant, moved + small, elements, trips=trips),
         of_weight.spec(
             f"class_mask_loss backward weight {slots}",
             "fp32",

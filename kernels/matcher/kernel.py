@@ -139,7 +139,8 @@ def compile_specs() -> list[CompileSpec]:
                 "best of boxes": read + sum(t.nbytes for t in found),
             }[kind]
             operations = 0 if kind == "prepare" else 14 * found[0].numel()
-            specs.append(launch.spec(f"matcher {kind}", name, moved, operations))
+            trips = 1 if kind == "prepare" else objects  # all of them in use
+            specs.append(launch.spec(f"matcher {kind}", name, moved, operations, trips=trips))
     return specs
 
 

@@ -56,7 +56,8 @@ def compile_specs(target: Target = H100) -> list[CompileSpec]:
 
     Backward of both, too, where the 14x14 are 48 an image and packed, as they are in a step. The least bytes
     count every map once, which is what RoIs that cover the maps must read; the least operations are those of
-    the two products of Wy, patch and Wx for RoIs of 16x16 pixels.
+    the two products of Wy, patch and Wx for RoIs of 16x16 pixels. Trips are the tiles of a part of an RoI,
+    and the parts on a tile, in the mean of the RoIs of `bench/workload.py`.
     """
     images, channels, sizes = 8, 256, [(200, 336), (100, 168), (50, 84), (25, 42)]
     specs = []
@@ -88,22 +89,22 @@ def compile_specs(target: Target = H100) -> list[CompileSpec]:
                 _, launches = backward.launches(grads, asked, images, sizes, last, target)
                 return launches, sum(g.nbytes for g in grads), sum(map(_least_flops, grads))
 
-            for bins, per_image in ((7, 512), (14, 128)):
+            for bins, per_image, tiles, items in ((7, 512, 9.24, 4.64), (14, 128, 3.58, 2.05)):
                 grad, asked = pooled(bins, per_image, False)
                 size = f"{bins}x{bins}"
                 _, pool = forward.launch(maps, *asked, target)
                 (find, write, gather), read, flops = gradient((grad, asked))
                 moved = maps_bytes + read + asked.boxes.nbytes
-                specs.append(pool.spec(f"roi_align forward {size}", variant, moved, flops, widest))
-                specs.append(gather.spec(f"roi_align backward {size}", variant, moved, flops, widest))
+                specs.append(pool.spec(f"roi_align forward {size}", variant, moved, flops, widest, tiles))
+                specs.append(gather.spec(f"roi_align backward {size}", variant, moved, flops, widest, items))
                 if channels_last:  # a head that flattens its features hands back such a gradient
                     (*_, gather), *_ = gradient((grad.contiguous(), asked))
                     flat = f"{variant}, nchw gradient"
-                    specs.append(gather.spec(f"roi_align backward {size}", flat, moved, flops))
+                    specs.append(gather.spec(f"roi_align backward {size}", flat, moved, flops, trips=items))
             both = pooled(7, 512, False), pooled(14, 48, True)
             (*_, packed_find, packed_write, gather), read, flops = gradient(*both)
             moved = maps_bytes + read + sum(one.boxes.nbytes for _, one in both)
-            specs.append(gather.spec("roi_align backward 7x7 and 14x14", variant, moved, flops, widest))
+            specs.append(gather.spec("roi_align backward 7x7 and 14x14", variant, moved, flops, widest, 5.42))
             for packed, one, other in (("", find, write), (", packed", packed_find, packed_write)):
                 hits = one.arguments["hits_ptr"].nbytes
                 boxes = one.arguments["boxes_ptr"].nbytes

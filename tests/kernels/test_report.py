@@ -187,6 +187,9 @@ def test_no_kernel_spills_and_features_load_wide(tmp_path: Path) -> None:
         assert row["spilled"] == 0
         assert 0 < row["occupancy"] <= 1
         assert row["least_bytes"] > 0
+        assert row["instructions"] > 0
+        if row["estimate_us"] is not None:  # never below the floor of its bytes
+            assert row["estimate_us"] * 1.001 >= row["least_bytes"] / 3.35e6
     variants: dict[str, set[str]] = {}
     for row in rows:
         variants.setdefault(row["kernel"], set()).add(row["variant"])
@@ -207,6 +210,11 @@ def test_no_kernel_spills_and_features_load_wide(tmp_path: Path) -> None:
     assert "bf16 channels_last, packed" in variants["roi_align backward hits"]
     for direction in ("forward", "backward"):
         assert variants[f"mask_loss {direction}"] == both
+    estimated = {row["kernel"] for row in rows if row["estimate_us"] is not None}
+    assert estimated >= {"roi_align backward 7x7 and 14x14", "nms greedy", "matcher best of boxes"}
+    assert estimated >= {"class_mask_loss 384", "mask_loss mean"}
+    # 140 for two pairs of boxes where each was divided, 80 where none is.
+    assert all(row["loop_instructions"] <= 100 for row in rows if row["kernel"] == "nms greedy")
     assert any(kernel.startswith("nms") for kernel in variants)
     assert any(kernel.startswith("assign_levels") for kernel in variants)
 
