@@ -22,8 +22,8 @@ import torch
 
 from fastmrcnn.config.schema import Config
 from fastmrcnn.errors import UserError
-from fastmrcnn.speed.estimate import estimate
 from fastmrcnn.speed.markdown import table
+from fastmrcnn.speed.step_estimate import estimate
 
 KINDS = ("generated", "library", "ours")
 LARGEST = 10

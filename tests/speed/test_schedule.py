@@ -13,9 +13,9 @@ from torch import Tensor
 from fastmrcnn import benchmark
 from fastmrcnn.errors import UserError
 from fastmrcnn.kernels import assign_levels
-from fastmrcnn.speed.estimate import SHARES, estimate, update_bytes
 from fastmrcnn.speed.kernel_list import Kernel, kernels_of
 from fastmrcnn.speed.schedule import LARGEST, schedule_tables, summary
+from fastmrcnn.speed.step_estimate import SHARES, estimate, update_bytes
 
 
 def kernels_when_compiled(function: Any, *inputs: Any) -> list[Kernel]:
