@@ -230,7 +230,10 @@ def declared(wheel: Path, *extras: str) -> set[str]:
 
 @pytest.mark.parametrize(
     ("folders", "extras"),
-    [(("fastmrcnn", "kernels"), ("export", "serve", "demo", "timm")), (("tests", "bench"), ("test",))],
+    [
+        (("fastmrcnn", "kernels"), ("export", "serve", "demo", "timm")),
+        (("tests", "bench"), ("test", "export")),
+    ],
 )
 def test_what_is_imported_is_declared(
     distributions: dict[str, Path], folders: tuple[str, ...], extras: tuple[str, ...]

@@ -142,6 +142,10 @@ def fold_batch_norms(model: nn.Module) -> int:
     return len(pairs)
 
 
+# Not what is made of them: timm's hold an activation too.
+FOLDED = (FrozenBatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
 def _pairs(module: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.Module, Callable[[nn.Module], None]]]:
     """Convolutions of a module, each with the batch norm that follows it, and how to replace that.
 
@@ -154,12 +158,12 @@ def _pairs(module: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.Module, Callable[[
     names += [(name, f"bn{name.removeprefix('conv')}") for name in children if name.startswith("conv")]
     for first, second in names:
         conv, norm = children[first], children.get(second)
-        if isinstance(conv, nn.Conv2d) and isinstance(norm, FrozenBatchNorm2d | nn.BatchNorm2d):
+        if isinstance(conv, nn.Conv2d) and type(norm) in FOLDED:
             yield conv, norm, lambda new, name=second: setattr(module, name, new)  # type: ignore[misc]
     convs, norms = children.get("convs"), children.get("norms")
     if isinstance(convs, nn.ModuleList) and isinstance(norms, nn.ModuleList):
         for index, (conv, norm) in enumerate(zip(convs, norms, strict=False)):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, FrozenBatchNorm2d | nn.BatchNorm2d):
+            if isinstance(conv, nn.Conv2d) and type(norm) in FOLDED:
                 yield conv, norm, lambda new, at=index: norms.__setitem__(at, new)  # type: ignore[misc]
 
 

@@ -34,7 +34,7 @@ class Tolerances(NamedTuple):
 
 FULL = Tolerances(boxes=1e-2, scores=1e-4, mask_bits=1e-4, keypoints=1e-1, missing=0.0)
 # fp16 has 11 bits: a rounding of 1 in 2,000 in each of some fifty layers.
-HALF = Tolerances(boxes=2.0, scores=2e-2, mask_bits=1e-2, keypoints=4.0, missing=2e-2)
+HALF = Tolerances(boxes=1.0, scores=1e-2, mask_bits=2e-2, keypoints=4.0, missing=2e-2)
 
 
 @dataclass
