@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastmrcnn.config.schema import Config
 from fastmrcnn.errors import UserError
+from fastmrcnn.model.box_head import BoxHead
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.model.norms import FrozenBatchNorm2d
 from fastmrcnn.structures import Batch
@@ -111,12 +112,18 @@ def check_detects(config: Config) -> None:
 def prepared(model: MaskRCNN, half: bool) -> MaskRCNN:
     """A copy to be exported: in eval mode, without gradients, batch norms folded, in fp16 if `half`."""
     model = copy.deepcopy(model).eval().requires_grad_(False)
-    if model.box_head is not None:
-        model.box_head.stable = True
+    take_ties_by_index(model)
     fold_batch_norms(model)
     if half:
         to_half(model)
     return model
+
+
+def take_ties_by_index(model: nn.Module) -> None:
+    """Let the box heads take candidates of equal scores by rising index, as formats other than torch do."""
+    for head in model.modules():
+        if isinstance(head, BoxHead):
+            head.stable = True
 
 
 def fold_batch_norms(model: nn.Module) -> int:

@@ -299,20 +299,20 @@ def _opset() -> Any:
 
 
 def _integers(values: Sequence[int], shape: Sequence[int] | None = None) -> Value:
-    import onnx_ir
+    from onnxscript import ir
 
     tensor = torch.tensor(values, dtype=torch.int64).reshape(tuple(shape) if shape else (len(values),))
-    return _opset().Constant(value=onnx_ir.tensor(tensor.numpy()))
+    return _opset().Constant(value=ir.tensor(tensor.numpy()))
 
 
 def _numbers(values: Any) -> Value:
-    import onnx_ir
+    from onnxscript import ir
 
-    return _opset().Constant(value=onnx_ir.tensor(torch.tensor(values, dtype=torch.float32).numpy()))
+    return _opset().Constant(value=ir.tensor(torch.tensor(values, dtype=torch.float32).numpy()))
 
 
 def _zeros(shape: tuple[int, ...]) -> Value:
-    import onnx_ir
+    from onnxscript import ir
 
-    value = onnx_ir.tensor(torch.zeros(1).numpy())
+    value = ir.tensor(torch.zeros(1).numpy())
     return _opset().ConstantOfShape(_integers(shape), value=value)

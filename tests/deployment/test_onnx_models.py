@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from golden_models import fill_from, golden_images
 from places import CONFIGS, FIXTURES
 from serving import images, trained
 
+import fastmrcnn
 from fastmrcnn import evaluate, export
 from fastmrcnn.config.file import load_config
 from fastmrcnn.deployment.graph import ServingGraph, check_detects
 from fastmrcnn.deployment.onnx_file import as_onnx
 from fastmrcnn.deployment.onnx_operators import check_operators
-from fastmrcnn.deployment.parity import FULL, HALF, Tolerances, compare
+from fastmrcnn.deployment.parity import FULL, HALF, compare
 from fastmrcnn.errors import UserError
+from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
-from fastmrcnn.weights.exported import Arrays, open_session, session_runner
+from fastmrcnn.weights.card import ModelCard
+from fastmrcnn.weights.exported import Arrays, Runner, open_session, session_runner
 from fastmrcnn.weights.trained import TrainedModel
 
 for name in ("onnx", "onnxscript", "onnxruntime"):
@@ -48,49 +54,34 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def graph_runner(graph: ServingGraph, model: TrainedModel, batch: int, engine: str) -> Any:
-    pixels, _ = images(batch)
-    shape = (pixels.shape[1], pixels.shape[2])
-    content = as_onnx(graph, model.card.config.model, 3, batch, shape).SerializeToString()
-    if engine == "onnxruntime":
-        return session_runner(open_session(content))
+def openvino_runner(content: bytes, outputs: Sequence[str]) -> Runner:
     openvino = pytest.importorskip("openvino")
     core = openvino.Core()
     compiled = core.compile_model(core.read_model(content), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
     def run(pixels: np.ndarray, sizes: np.ndarray) -> Arrays:
         found = compiled({"pixels": pixels, "sizes": sizes})
-        return {name: np.array(found[name]) for name in graph.outputs}
+        return {name: np.array(found[name]) for name in outputs}
 
     return run
 
 
-def check(
-    model: TrainedModel,
-    tolerances: Tolerances,
-    *,
-    batch: int = 2,
-    engine: str = "onnxruntime",
-    half: bool = False,
-) -> None:
-    run = graph_runner(ServingGraph(model, half=half), model, batch, engine)
-    assert isinstance(model.model, MaskRCNN)
-    inputs = [(pixels.numpy(), sizes.numpy()) for pixels, sizes in [images(batch)]]
-    parity = compare(model.model, run, inputs, tolerances, 0.5)
-    assert parity.matched >= 10 * batch
-    assert parity.faults() == []
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_onnxruntime_finds_the_same(family: str) -> None:
-    check(trained(**FAMILIES[family]), FULL)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["fpn", "keypoints"])
-def test_openvino_finds_the_same(family: str) -> None:
-    check(trained(**FAMILIES[family]), FULL, batch=1, engine="openvino")
+def test_each_engine_finds_the_same(family: str) -> None:
+    trained_model = trained(**FAMILIES[family])
+    model, config = trained_model.model, trained_model.card.config.model
+    pixels, sizes = images(2)
+    graph = ServingGraph(trained_model)
+    content = as_onnx(graph, config, 3, 2, (pixels.shape[1], pixels.shape[2])).SerializeToString()
+    runners = [session_runner(open_session(content))]
+    if config.roi.op != "pool" and importlib.util.find_spec("openvino") is not None:
+        runners.append(openvino_runner(content, graph.outputs))
+    assert isinstance(model, MaskRCNN)
+    for run in runners:
+        parity = compare(model, run, [(pixels.numpy(), sizes.numpy())], FULL, 0.5)
+        assert parity.matched >= 20
+        assert parity.faults() == []
 
 
 def test_every_recipe_can_be_exported_or_is_refused_by_name() -> None:
@@ -121,19 +112,29 @@ def test_a_run_and_its_file_have_the_same_figures(tmp_path: Path) -> None:
     assert '"bbox/AP": 83.8' in figures[0]
     half = tmp_path / "half" / "model.onnx"
     export.main(["--checkpoint", str(old), "--half", "--output", str(half), *val])
-    assert half.stat().st_size < 0.75 * (tmp_path / "model.onnx").stat().st_size
+    import onnx
+
+    tensors = onnx.load(str(half)).graph.initializer
+    halved = sum(int(np.prod(one.dims)) for one in tensors if one.data_type == onnx.TensorProto.FLOAT16)
+    weights = sum(one.numel() for one in fastmrcnn.load(old, "cpu").model.parameters())
+    assert halved > 0.8 * weights
 
 
 @pytest.mark.slow
-def test_resnet50_in_fp32_and_fp16() -> None:
-    """Of the published width, with weights that are no one's: what it finds is decided by hardly anything, so
-    some detections come and go with any rounding, as they do when a weight changes in its last bit."""
-    model = trained(
-        backbone={"name": "resnet50", "width": 64, "norm": "frozen_bn"},
-        fpn={"channels": 256},
-        rpn={"post_nms_top_n_test": 50},
-        box_head={"hidden": 256},
-    )
-    torch.manual_seed(0)
-    check(model, FULL._replace(missing=0.1), batch=1)
-    check(model, HALF._replace(missing=0.3, boxes=4.0), batch=1, half=True)
+@pytest.mark.parametrize("half", [False, True])
+def test_resnet50_as_published(half: bool) -> None:
+    """torchvision's network, whose weights are derived from their names."""
+    config = load_config(CONFIGS / "zoo" / "torchvision_mask_rcnn_r50_fpn.yaml")
+    model = build_model(config.model, 7)
+    fill_from(model, "torchvision")
+    model.eval()
+    names = [str(number) for number in range(7)]
+    trained = TrainedModel(model, ModelCard(config, names, list(range(1, 8))))
+    pixels, sizes = golden_images(255.0)
+    inputs = pixels[:1].round().to(torch.uint8).permute(0, 2, 3, 1).contiguous(), sizes[:1].int()
+    graph = ServingGraph(trained, half=half)
+    content = as_onnx(graph, config.model, 7, 1, (256, 288)).SerializeToString()
+    run = session_runner(open_session(content))
+    parity = compare(model, run, [(inputs[0].numpy(), inputs[1].numpy())], HALF if half else FULL, 0.5)
+    assert parity.matched >= 98
+    assert parity.faults() == []
