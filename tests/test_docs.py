@@ -153,7 +153,7 @@ def test_settings_in_the_text_are_known() -> None:
         for page in PAGES
         for text in [*spans(page), *(block.text for block in blocks(page))]
         for key in setting.findall(text)
-        if not key.endswith((".py", ".json", ".yaml", ".npz", ".onnx"))
+        if not key.endswith((".py", ".json", ".yaml", ".npz", ".onnx", ".pt2"))
     }
     assert len(named) > 20
     assert not {(page, key) for page, key in named if key not in keys}

@@ -97,8 +97,9 @@ def test_what_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("aot", [[], ["--aot", "cpu"]], ids=["program", "package"])
-@pytest.mark.parametrize("run", ["masks", "keypoints"])
+@pytest.mark.parametrize(
+    ("run", "aot"), [("keypoints", []), ("masks", ["--aot", "cpu"])], ids=["program", "package"]
+)
 def test_it_is_judged_as_the_run(folder: Path, run: str, aot: list[str]) -> None:
     file = f"judged_{run}_{len(aot)}/model.pt2"
     export.main(["--checkpoint", run, "--format", "pt2", "--batch", "2", "--output", file, *aot, *ARROWS])
