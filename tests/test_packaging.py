@@ -229,7 +229,8 @@ def declared(wheel: Path, *extras: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("folders", "extras"), [(("fastmrcnn", "kernels"), ()), (("tests", "bench"), ("test",))]
+    ("folders", "extras"),
+    [(("fastmrcnn", "kernels"), ("timm",)), (("tests", "bench"), ("test", "timm"))],
 )
 def test_what_is_imported_is_declared(
     distributions: dict[str, Path], folders: tuple[str, ...], extras: tuple[str, ...]
