@@ -17,6 +17,9 @@ class Conv2d(nn.Conv2d):
     """
 
     fused = False  # bias, residual and ReLU within cuDNN's convolution: see `fuse_epilogues`
+    products = (
+        True  # bias and ReLU within cuBLASLt's product, on CUDA; off for a graph of torch's own operators
+    )
 
     def forward(
         self,
@@ -50,7 +53,8 @@ class Conv2d(nn.Conv2d):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         return (
-            kind == "cuda"
+            self.products
+            and kind == "cuda"
             and dtype in (torch.bfloat16, torch.float16)
             and self.groups == 1
             and is_product(self.weight, self.stride, self.padding)  # type: ignore[arg-type]
