@@ -44,7 +44,8 @@ def conv_relu(
     return _conv_relu(x, weight, bias, residual, list(stride), list(padding))
 
 
-@torch.library.custom_op("fastmrcnn::conv_relu", mutates_args=())
+# flexible_layout: Inductor would copy an input that it has not written yet, to be sure of its strides.
+@torch.library.custom_op("fastmrcnn::conv_relu", mutates_args=(), tags=(torch.Tag.flexible_layout,))
 def _conv_relu(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stride: list[int], padding: list[int]
 ) -> Tensor:

@@ -17,6 +17,9 @@ class Conv2d(nn.Conv2d):
     """
 
     fused = False  # bias, residual and ReLU within cuDNN's convolution: see `fuse_epilogues`
+    products = (
+        True  # bias and ReLU within cuBLASLt's product, on CUDA; off for a graph of torch's own operators
+    )
 
     def forward(
         self,
@@ -47,11 +50,11 @@ class Conv2d(nn.Conv2d):
 
         In float32 a product would be exact where a convolution rounds its inputs to TF32, and much slower.
         """
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        if x.device.type != "cuda" or not self.products:
+            return False
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
         return (
-            kind == "cuda"
-            and dtype in (torch.bfloat16, torch.float16)
+            dtype in (torch.bfloat16, torch.float16)
             and self.groups == 1
             and is_product(self.weight, self.stride, self.padding)  # type: ignore[arg-type]
         )
