@@ -81,8 +81,8 @@ def _overlapping(
 ):
     """(TILE,) int64, bit by bit the boxes of `row_tile` of the same run that overlap each box of `tile`.
 
-    inter / union > threshold is told without dividing, unless a pair of the tiles is so close to the
-    threshold that rounding decides: then all of them are divided.
+    Whether inter / union is above the threshold is told in float32, unless a pair of the tiles is so close
+    to it that rounding decides: then it is told of all of them in float64, which is slow on some devices.
     """
     bits, close = _compare(
         boxes_ptr, begin_ptr, group_ptr, row_tile, tile, slots, threshold, TILE, ROWS, False
@@ -105,9 +105,9 @@ def _compare(
     threshold,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
-    DIVIDE: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
-    """The bits of `_overlapping`; and (TILE,) int32, not 0 where they may be wrong for want of a division."""
+    """The bits of `_overlapping`; and (TILE,) int32, not 0 where they may be wrong unless EXACT."""
     column = tile * TILE + tl.arange(0, TILE)
     x1, y1, x2, y2 = _sides(boxes_ptr, column)
     area = (x2 - x1) * (y2 - y1)
@@ -130,9 +130,8 @@ def _compare(
             union = row_area[:, None] + area[None, :] - inter
             # Boxes that do not meet have an IoU of 0 or NaN, above no threshold. They are most of the pairs.
             meet = (inter > 0) & (lane[:, None] >= first_of_run[None, :])
-            if DIVIDE:  # a dividend of 0 would take the slow path of IEEE division
-                iou = tl.div_rn(tl.where(meet, inter, 1.0), tl.where(meet, union, 1.0))
-                over = meet & (iou > threshold)
+            if EXACT:
+                over = meet & above_exactly(inter, union, threshold)
             else:
                 over, undecided = above(inter, union, threshold)
                 over = meet & over
@@ -154,7 +153,7 @@ def above(inter, union, threshold):
     """Whether inter / union, rounded to float32, is above the threshold; and whether that is undecided.
 
     For 0 < inter <= union, which holds of two boxes that meet, and a threshold of at least 0. Union may be
-    infinite or NaN, which the quotient is not above; both are decided, or a division is asked for.
+    infinite or NaN, which gives no quotient above the threshold; either is decided or left undecided.
 
     What is computed is off by less than 2**-23 of threshold * union, or by a step of float32 where that is
     beyond its normal numbers. The margin is 2**-20 of it and more. Beyond it the quotient differs from the
@@ -164,6 +163,20 @@ def above(inter, union, threshold):
     distance = tl.fma(union, -threshold, inter)
     margin = tl.fma(union, threshold * 9.5367431640625e-7 + 7.52316384526264e-37, 1.1754943508222875e-38)
     return distance > 0, tl.abs(distance) <= margin
+
+
+@triton.jit
+def above_exactly(inter, union, threshold):
+    """Whether inter / union, rounded to float32, is above the threshold, of what `above` takes.
+
+    It is where the quotient is above the middle of the threshold and the next number of float32; in the
+    middle where rounding to even goes up. The middle has 25 bits and union 24, so their product is exact.
+    """
+    threshold = tl.cast(threshold, tl.float32)
+    bits = threshold.to(tl.int32, bitcast=True)
+    middle = (threshold.to(tl.float64) + (bits + 1).to(tl.float32, bitcast=True).to(tl.float64)) * 0.5
+    limit = union.to(tl.float64) * middle
+    return (inter.to(tl.float64) > limit) | ((inter.to(tl.float64) == limit) & ((bits & 1) != 0))
 
 
 @triton.jit

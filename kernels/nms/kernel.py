@@ -10,19 +10,21 @@ no length is read by the host, and the tiles of all images and groups run at the
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.launch import CompileSpec, Launch
+from ..common.launch import H100, CompileSpec, Launch, Target, target_of
 from ..common.library import interpreting
 from .cpu import round_down_to_float32
 from .greedy import greedy_kernel
 
 TILE = 64  # as many as an int64 has bits
-ROWS = 4  # of a tile, compared at once; half of them with wide groups, where 4 spill registers on sm_100
+ROWS = 4  # of a tile, compared at once; 8 spill registers on sm_100
+REGISTERS = 80  # of a thread, on NVIDIA; left to itself the compiler takes so few that some spill
 COMPACT_BLOCK = 2048
 KEY_BLOCK = 1024
 
@@ -68,6 +70,7 @@ def _launches(
     index: Tensor,
     kept_valid: Tensor,
     only_finite: bool,
+    target: Target | None = None,
 ) -> Iterator[Launch]:
     """Of the kernels that write the survivors into index and kept_valid (N, max_out), which are zero.
 
@@ -131,10 +134,13 @@ def _launches(
         "slots": slots,
         "threshold": round_down_to_float32(iou_threshold),
         "TILE": TILE,
-        "ROWS": 32 if interpreting() else ROWS if groups is None else ROWS // 2,
+        "ROWS": 32 if interpreting() else ROWS,
     }
     # Without fusion the rounding of every step is torchvision's.
-    yield Launch(greedy_kernel, (tiles,), greedy, options={"enable_fp_fusion": False})
+    options: dict[str, Any] = {"enable_fp_fusion": False}
+    if (target or target_of(boxes.device)).backend == "cuda":
+        options["maxnreg"] = REGISTERS
+    yield Launch(greedy_kernel, (tiles,), greedy, options=options)
     compact = {
         "keep_ptr": keep,
         "by_score_ptr": by_score,
@@ -154,7 +160,7 @@ def _ranks(scores: Tensor) -> Tensor:
     return torch.empty_like(places).scatter_(0, order, places)
 
 
-def compile_specs() -> list[CompileSpec]:
+def compile_specs(target: Target = H100) -> list[CompileSpec]:
     """8 images, 5 levels of 2000 boxes each, 1000 of an image kept."""
     images, per_image, max_out, in_group = 8, 10_000, 1000, 2000
     slots = images * per_image
@@ -171,7 +177,7 @@ def compile_specs() -> list[CompileSpec]:
         boxes = valid.new_empty((images, per_image, 4), dtype=dtype)
         groups = None if group is None else valid.new_empty(valid.shape, dtype=group)
         keys, greedy, compact = _launches(
-            boxes, boxes[..., 0], groups, valid, 0.7, index, kept_valid, only_finite=True
+            boxes, boxes[..., 0], groups, valid, 0.7, index, kept_valid, only_finite=True, target=target
         )
         if name != "wide groups":  # as fp32
             specs.append(keys.spec("nms keys", name, slots * (5 * dtype.itemsize + 1 + 8), 0))

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from fastmrcnn.kernels.nms import naive
 from fastmrcnn.kernels.nms.cpu import round_down_to_float32
-from fastmrcnn.kernels.nms.greedy import above
+from fastmrcnn.kernels.nms.greedy import above, above_exactly
 from fastmrcnn.kernels.nms.op import nms
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -24,9 +24,11 @@ THRESHOLDS = [0.0, 1e-44, 1e-38, 1e-20, 0.05, 0.3, 0.5, 0.7, 0.95, 1 - 2**-24, 1
 
 
 @triton.jit
-def above_kernel(inter_ptr, union_ptr, over_ptr, undecided_ptr, threshold, BLOCK: tl.constexpr):
+def above_kernel(inter_ptr, union_ptr, over_ptr, undecided_ptr, exact_ptr, threshold, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    over, undecided = above(tl.load(inter_ptr + at), tl.load(union_ptr + at), threshold)
+    inter, union = tl.load(inter_ptr + at), tl.load(union_ptr + at)
+    over, undecided = above(inter, union, threshold)
+    tl.store(exact_ptr + at, above_exactly(inter, union, threshold).to(tl.uint8))
     tl.store(over_ptr + at, over.to(tl.uint8))
     tl.store(undecided_ptr + at, undecided.to(tl.uint8))
 
@@ -49,6 +51,10 @@ def test_above_is_what_a_division_says(threshold: float) -> None:
     union[: count // 2] = r.uniform(1, 1e6, count // 2)
     near = np.minimum(union.astype(np.float64) * threshold, 3e38).astype(np.float32)
     inter = steps_from(near, r.integers(-40, 41, count))
+    ties = slice(0, count, 7)  # quotients in the middle of two numbers, of a union of few bits
+    middle = (np.float64(threshold) + np.nextafter(np.float32(threshold), np.float32(np.inf))) / 2
+    inter[ties] = np.minimum(np.exp2(r.integers(-20, 20, len(inter[ties]))) * middle, 3e38)
+    union[ties] = np.exp2(np.log2(np.maximum(inter[ties] / middle, 1e-38)).round())
     anywhere = r.random(count) < 0.3
     inter[anywhere] = (union * r.random(count, np.float32))[anywhere]
     inter = np.maximum(np.minimum(inter, union), np.float32(1e-45))  # as of boxes that meet
@@ -58,15 +64,16 @@ def test_above_is_what_a_division_says(threshold: float) -> None:
 
     device = "cpu" if INTERPRETING else "cuda"
     given = [torch.from_numpy(t).to(device) for t in (inter, union)]
-    over, undecided = (torch.empty(count, dtype=torch.uint8, device=device) for _ in range(2))
+    over, undecided, exact = (torch.empty(count, dtype=torch.uint8, device=device) for _ in range(3))
     options = {} if INTERPRETING else {"enable_fp_fusion": False}
-    above_kernel[(count // 4096,)](*given, over, undecided, threshold, BLOCK=4096, **options)
+    above_kernel[(count // 4096,)](*given, over, undecided, exact, threshold, BLOCK=4096, **options)
+    assert np.array_equal(exact.bool().cpu().numpy(), expected)
     decided = ~undecided.bool().cpu().numpy()
     assert np.array_equal(over.bool().cpu().numpy()[decided], expected[decided])
     if 0.05 <= threshold < 1:
         ordinary = anywhere & (np.arange(count) < count // 2)
         ordinary[:4] = False
-        assert decided[ordinary].mean() > 0.999  # a division is rare
+        assert decided[ordinary].mean() > 0.999  # float64 is rarely needed
         assert expected.any()
         assert not expected.all()
 

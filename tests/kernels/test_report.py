@@ -213,8 +213,9 @@ def test_no_kernel_spills_and_features_load_wide(tmp_path: Path) -> None:
     estimated = {row["kernel"] for row in rows if row["estimate_us"] is not None}
     assert estimated >= {"roi_align backward 7x7 and 14x14", "nms greedy", "matcher best of boxes"}
     assert estimated >= {"class_mask_loss 384", "mask_loss mean"}
-    # 140 for two pairs of boxes where each was divided, 80 where none is.
-    assert all(row["loop_instructions"] <= 100 for row in rows if row["kernel"] == "nms greedy")
+    # 140 for two pairs of boxes where each was divided, about 80 where none is.
+    (pairs,) = [r for r in rows if (r["kernel"], r["variant"]) == ("nms greedy", "groups")]
+    assert pairs["loop_instructions"] <= 100
     assert any(kernel.startswith("nms") for kernel in variants)
     assert any(kernel.startswith("assign_levels") for kernel in variants)
 
@@ -407,7 +408,7 @@ def test_greedy_nms_is_compiled_without_fusion() -> None:
     """As it is launched: fusion would round otherwise than torchvision."""
     specs = specs_of(importlib.import_module("fastmrcnn.kernels.nms.kernel"), "sm_90")
     greedy = [spec for spec in specs if spec.name == "nms greedy"]
-    assert [spec.options for spec in greedy] == [{"enable_fp_fusion": False}] * 3
+    assert [spec.options["enable_fp_fusion"] for spec in greedy] == [False] * 3
 
 
 def test_every_kernel_is_compiled() -> None:
