@@ -107,12 +107,13 @@ def test_occupancy(
 
 def test_table_shows_failures_below_their_kernel() -> None:
     rows = [
-        Row("a", "fp32", [], 8, 2_000_000, 0, 4, 40, 0, 1024, 16, 16, 8, 0.5, "registers"),
+        Row("a", "fp32", [], 8, 2_000_000, 0, 4, 40, 0, 1024, 16, 16, 8, 0.5, "registers", 90, 20, 1.0, 4.0),
         Row("b", "bf16", ["does not compile: no"], 8, 2_000_000, 3_000_000, 4),
     ]
     lines = table(rows).splitlines()
     assert [line.split()[0] for line in lines] == ["kernel", "a", "b", "FAILS:"]
     fields = ["a", "fp32", "4", "40", "0", "1024", "16", "8", "50%", "registers", "8", "2.00", "0.0"]
+    fields += ["90", "20", "1.0", "4.0", "25%"]
     assert lines[1].split() == fields
     assert "does not compile: no" in lines[3]
 
