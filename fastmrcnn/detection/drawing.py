@@ -22,6 +22,7 @@ from fastmrcnn.data.keypoints import KeypointSchema
 from fastmrcnn.data.processes import obey_parent_alone
 from fastmrcnn.detection.fonts import drawable_names
 from fastmrcnn.detection.objects import Objects, pasted
+from fastmrcnn.detection.pipeline import cores
 from fastmrcnn.detection.prediction import Prediction
 from fastmrcnn.errors import UserError
 
@@ -39,7 +40,7 @@ class Artists:
     """
 
     def __init__(self, images: int) -> None:
-        wanted = min(MOST, max(1, (os.cpu_count() or 1) - 1), images // WORTH_IT)
+        wanted = min(MOST, max(1, cores() - 1), images // WORTH_IT)
         self.pool: ProcessPoolExecutor | None = None
         if wanted and "fork" in multiprocessing.get_all_start_methods() and sys.platform == "linux":
             fork = multiprocessing.get_context("fork")

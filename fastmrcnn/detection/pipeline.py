@@ -18,9 +18,14 @@ B = TypeVar("B")
 MOST_PIXELS = 64_000_000  # of the images that wait to be drawn; one that is larger waits alone
 
 
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def reading_threads(on_gpu: bool) -> int:
     """How many are worth it. A model on the CPU needs the cores itself."""
-    return min(4, max(1, (os.cpu_count() or 1) - 1)) if on_gpu else 1
+    return min(4, max(1, cores() - 1)) if on_gpu else 1
 
 
 def ahead(

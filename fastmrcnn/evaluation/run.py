@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from fastmrcnn.data.worker import LoadedBatch
 from fastmrcnn.detection.draw import draw_comparison, save_picture
 from fastmrcnn.detection.fetch import Fetched
 from fastmrcnn.detection.objects import Objects, coco_results, encoded, pasted
-from fastmrcnn.detection.pipeline import in_turn
+from fastmrcnn.detection.pipeline import cores, in_turn
 from fastmrcnn.evaluation.coco import MAX_DETS, evaluate_coco, ground_truth
 from fastmrcnn.evaluation.detections import detect
 from fastmrcnn.evaluation.proposals import collect_proposals, proposal_recall
@@ -108,7 +107,7 @@ def run_evaluation(
     def draw(image_id: int) -> None:
         draw_picture(chosen[image_id], kept[image_id], dataset, threshold, folder)
 
-    for _ in in_turn(kept, draw, threads=min(4, os.cpu_count() or 1)):
+    for _ in in_turn(kept, draw, threads=min(4, cores())):
         pass
     return values
 

@@ -160,7 +160,7 @@ def picture(seed: int = 0) -> tuple[np.ndarray, Objects]:
 def artists(monkeypatch: pytest.MonkeyPatch) -> Iterator[Artists]:
     """Processes, also for the few pictures of a test, on any machine."""
     monkeypatch.setattr(drawing, "WORTH_IT", 1)
-    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(drawing, "cores", lambda: 3)
     with Artists(2) as artists:
         yield artists
 
@@ -217,9 +217,9 @@ def test_signals_to_the_whole_group_pass_them_by(artists: Artists, tmp_path: Pat
 
 
 ORPHANS = """
-import os, time
+import time
 from fastmrcnn.detection import drawing
-drawing.WORTH_IT, os.cpu_count = 1, lambda: 4
+drawing.WORTH_IT, drawing.cores = 1, lambda: 4
 artists = drawing.Artists(3)
 print(*artists.pool._processes, flush=True)
 time.sleep(100)
