@@ -4,6 +4,7 @@ Needs numpy, Pillow, and onnxruntime for a .onnx file or torch for a .pt2 file. 
 image. A .pt2 file can hold machine code: run those of people whom you trust.
 """
 
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -15,14 +16,22 @@ from PIL import Image, ImageOps
 
 HERE = Path(__file__).resolve().parent
 MODEL = HERE / "model.onnx"
-RULE = json.loads((HERE / "preprocessing.json").read_text(encoding="utf-8"))
-LABELS = (HERE / "labels.txt").read_text(encoding="utf-8").splitlines()
+
+
+@functools.cache
+def rule() -> dict[str, Any]:
+    return json.loads((HERE / "preprocessing.json").read_text(encoding="utf-8"))
+
+
+@functools.cache
+def labels() -> list[str]:
+    return (HERE / "labels.txt").read_text(encoding="utf-8").splitlines()
 
 
 def read(path: str) -> Image.Image:
     image = ImageOps.exif_transpose(Image.open(path))
     if image.mode == "F" or image.mode.startswith("I"):  # more than 8 bits
-        black, white = RULE["pixel_range"] or (0, 65535)
+        black, white = rule()["pixel_range"] or (0, 65535)
         grey = (np.asarray(image, np.float64) - black) / (white - black) * 255
         image = Image.fromarray((grey.clip(0, 255) + 0.5).astype(np.uint8))
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
@@ -36,7 +45,7 @@ def paste(mask: np.ndarray, box: np.ndarray, h: int, w: int) -> np.ndarray:
         return np.clip(1 - abs(place[:, None] - np.arange(len(mask))), 0, None)
 
     inside = weights(box[1], box[3], h) @ mask @ weights(box[0], box[2], w).T
-    return inside >= RULE["mask_threshold"]
+    return inside >= rule()["mask_threshold"]
 
 
 def load() -> Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]:
@@ -51,21 +60,21 @@ def load() -> Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]:
         )
     import torch
 
-    compiled, device = RULE["file"]["compiled"], RULE["file"]["device"]
+    compiled, device = rule()["file"]["compiled"], rule()["file"]["device"]
     call = torch._inductor.aoti_load_package(str(MODEL)) if compiled else torch.export.load(MODEL).module()
 
     def run(pixels: np.ndarray, sizes: np.ndarray) -> dict[str, np.ndarray]:
         with torch.no_grad():
             found = call(torch.from_numpy(pixels).to(device), torch.from_numpy(sizes).to(device))
-        return {name: value.cpu().numpy() for name, value in zip(RULE["outputs"], found, strict=True)}
+        return {name: value.cpu().numpy() for name, value in zip(rule()["outputs"], found, strict=True)}
 
     return run
 
 
 def find(run: Callable[..., Any], image: Image.Image, score: float = 0.5) -> list[dict[str, Any]]:
     """Label, score, box in pixels of the image, and mask or keypoints where there are some, of each."""
-    batch, height, width, _ = RULE["inputs"]["pixels"]["shape"]
-    (w, h), how = image.size, RULE["resize"]
+    batch, height, width, _ = rule()["inputs"]["pixels"]["shape"]
+    (w, h), how = image.size, rule()["resize"]
     scale = min(how["short_side"] / min(w, h), how["long_side_max"] / max(w, h), height / h, width / w)
     rows, columns = (max(1, min(int(a * scale + 0.5), most)) for a, most in ((h, height), (w, width)))
     pixels = np.zeros((batch, height, width, 3), np.uint8)
@@ -75,7 +84,7 @@ def find(run: Callable[..., Any], image: Image.Image, score: float = 0.5) -> lis
     back, objects = np.array([w / columns, h / rows] * 2), []
     for index in np.flatnonzero(found["valid"] & (found["scores"] >= score)):
         box = np.clip(found["boxes"][index] * back, 0, [w, h, w, h])
-        one = {"label": LABELS[found["classes"][index]], "score": float(found["scores"][index])}
+        one = {"label": labels()[found["classes"][index]], "score": float(found["scores"][index])}
         objects.append({**one, "box": box.tolist()})
         if "masks" in found:
             objects[-1]["mask"] = paste(found["masks"][index], box, h, w)
