@@ -43,8 +43,8 @@ class Layouts(TorchDispatchMode):
         self.seen: list[bool] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.name().endswith("roi_align_backward"):
-            self.seen.append(args[0].is_contiguous(memory_format=torch.channels_last))
+        if func.name().endswith("roi_align_sets_backward"):  # of all heads at once
+            self.seen += [grad.is_contiguous(memory_format=torch.channels_last) for grad in args[0]]
         return func(*args, **(kwargs or {}))
 
 
