@@ -41,6 +41,7 @@ _PLACES = {
     "rpn.propose": "proposals",
     "sampler": SAMPLING,
     "pooler": "RoIAlign",
+    "pooler.together": "RoIAlign",
     "res5.forward": "res5",
     "box_head.forward": "box head",
     "box_head.losses": "box losses",

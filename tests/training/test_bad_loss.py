@@ -14,6 +14,7 @@ from fastmrcnn import train
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.structures import Batch
+from fastmrcnn.training.step import TrainingStep
 from fastmrcnn.weights.checkpoint import read_checkpoint
 
 BAD = 3
@@ -28,10 +29,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
 def poison(monkeypatch: pytest.MonkeyPatch, bad_step: int, value: float) -> list[list[int]]:
     """One pixel of batch number `bad_step` becomes `value`; the batches before and after are good."""
     seen: list[list[int]] = []
-    real, real_loader = train.to_device, train.train_loader
+    real, real_loader = TrainingStep.upload, train.train_loader
 
-    def to_device(batch: Batch, device: Any) -> Batch:
-        batch = real(batch, device)
+    def upload(make_step: TrainingStep, batch: Batch) -> Batch:
+        batch = real(make_step, batch)
         if len(seen) - 1 == bad_step:
             pixels = batch.pixels.float()
             pixels[1, 0, 5, 5] = value
@@ -43,7 +44,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, bad_step: int, value: float) -> list
             seen.append(loaded.image_ids)
             yield loaded
 
-    monkeypatch.setattr(train, "to_device", to_device)
+    monkeypatch.setattr(TrainingStep, "upload", upload)
     monkeypatch.setattr(train, "train_loader", loader)
     return seen
 

@@ -18,8 +18,11 @@ GOOD = torch.tensor(-1)
 
 
 def numbers(value: float) -> tuple[Losses, Counts]:
-    parts = [torch.tensor(value * factor, requires_grad=True) for factor in (1, 2, 3, 4, 5)]
-    return Losses(*parts), Counts(num_fg=torch.tensor(7), masks_dropped=torch.tensor(0))
+    names = ("loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask")
+    parts = {
+        name: torch.tensor(value * factor, requires_grad=True) for factor, name in enumerate(names, start=1)
+    }
+    return Losses(**parts), Counts(num_fg=torch.tensor(7), masks_dropped=torch.tensor(0))
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
