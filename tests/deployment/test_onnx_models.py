@@ -20,7 +20,7 @@ from fastmrcnn.config.file import load_config
 from fastmrcnn.deployment.graph import ServingGraph, check_detects
 from fastmrcnn.deployment.onnx_file import as_onnx
 from fastmrcnn.deployment.onnx_operators import check_operators
-from fastmrcnn.deployment.parity import FULL, compare
+from fastmrcnn.deployment.parity import FULL, HALF, compare
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
@@ -45,6 +45,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "one mask for all classes": {"mask_head": {"class_agnostic": True}, "box_head": {"class_agnostic": True}},
     "softmax, candidates cut": {"mask_head": {"loss": "softmax"}, "box_head": {"candidates": 100}},
+    "cascade": {"box_head": {"cascade": True, "class_agnostic": True}},
     "mlp, torchvision's rules": {
         "mask_head": {"kind": "mlp", "hidden": 16},
         "anchors": {"rounding": True, "stride_rule": "grid"},
@@ -67,19 +68,21 @@ def openvino_runner(content: bytes, outputs: Sequence[str]) -> Runner:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_each_engine_finds_the_same(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "half"), [*((name, False) for name in FAMILIES), ("fpn", True), ("cascade", True)]
+)
+def test_each_engine_finds_the_same(family: str, half: bool) -> None:
     trained_model = trained(**FAMILIES[family])
     model, config = trained_model.model, trained_model.card.config.model
     pixels, sizes = images(2)
-    graph = ServingGraph(trained_model)
+    graph = ServingGraph(trained_model, half=half)
     content = as_onnx(graph, config, 3, 2, (pixels.shape[1], pixels.shape[2])).SerializeToString()
     runners = [session_runner(open_session(content))]
     if config.roi.op != "pool" and importlib.util.find_spec("openvino") is not None:
         runners.append(openvino_runner(content, graph.outputs))
     assert isinstance(model, MaskRCNN)
     for run in runners:
-        parity = compare(model, run, [(pixels.numpy(), sizes.numpy())], FULL, 0.5)
+        parity = compare(model, run, [(pixels.numpy(), sizes.numpy())], HALF if half else FULL, 0.5)
         assert parity.matched >= 20
         assert parity.faults() == []
 
