@@ -97,10 +97,10 @@ def test_what_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("run", "aot"), [("keypoints", []), ("masks", ["--aot", "cpu"])], ids=["program", "package"]
-)
-def test_it_is_judged_as_the_run(folder: Path, run: str, aot: list[str]) -> None:
+@pytest.mark.parametrize("aot", [[], ["--aot", "cpu"]], ids=["program", "package"])
+def test_it_is_judged_as_the_run(folder: Path, aot: list[str]) -> None:
+    """By keypoints: in the run with masks two boxes of one object have the same score to the last bit."""
+    run = "keypoints"
     file = f"judged_{run}_{len(aot)}/model.pt2"
     export.main(["--checkpoint", run, "--format", "pt2", "--batch", "2", "--output", file, *aot, *ARROWS])
     numbers = []
