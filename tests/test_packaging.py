@@ -224,8 +224,13 @@ def declared(wheel: Path, *extras: str) -> set[str]:
     for need in fields(wheel).get_all("Requires-Dist") or []:
         extra = re.search(r'extra == "(\w+)"', need)
         if extra is None or extra[1] in extras:
-            found.add(re.split(r"[^A-Za-z0-9_.-]", need)[0].lower())
+            found.add(normalized(re.split(r"[^A-Za-z0-9_.-]", need)[0]))
     return found
+
+
+def normalized(name: str) -> str:
+    """Of a distribution, as all its spellings are compared."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 @pytest.mark.parametrize(
@@ -247,5 +252,5 @@ def test_what_is_imported_is_declared(
     for folder in folders:
         for name, path in imported(ROOT / folder).items():
             if name not in own:
-                needed = {source.lower() for source in sources.get(name, [name])}
+                needed = {normalized(source) for source in sources.get(name, [name])}
                 assert needed & known, f"{path} imports {name}, which pyproject.toml does not list"
