@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -81,6 +82,7 @@ class Bench:
     extra: tuple[str, ...] = ()
     tell: Callable[[str], None] = print
     splits: dict[str, Split] = field(default_factory=dict)
+    keeping: threading.Lock = field(default_factory=threading.Lock)
 
     def metrics_file(self, run: Run) -> Path:
         return metrics_file(self.output, self.suite.name, run.cell.name, run.seed)
@@ -214,7 +216,8 @@ class Bench:
             "finished": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
         }
         if run.seed == 0:
-            self.keep(run, place)
+            with self.keeping:  # two runs of one set draw the same ground truth
+                self.keep(run, place)
         make_folder(self.metrics_file(run).parent)
         write_json(self.metrics_file(run), result)
         return result
