@@ -141,6 +141,9 @@ def torchvision_detector(
         for image, (height, width) in zip(pixels, sizes.tolist(), strict=True)
     ]
     model.eval()
+    # `_skip_resize` holds in training alone; here it would work on larger images than ours.
+    transform: Any = model.transform
+    transform.resize = lambda image, target=None: (image, target)
 
     def detect() -> Any:
         with torch.no_grad():
@@ -211,4 +214,7 @@ def build(config: ModelConfig, num_classes: int) -> nn.Module:
         "box_nms_thresh": box.nms_iou,
         "box_detections_per_img": box.detections,
     }
+    for module in backbone.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.eps = config.backbone.norm_eps
     return MaskRCNN(backbone, num_classes + 1, _skip_resize=True, **settings)
