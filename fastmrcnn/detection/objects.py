@@ -68,21 +68,24 @@ def pasted(found: Objects, threshold: float) -> Objects:
 
 def all_pasted(found: Sequence[Objects], threshold: float) -> list[Objects]:
     """`pasted` for each of several images, whose bitmaps come from their device in one copy."""
-    waiting = [one for one in found if one.probabilities is not None]
-    bitmaps = iter(
-        paste_all_to_host(
-            [one.probabilities for one in waiting if one.probabilities is not None],
-            [torch.from_numpy(one.boxes) for one in waiting],
-            [(one.height, one.width) for one in waiting],
-            threshold,
-        )
-    )
+    bitmaps = iter(paste_all_to_host(*_masks_in_boxes(found), threshold))
     return [
         replace(one, masks=next(bitmaps), probabilities=None)
         if one.probabilities is not None
         else _decoded(one)
         for one in found
     ]
+
+
+def _masks_in_boxes(found: Sequence[Objects]) -> tuple[list[Tensor], list[Tensor], list[tuple[int, int]]]:
+    """Probabilities, boxes and image size of those whose masks are still probabilities."""
+    masks, boxes, sizes = [], [], []
+    for one in found:
+        if one.probabilities is not None:
+            masks.append(one.probabilities)
+            boxes.append(torch.from_numpy(one.boxes))
+            sizes.append((one.height, one.width))
+    return masks, boxes, sizes
 
 
 def _decoded(found: Objects) -> Objects:
@@ -97,15 +100,7 @@ def _decoded(found: Objects) -> Objects:
 
 def encoded(found: Sequence[Objects], threshold: float) -> list[Objects]:
     """Objects with run lengths in place of probabilities, those of all images made at once."""
-    waiting = [one for one in found if one.probabilities is not None]
-    rles = iter(
-        encode_images(
-            [one.probabilities for one in waiting if one.probabilities is not None],
-            [torch.from_numpy(one.boxes) for one in waiting],
-            [(one.height, one.width) for one in waiting],
-            threshold,
-        )
-    )
+    rles = iter(encode_images(*_masks_in_boxes(found), threshold))
     return [
         one if one.probabilities is None else replace(one, rles=tuple(next(rles)), probabilities=None)
         for one in found

@@ -29,14 +29,14 @@ def tensor_shapes() -> dict[str, str]:
         model = build_model(config.model, CLASSES, None).eval()
         batch = Batch(torch.zeros(1, 3, *SHAPE, dtype=torch.uint8), torch.tensor([SHAPE]))
         shapes["image"] = _shape(batch.pixels)
-        maps = model.backbone(model.normalize(batch))
-        for number, one in enumerate(maps, start=2):
+        for number, one in enumerate(model.backbone(model.normalize(batch)), start=2):
             shapes[f"res{number}"] = _shape(one)
-        for number, one in enumerate(model.features(batch), start=2):
+        features = model.features(batch)
+        for number, one in enumerate(features, start=2):
             shapes[f"p{number}"] = _shape(one)
-        proposals = model.propose(model.features(batch), batch)
+        proposals = model.propose(features, batch)
         shapes["proposals"] = _shape(proposals.boxes)
-        rois = model.box_features(model.features(batch), proposals.boxes, proposals.valid)
+        rois = model.box_features(features, proposals.boxes, proposals.valid)
         shapes["RoIAlign, boxes"] = _shape(rois)
         found = model(batch)
         assert isinstance(found, Detections)

@@ -211,7 +211,6 @@ class Bench:
                 for name in ("iteration", *(n for n in losses[-1] if n.startswith(("loss_", "total_loss"))))
             },
             "seconds": round(sum(row["time"] for row in losses) * _steps_between(losses), 1),
-            "parallel": None,
             "environment": environment(torch.device("cpu")),
             "finished": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
         }

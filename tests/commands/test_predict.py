@@ -188,18 +188,22 @@ def message_without_output(image: str) -> str:
     return str(caught.value)
 
 
-def test_command_in_a_process_of_its_own(dataset: CocoDataset, tmp_path: Path) -> None:
-    """A real checkpoint; and the package, whose attribute `predict` may be the function."""
+def untrained_checkpoint(dataset: CocoDataset, folder: Path) -> Path:
     torch.manual_seed(0)
     model = build_model(config().model, 3)
-    path = save_checkpoint(
-        tmp_path / "run" / "checkpoints",
+    return save_checkpoint(
+        folder / "run" / "checkpoints",
         step=1,
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
         card=ModelCard(config(), dataset.class_names, dataset.category_ids),
         keep=1,
     )
+
+
+def test_command_in_a_process_of_its_own(dataset: CocoDataset, tmp_path: Path) -> None:
+    """A real checkpoint; and the package, whose attribute `predict` may be the function."""
+    path = untrained_checkpoint(dataset, tmp_path)
     image, output = dataset.records[0].path, tmp_path / "out"
     module = [sys.executable, "-W", "error::RuntimeWarning", "-m", "fastmrcnn.predict"]
     arguments = [str(image), "--checkpoint", str(path), "--output", str(output), "--score", "0.06"]
@@ -218,16 +222,7 @@ def test_a_stop_of_the_whole_group_keeps_what_was_found(
     number: signal.Signals, dataset: CocoDataset, tmp_path: Path
 ) -> None:
     """As a terminal or a scheduler sends it: to the processes that draw too, which end with the command."""
-    torch.manual_seed(0)
-    model = build_model(config().model, 3)
-    path = save_checkpoint(
-        tmp_path / "run" / "checkpoints",
-        step=1,
-        model=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        card=ModelCard(config(), dataset.class_names, dataset.category_ids),
-        keep=1,
-    )
+    path = untrained_checkpoint(dataset, tmp_path)
     images, output = tmp_path / "many", tmp_path / "out"
     images.mkdir()
     for k in range(400):
