@@ -23,7 +23,7 @@ COMMANDS = (
     "experiments",
     "benchmark",
 )
-GROUND = ("errors", "structures", "device", "files", "graphs")
+GROUND = ("errors", "structures", "device", "files", "graphs", "group")
 
 # What a room may import, the ground first. A room's own modules import each other freely.
 ROOMS: dict[str, tuple[str, ...]] = {
@@ -32,6 +32,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "device": ("errors",),
     "files": ("errors",),
     "graphs": (),
+    "group": ("errors",),
     "kernels": (),
     "config": ("errors",),
     "data": ("structures", "files", "errors"),
