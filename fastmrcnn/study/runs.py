@@ -105,10 +105,13 @@ class Bench:
         return load_config(CONFIGS / f"{run.cell.recipe}.yaml", settings)
 
     def key(self, run: Run) -> str:
-        """Hash of what decides a run: its configuration, its data, and the run that it stands on."""
-        config = self.config(run).model_dump(mode="json")
+        """Hash of what decides a run: its configuration, its data, and the run that it stands on.
+
+        Settings at their defaults are left out, so that a new one leaves what is finished valid.
+        """
+        config = self.config(run).model_dump(mode="json", exclude_defaults=True)
         for name in ("output", "runtime"):
-            del config[name]
+            config.pop(name, None)
         told: list[Any] = [config, run.cell.data, DRAWING]
         if run.cell.proposals_of is not None:
             told.append(self.key(self.before(run)))
