@@ -5,30 +5,30 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.files import to_write
 from fastmrcnn.study.coco import COCO, expected_seconds
+from fastmrcnn.study.heats import Heat, heats_of, run_heats, waiting, why_no_race
 from fastmrcnn.study.plan import PastTimes, Row, plan
 from fastmrcnn.study.runs import Bench, Run
 from fastmrcnn.study.sets import Sets, given_sets
 from fastmrcnn.study.small import SMALL
-from fastmrcnn.study.suite import Suite
+from fastmrcnn.study.suite import Comparison, Suite
 from fastmrcnn.study.writing import write_report
 
 SUITES = {suite.name: suite for suite in (SMALL, COCO)}
+RACE_SEEDS = 1
+RACE = "race"  # beside the comparisons, in a suite that has it
 
 
 def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
     suite, output = SUITES[arguments.suite], to_write(arguments.output)
     seeds = arguments.seeds or suite.seeds
-    try:
-        chosen = suite.chosen(tuple(arguments.only or ()))
-    except ValueError as error:
-        raise UserError(f"--only: {error}") from None
+    chosen, racing = choose(suite, arguments.only)
     work = output / "work" if arguments.work is None else to_write(arguments.work)
     given = given_sets(arguments.data)
     jobs = arguments.jobs or (os.cpu_count() or 1 if suite is SMALL else 1)
@@ -37,17 +37,51 @@ def main(argv: list[str]) -> None:
         tell_report(suite, output)
         return
     rows = plan(bench, chosen, seeds, expectation(bench))
+    heats = race_heats(given, arguments.only) if racing else []
+    if racing:
+        left = waiting(heats, output)
+        hours = math.fsum(heat.seconds for heat in left) / 3600
+        rows.append(Row(RACE, len({h.contender for h in heats}), len(heats), len(heats) - len(left), hours))
     if arguments.plan:
         print_plan(rows, jobs, known_by="operations" if suite is COCO else "past runs")
         return
-    left = sum(row.runs - row.finished for row in rows)
-    print(f"{sum(row.runs for row in rows)} runs, {left} of them to do, {jobs} at a time")
+    to_do = sum(row.runs - row.finished for row in rows)
+    print(f"{sum(row.runs for row in rows)} runs, {to_do} of them to do, {jobs} at a time")
     try:
         bench.run_all(bench.runs_of(chosen, seeds), jobs)
+        run_heats(heats, given, output, work, jobs)
     except KeyboardInterrupt:
         print(f"\nstopped; the same command goes on. What is finished is in {output / 'metrics'}")
         raise SystemExit(130) from None
     tell_report(suite, output)
+
+
+def choose(suite: Suite, only: Sequence[str] | None) -> tuple[tuple[Comparison, ...], bool]:
+    """The comparisons that --only names, and whether the race is among them; all, if it was not given."""
+    names = [name for name in only or () if name != RACE]
+    racing = suite.races and (not only or RACE in only)
+    if only and not names and racing:
+        return (), True
+    try:
+        return suite.chosen(tuple(names if racing else only or ())), racing
+    except ValueError as error:
+        more = f", {RACE}" if suite.races else ""
+        raise UserError(f"--only: {error}{more}") from None
+
+
+def race_heats(given: Mapping[str, Path], only: Sequence[str] | None) -> list[Heat]:
+    """Of the sets that were given; where there can be no race, none and a line that says why.
+
+    Raises:
+        UserError: there can be none, and --only asked for it.
+    """
+    problem = why_no_race(given)
+    if problem is None:
+        return heats_of(given, RACE_SEEDS)
+    if only:
+        raise UserError(f"--only {RACE}: {problem}")
+    print(f"The race with torchvision is left out: {problem}")
+    return []
 
 
 def tell_report(suite: Suite, output: Path) -> None:
@@ -68,7 +102,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         default="small",
         help="small (default): narrow networks on drawn scenes; coco: the paper's recipes",
     )
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these comparisons (default: all)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these comparisons, or race (default: all)")
     parser.add_argument("--seeds", type=count, help="runs of each cell (default: the suite's)")
     parser.add_argument("--output", default="report", help="folder of metrics and report (report)")
     parser.add_argument("--work", help="folder of the runs themselves (default: work, in the output)")

@@ -277,14 +277,23 @@ def _steps_between(losses: Sequence[dict[str, Any]]) -> int:
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """A metrics file.
+    """A metrics file of a run.
+
+    Raises:
+        UserError: it is not one.
+    """
+    return read_json(path, {"cell", "seed", "key", "metrics", "losses", "seconds"})
+
+
+def read_json(path: Path, needed: set[str]) -> dict[str, Any]:
+    """An object with these keys.
 
     Raises:
         UserError: it is not one.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if {"cell", "seed", "key", "metrics", "losses", "seconds"} <= found.keys():
+        if needed <= found.keys():
             return found
         fault = "lacks what a run writes"
     except (OSError, ValueError, AttributeError) as error:

@@ -12,6 +12,7 @@ from fastmrcnn.study.document import Block, Heading, Items, Paragraph, Picture, 
 from fastmrcnn.study.introduction import closing, introduction
 from fastmrcnn.study.pictures import strip
 from fastmrcnn.study.plots import plot_cells, plot_effects
+from fastmrcnn.study.race_section import race_section
 from fastmrcnn.study.runs import read_metrics
 from fastmrcnn.study.statistics import Estimate, Judged, estimate, judge
 from fastmrcnn.study.suite import Comparison, Suite
@@ -78,6 +79,8 @@ def document(suite: Suite, results: Results, language: Language) -> list[Block]:
     blocks += overview(suite, judged, language)
     for comparison in suite.comparisons:
         blocks += section(comparison, judged[comparison.name], results, suite, language)
+    if suite.races:
+        blocks += race_section(results.folder, language)
     blocks += closing(suite, results.cells, language)
     return blocks
 
