@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -168,7 +167,7 @@ def peer_results(model: nn.Module, dataset: CocoDataset, threshold: float) -> li
     model.eval()
     for index, record in enumerate(dataset.records):
         (found,) = model([image_of(dataset, index)])
-        masks: Sequence[Any] = np.asfortranarray(
+        masks = np.asfortranarray(
             (found["masks"][:, 0] > threshold).permute(1, 2, 0).numpy().astype(np.uint8)
         )
         for rle, box, score, label in zip(

@@ -142,9 +142,7 @@ def test_the_peer_has_our_network(shapes: Path) -> None:
 
     assert count(peer.backbone) == count(own.backbone) + count(own.fpn)  # type: ignore[arg-type]
     box, mask = track.config.model.box_head, track.config.model.mask_head
-    of_background = (
-        4 * (box.hidden + 1) + mask.channels + 1
-    )  # a box and a mask of it, which are never trained
+    of_background = 4 * (box.hidden + 1) + mask.channels + 1  # never trained
     assert count(peer) == count(own) + of_background
     results = peer_results(peer, track.val_set, 0.5)
     ids = {record.image_id for record in track.val_set.records}
