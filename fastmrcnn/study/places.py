@@ -27,3 +27,8 @@ def features_file(folder: Path, suite: str) -> Path:
 def race_file(folder: Path, data: str, contender: str, seed: int) -> Path:
     """Metrics of a contender of the race on a set."""
     return folder / "metrics" / "race" / data / f"{contender}_seed_{seed}.json"
+
+
+def per_image_file(folder: Path, suite: str) -> Path:
+    """Of the time per image of the paper's networks."""
+    return folder / "metrics" / suite / "per_image.json"
