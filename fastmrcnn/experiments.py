@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
         return
     rows = plan(bench, chosen, seeds, expectation(bench))
     heats = race_heats(given, arguments.only) if RACE in others else []
-    if RACE in others:
+    if heats:
         left = waiting(heats, output)
         hours = math.fsum(heat.seconds for heat in left) / 3600
         rows.append(Row(RACE, len({h.contender for h in heats}), len(heats), len(heats) - len(left), hours))
