@@ -259,7 +259,7 @@ def train(
             left_out |= loaded.left_out
             clipped |= loaded.clipped
             if execution.compiled or execution.cuda_graphs:
-                prepare_shapes(make_step, batch, loader.buckets, first=step == start)
+                prepare_shapes(make_step, batch, loader.buckets, group, first=step == start)
             with requests.held():  # from here to its checkpoint a step is whole
                 lr = learning_rate(config.optim, step, steps, batch_size)
                 losses, counts = make_step(batch, step, lr)
@@ -320,19 +320,29 @@ def restored(state: dict[str, Any], make_step: TrainingStep, config: Config) -> 
 
 
 def prepare_shapes(
-    make_step: TrainingStep, batch: Batch, buckets: Sequence[tuple[int, int]], first: bool
+    make_step: TrainingStep,
+    batch: Batch | Sequence[Batch],
+    buckets: Sequence[tuple[int, int]],
+    group: Group,
+    *,
+    first: bool,
 ) -> None:
-    """Compile for every bucket before the first step; later, say so when a batch needs a compilation."""
-    if not make_step.is_new(batch):
+    """Compile for every bucket before the first step; later, say so when a batch needs a compilation.
+
+    Processes compile together, since what they compile sums over all of them.
+    """
+    (new,) = group.most([make_step.is_new(batch)])
+    if not new:
         return
     started = time.perf_counter()
-    _, _, height, width = batch.pixels.shape
+    one = batch if isinstance(batch, Batch) else batch[0]
+    _, _, height, width = one.pixels.shape
     make_step.warm_up(batch, buckets if first else [(height, width)])
     seconds = time.perf_counter() - started
     if first:
         tqdm.write(f"Compiled for {len(buckets)} padded shape(s) in {seconds:.0f} s.")
         return
-    objects = 0 if batch.targets is None else batch.targets.valid.shape[1]
+    objects = 0 if one.targets is None else one.targets.valid.shape[1]
     tqdm.write(
         f"Compiled anew in {seconds:.0f} s for a batch of {height}x{width} with {objects} slots for objects: "
         "it has more objects, or larger ones, than any before"
