@@ -13,7 +13,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -81,6 +81,8 @@ class Group(NamedTuple):
             return make()
         try:
             value = make()
+        except KeyboardInterrupt:  # does not wait until the others are here
+            raise
         except BaseException as error:
             self.agree(error)
             raise
@@ -104,6 +106,12 @@ class Group(NamedTuple):
         if self.leads:
             raise UserError(f"process {rank}: {reason}")
         raise Told(code)
+
+    def end(self, error: UserError) -> NoReturn:
+        """Raise what all processes have found alike, so that the first one alone says it."""
+        if self.leads:
+            raise error
+        raise Told(exit_code(error))
 
     def gather(self, value: T) -> list[T]:
         """The value of each process, on all. For what is small."""

@@ -161,7 +161,8 @@ class Performer:
         self.main_of("fastmrcnn.convert")([*words, *recipe])
 
     def benchmark(self, words: list[str]) -> None:
-        if "--schedule" in words:  # needs a CUDA build of torch; a test of its own runs it
+        # One needs a CUDA build of torch, the other starts three processes; tests of their own run them.
+        if "--schedule" in words or "--processes" in words:
             check_options("fastmrcnn.benchmark", words)
             return
         small = ["--shape", "64", "64", "--batch", "1", "--steps", "1", "--mask-slots", "16", *TINY]
