@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from pair import Pair, pairs
+from pair import Pair
 
 from fastmrcnn import group as module
+from fastmrcnn import train
 from fastmrcnn.config.file import parse_config
 from fastmrcnn.errors import UserError, run_main
 from fastmrcnn.group import ALONE, Group, Told, first_speaks, group_of_environment, joined
+from fastmrcnn.structures import Batch
 from fastmrcnn.training.restart import MARK, Launch, begun_before, launch_of_environment, mark
 from fastmrcnn.training.sharing import own_device, share_of
 from fastmrcnn.weights.checkpoint import LAST
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
-
-
-@pytest.fixture(scope="module")
-def pair() -> Iterator[Pair]:
-    yield from pairs()
 
 
 def together(act: str, *arguments: Any) -> Any:
@@ -140,6 +137,34 @@ def test_a_failure_of_one_ends_all(
     ended = pair.call(together, "fail", rank, how)
     assert tuple(one.code for one in ended) == codes, ended
     assert tuple(one.last for one in ended) == lines
+
+
+class Compiler:
+    """Of a step that has been warmed up for all but this shape on one process."""
+
+    def __init__(self, new: bool) -> None:
+        self.new, self.warmed = new, 0
+
+    def is_new(self, batch: Batch) -> bool:
+        return self.new
+
+    def warm_up(self, batch: Batch, buckets: Sequence[tuple[int, int]]) -> None:
+        self.warmed += 1
+
+
+def prepare(group: Group) -> list[int]:
+    batch = Batch(torch.zeros(1, 3, 32, 32), torch.tensor([[32, 32]]))
+    found = []
+    for new_on in (None, 1):
+        compiler: Any = Compiler(group.rank == new_on)
+        train.prepare_shapes(compiler, batch, [(32, 32)], group, first=False)
+        found.append(compiler.warmed)
+    return found
+
+
+def test_a_shape_that_is_new_to_one_is_compiled_by_all(pair: Pair) -> None:
+    """What is compiled sums over all of them, so that none can do it by itself."""
+    assert [one.value for one in pair.call(together, "prepare")] == [[0, 1], [0, 1]]
 
 
 def part(group: Group, rank: int) -> None:
