@@ -24,6 +24,9 @@ from fastmrcnn.weights.checkpoint import read_checkpoint
 CHANGES = [
     "data.augment.rotate90=0.5",
     "data.augment.brightness=0.2",
+    "optim.name=sgd",
+    "optim.lr=0.01",
+    "optim.clip_norm=1.0",
     "optim.ema=0.9",
     "train.evaluate_every=4",
     "train.log_every=3",
@@ -32,9 +35,9 @@ CHANGES = [
     "model.roi.batch_per_image=128",
     "model.mask_head.slots_per_image=null",
 ]
-# Sums over two processes come in another order than those of one: a float32 has 24 bits, and Adam divides a
-# gradient by its own size, so that the smallest of them decide by their last bits.
-WEIGHTS, LOSSES = 2e-4, 2e-4
+# Sums over two processes come in another order than those of one, in float32. With SGD 8 steps end within 3e-8;
+# AdamW divides a gradient by its own size, so that the last bits of the smallest count, and ends within 1e-4.
+WEIGHTS, LOSSES = 1e-6, 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +87,7 @@ def test_two_processes_make_the_run_of_one(data: TinyData, whole: Path, tmp_path
     start = read_checkpoint(whole / "checkpoints" / "step_0000004.pt")["model"]
     ended = read_checkpoint(whole)["model"]
     moved = max(float((ended[name] - start[name]).abs().max()) for name in start)
-    assert moved > 10 * WEIGHTS  # the tolerance could tell a run that learns something else
+    assert moved > 1000 * WEIGHTS  # the tolerance could tell a run that learns something else
     written = [
         files_of(run) - {name for name in files_of(run) if "tensorboard" in name} for run in (alone, whole)
     ]
