@@ -35,7 +35,7 @@ CHANGES = [
     "model.roi.batch_per_image=128",
     "model.mask_head.slots_per_image=null",
 ]
-# Sums over two processes come in another order than those of one, in float32. With SGD 8 steps end within 3e-8;
+# Sums over two processes come in another order than those of one, in float32: 8 steps of SGD end within 3e-8.
 # AdamW divides a gradient by its own size, so that the last bits of the smallest count, and ends within 1e-4.
 WEIGHTS, LOSSES = 1e-6, 1e-5
 
