@@ -79,9 +79,10 @@ def test_together_a_stop_waits_until_all_agree(speaks: bool, capfd: pytest.Captu
 
 def test_together_a_second_signal_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stopping, "ECHO_S", 0.0)
-    with Requests() as requests, requests.together(speaks=True), pytest.raises(Stopped) as caught:
+    with Requests() as requests, requests.together(speaks=True):
         send(signal.SIGTERM)
-        send(signal.SIGTERM)
+        with pytest.raises(Stopped) as caught:
+            send(signal.SIGTERM)
     assert caught.value.at_once
 
 
