@@ -36,7 +36,7 @@ from fastmrcnn.training.saving import BadLossError, Saver, saving_first, tell_st
 from fastmrcnn.training.step import TrainingStep
 from fastmrcnn.training.stopping import Requests
 from fastmrcnn.weights.card import ModelCard, read_card
-from fastmrcnn.weights.checkpoint import find_checkpoint, read_checkpoint, require_optimizer, restore
+from fastmrcnn.weights.checkpoint import find_whole_checkpoint, read_checkpoint, require_optimizer, restore
 from fastmrcnn.weights.start import load_start, new_model
 
 
@@ -51,7 +51,8 @@ def main(argv: list[str]) -> None:
                         "--resume goes on with the run's own configuration; leave out --config, and give "
                         "what is to change as key=value"
                     )
-                checkpoint = find_checkpoint(arguments.resume)
+                checkpoint, damaged = find_whole_checkpoint(arguments.resume)
+                print(*damaged, sep="\n", end="\n" if damaged else "")
                 folder = run_folder_of(checkpoint)
                 state = read_checkpoint(checkpoint)
                 require_optimizer(state)
