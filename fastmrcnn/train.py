@@ -31,6 +31,7 @@ from fastmrcnn.training.dry_run import dry_run
 from fastmrcnn.training.execution import choose_execution
 from fastmrcnn.training.metrics import Metrics
 from fastmrcnn.training.optim import learning_rate
+from fastmrcnn.training.replay import checkpoint_to_replay, for_replay, replay
 from fastmrcnn.training.run import discarding_unstarted, prepare_run, run_folder_of
 from fastmrcnn.training.saving import BadLossError, Saver, saving_first, tell_stop
 from fastmrcnn.training.step import TrainingStep
@@ -51,8 +52,11 @@ def main(argv: list[str]) -> None:
                         "--resume goes on with the run's own configuration; leave out --config, and give "
                         "what is to change as key=value"
                     )
-                checkpoint, damaged = find_whole_checkpoint(arguments.resume)
-                print(*damaged, sep="\n", end="\n" if damaged else "")
+                if arguments.replay is None:
+                    checkpoint, damaged = find_whole_checkpoint(arguments.resume)
+                    print(*damaged, sep="\n", end="\n" if damaged else "")
+                else:
+                    checkpoint = checkpoint_to_replay(arguments.resume, arguments.replay)
                 folder = run_folder_of(checkpoint)
                 state = read_checkpoint(checkpoint)
                 require_optimizer(state)
@@ -63,12 +67,16 @@ def main(argv: list[str]) -> None:
                         "model.weights starts a new run and goes with --config; --resume goes on with the "
                         "weights of the checkpoint"
                     )
+            elif arguments.replay is not None:
+                raise UserError("--replay goes with --resume RUN, whose step it runs again")
             else:
                 config = starting_config(arguments.config, arguments.overrides)
             check_trainable(config)
             if arguments.dry_run:
                 check_only(config, before)
                 return
+            if arguments.replay is not None and state is not None:
+                raise SystemExit(replay_only(config, folder, before, state))
             config, folder, train_set, val_set = prepare_run(config, folder, before)
             with discarding_unstarted(folder, new=state is None):
                 write_text(folder / "config.yaml", dump_config(config))
@@ -88,6 +96,14 @@ def check_only(config: Config, before: ModelCard | None = None) -> None:
         dry_run(config, train_set)
 
 
+def replay_only(config: Config, folder: Path | None, before: ModelCard | None, state: dict[str, Any]) -> int:
+    """--replay: nothing is written. The exit code: 0 if the step goes wrong again, else 1."""
+    config, _, train_set, _ = prepare_run(for_replay(config), folder, before)
+    bad, text = replay(config, train_set, state, int(state["step"]))
+    print(text)
+    return 0 if bad else 1
+
+
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
         "train", "Train Mask R-CNN. Without arguments: a small model on an embedded set of shapes."
@@ -99,6 +115,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         const="runs",
         metavar="RUN",
         help="go on from a run's last checkpoint (a run folder or a checkpoint; default: the newest run)",
+    )
+    parser.add_argument(
+        "--replay",
+        type=int,
+        metavar="STEP",
+        help="with --resume: run that step alone, and name the first operation that was not finite",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="check configuration and data, estimate the cost"

@@ -204,6 +204,16 @@ def find_whole_checkpoint(path: str | Path) -> tuple[Path, list[str]]:
     raise UserError(f"{newest.parent}: no checkpoint there is whole: {' '.join(faults)}")
 
 
+def checkpoint_of_step(path: str | Path, step: int) -> tuple[Path | None, list[int]]:
+    """The checkpoint of so many steps in the run or folder that `path` means; and the steps there are.
+
+    Raises:
+        UserError: as `find_checkpoint`.
+    """
+    there = _steps(find_checkpoint(path).parent)
+    return there.get(step), sorted(there)
+
+
 def read_whole(file: Path) -> Any:
     """What stands in a file of weights, as `read_weights`, once its seal, if it has one, has been checked.
 
