@@ -6,6 +6,7 @@ both are there after a loss that was not finite has ended a run.
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
 from pathlib import Path
@@ -19,10 +20,12 @@ from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.device import Precision, choose_device, choose_precision, set_up_cuda
 from fastmrcnn.errors import UserError
 from fastmrcnn.graphs import leaves
+from fastmrcnn.group import ALONE
 from fastmrcnn.model.mask_rcnn import MaskRCNN
-from fastmrcnn.structures import present
+from fastmrcnn.structures import present, to_device
 from fastmrcnn.training.execution import Execution
 from fastmrcnn.training.finite import FiniteWatch, Record, described
+from fastmrcnn.training.sharing import share_of
 from fastmrcnn.training.step import TrainingStep
 from fastmrcnn.weights.card import ModelCard
 from fastmrcnn.weights.checkpoint import checkpoint_of_step, restore
@@ -72,32 +75,41 @@ def replay(config: Config, train_set: CocoDataset, state: dict[str, Any], step: 
     precision = choose_precision(config.runtime.precision, device)
     card = ModelCard(config, train_set.class_names, train_set.category_ids, train_set.keypoints)
     model = new_model(card, device)
-    make_step = TrainingStep(model, config.optim, precision, Execution(), seed=config.train.seed)
+    share = share_of(config, ALONE)
+    make_step = TrainingStep(
+        model,
+        config.optim,
+        precision,
+        Execution(),
+        seed=config.train.seed,
+        accumulate=share.accumulate,
+    )
     average = None if make_step.ema is None else make_step.ema.model
     restore(state, model, make_step.optimizer, make_step.update, average)
     alone = config.model_copy(update={"data": config.data.model_copy(update={"workers": 0})})
     more = alone.train.model_copy(update={"steps": max(config.train.steps, step + 1)})
-    loaded = next(iter(train_loader(train_set, alone.model_copy(update={"train": more}), step, False)))
-    batch = make_step.upload(loaded.batch)
+    loader = train_loader(train_set, alone.model_copy(update={"train": more}), step, False, share)
+    passes = list(itertools.islice(loader, share.accumulate))
+    batches = [to_device(loaded.batch, device) for loaded in passes]
 
     watch = FiniteWatch(model)
     for name, tensor in model.state_dict(keep_vars=True).items():
         watch.given(tensor.data, f"the weights {name}")
-    for tensor in leaves(batch):
+    for tensor in leaves(batches):
         watch.given(tensor, "the batch")
-    keys = make_step.draw_keys(batch, step)
-    with watch:
-        losses, _ = make_step.forward(batch, keys)
-        total = losses.total()
-        if bool(total.isfinite()):
-            (total * make_step.update.scale).backward()
-    begun = (
-        f"Step {step}, seed {config.train.seed}, image ids {loaded.image_ids}, {precision.name} on {device}"
-    )
-    shown = ", ".join(f"{name} {value.item():.4g}" for name, value in present(losses).items())
-    text = f"{begun}: {shown}."
-    if not bool(total.isfinite()):
-        return True, _paragraph(f"{text} {_told(watch.record_of(total), 'The loss is not finite')}")
+    ids = [image_id for loaded in passes for image_id in loaded.image_ids]
+    text = f"Step {step}, seed {config.train.seed}, image ids {ids}, {precision.name} on {device}:"
+    for batch, keys in zip(batches, make_step.draw_keys(batches, step), strict=True):
+        with watch:
+            losses, _ = make_step.forward(batch, keys)
+            total = losses.total()
+            finite = bool(total.isfinite())
+            if finite:
+                (total * make_step.update.scale / share.accumulate).backward()
+        shown = ", ".join(f"{name} {value.item():.4g}" for name, value in present(losses).items())
+        text = f"{text} {shown}."
+        if not finite:
+            return True, _paragraph(f"{text} {_told(watch.record_of(total), 'The loss is not finite')}")
     bad, words = _judge_gradient(make_step, model, watch, precision)
     return bad, _paragraph(f"{text} The loss is finite. {words}")
 

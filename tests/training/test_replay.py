@@ -49,8 +49,12 @@ def stopped(data: TinyData, folder: Path, *changes: str) -> tuple[Path, str]:
 
 @pytest.mark.parametrize(
     "changes",
-    [[], ["runtime.precision=fp16", "optim.ema=0.9"], ["data.workers=2", "data.augment.rotate90=0.5"]],
-    ids=["fp32", "fp16", "augmented-2-workers"],
+    [
+        [],
+        ["runtime.precision=fp16", "optim.ema=0.9"],
+        ["data.workers=2", "data.augment.rotate90=0.5", "train.accumulate=2"],
+    ],
+    ids=["fp32", "fp16", "augmented-2-workers-accumulated"],
 )
 def test_weights_that_overflow(
     changes: list[str],
