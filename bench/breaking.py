@@ -90,6 +90,12 @@ class Running:
             os.killpg(self.pid, signal.SIGKILL)
         self.process.wait(LIMIT_S)
 
+    def ends_within(self, seconds: float) -> bool:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+            return True
+        return False
+
     def until(self, what: Callable[[], Any], pause: float = 0.005) -> bool:
         """Wait for it; False if the process ended before."""
         end = time.monotonic() + LIMIT_S

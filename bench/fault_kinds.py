@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,11 +51,11 @@ def killed(world: World, tries: int, draw: random.Random) -> str:
     amid, repeated, ends = 0, [], 0
     for number in range(tries):
         running = world.start(output) if run is None else world.resume(run)
-        if number % 2 and running.until(lambda: temporary_files(output), pause=0):
+        if number % 2:
+            running.until(partial(temporary_files, output), pause=0)
             time.sleep(draw.uniform(0, 0.01))
-        elif not number % 2:
-            moment = time.monotonic() + draw.uniform(0, world.seconds)
-            running.until(lambda moment=moment: time.monotonic() > moment)
+        else:
+            running.ends_within(draw.uniform(0, world.seconds))
         running.kill()
         amid += bool(temporary_files(output))
         run = next(iter(sorted(output.glob("run_*"))), None)
@@ -71,8 +72,8 @@ def killed(world: World, tries: int, draw: random.Random) -> str:
         ends += 1
     assert max(repeated) <= EVERY + 1, f"{max(repeated)} steps, of which one in {EVERY} was to be saved"
     return (
-        f"{amid} of them amid the writing of a checkpoint; {ends} run{'s' if ends > 1 else ''} taken up until "
-        f"the end, the same bits; at most {max(repeated)} steps made again, with a checkpoint every {EVERY}"
+        f"{amid} of them amid the writing of a checkpoint; {ends} taken up until the end, the same bits; at "
+        f"most {max(repeated)} steps made again, with a checkpoint every {EVERY}"
     )
 
 

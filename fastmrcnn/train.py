@@ -31,6 +31,7 @@ from fastmrcnn.training.console import describe, describe_start, list_left_out, 
 from fastmrcnn.training.curves import plot_losses
 from fastmrcnn.training.dry_run import dry_run
 from fastmrcnn.training.execution import choose_execution
+from fastmrcnn.training.fit import settled_batch, telling_what_fits
 from fastmrcnn.training.metrics import Metrics
 from fastmrcnn.training.optim import learning_rate
 from fastmrcnn.training.replay import checkpoint_to_replay, for_replay, replay
@@ -69,6 +70,7 @@ def main(argv: list[str]) -> None:
                 raise SystemExit(replay_only(config, folder, before, state))
             config, folder, train_set, val_set = prepare_run(config, folder, before, group)
             with discarding_unstarted(folder, new=state is None and group.leads):
+                config = settled_batch(config, train_set, group)
                 if group.leads:
                     write_text(folder / "config.yaml", dump_config(config))
                     mark(folder, launch_of_environment())
@@ -152,7 +154,7 @@ def check_only(config: Config, before: ModelCard | None = None) -> None:
         config, _, train_set, val_set = prepare_run(config, Path(folder), before)
         for line in train_set.summary() + (val_set.summary() if val_set else []):
             print(line)
-        dry_run(config, train_set)
+        dry_run(settled_batch(config, train_set), train_set)
 
 
 def replay_only(config: Config, folder: Path | None, before: ModelCard | None, state: dict[str, Any]) -> int:
@@ -238,7 +240,7 @@ def train(
     if busy is not None:
         print(busy)
 
-    steps, batch_size, log_every = config.train.steps, config.train.batch, config.train.log_every
+    steps, batch_size, log_every = config.train.steps, config.train.images, config.train.log_every
     loader = train_loader(train_set, config, start, pin_memory=device.type == "cuda", share=share)
     carried = state["extra"].get("metrics") if state is not None else None
     metrics = group.each(partial(Metrics, folder, start, carried, writes=group.leads))
@@ -292,7 +294,8 @@ def train(
             left_out |= loaded.left_out
             clipped |= loaded.clipped
             if execution.compiled or execution.cuda_graphs:
-                prepare_shapes(make_step, batch, loader.buckets, group, first=step == start)
+                with telling_what_fits(config, train_set, make_step, group):
+                    prepare_shapes(make_step, batch, loader.buckets, group, first=step == start)
             with requests.held():  # from here to its checkpoint a step is whole
                 lr = learning_rate(config.optim, step, steps, batch_size)
                 losses, counts = make_step(batch, step, lr)
