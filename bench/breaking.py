@@ -46,17 +46,20 @@ SETTINGS = [
     "train.keep_checkpoints=3",
 ]
 CLOCKS = ("time", "data_time", "images_per_second", "eta_seconds")
-# Runs the command with a mistake planted in it.
+# Runs the command with a mistake planted in it: at the step of this number, or where its images are read.
 PLANTED = """
 import sys
 from fastmrcnn import train
-real = train.learning_rate
-def learning_rate(config, step, *others):
-    if step == int(sys.argv[1]):
+from fastmrcnn.data.worker import TrainSamples
+owner, name = {"step": (train, "learning_rate"), "loader": (TrainSamples, "__getitem__")}[sys.argv[1]]
+real, steps = getattr(owner, name), []
+def mistaken(*arguments):
+    steps.append(1)
+    if len(steps) > int(sys.argv[2]):
         raise KeyError("a mistake that was planted")
-    return real(config, step, *others)
-train.learning_rate = learning_rate
-train.main(sys.argv[2:])
+    return real(*arguments)
+setattr(owner, name, mistaken)
+train.main(sys.argv[3:])
 """
 
 

@@ -253,9 +253,9 @@ def broken_images(world: World, tries: int, draw: random.Random) -> str:
 
 
 def mistake(world: World, tries: int, draw: random.Random) -> str:
-    for _ in range(tries):
+    for number in range(tries):
         output, step = world.new_output(), draw.randrange(3, STEPS - 1)
-        running = world.start(output, launcher=["-c", PLANTED, str(step)])
+        running = world.start(output, launcher=["-c", PLANTED, ("step", "loader")[number % 2], str(step)])
         code = running.wait()
         assert code == 1, f"the exit code was {code}: {running.last()}"
         assert "a mistake that was planted" in running.last(), running.last()
@@ -359,7 +359,7 @@ FAULTS: dict[str, Fault] = {
     "full-disk": Fault("a full disk", 2, full_disk),
     "read-only": Fault("a read-only output folder", 2, read_only_folder),
     "broken-images": Fault("images that cannot be read", 1, broken_images),
-    "mistake": Fault("any other error in a step", 2, mistake),
+    "mistake": Fault("any other error in a step or in the loader", 2, mistake),
     "bad-loss": Fault("a loss that is not finite", 2, bad_loss),
     "out-of-memory": Fault("out of memory on a GPU", 1, out_of_memory),
 }

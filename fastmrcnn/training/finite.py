@@ -117,7 +117,7 @@ class FiniteWatch(TorchDispatchMode):
         parents: list[Record],
         place: Place | None,
     ) -> Record:
-        node = torch._C._current_autograd_node()  # type: ignore[attr-defined]
+        node = torch._C._current_autograd_node()
         backward = None
         if node is not None:
             backward = node.name()
@@ -140,7 +140,7 @@ class FiniteWatch(TorchDispatchMode):
 
     def _place_of_forward(self) -> Place | None:
         """Where the program is, kept for the node of the backward pass that was made last."""
-        if torch._C._current_autograd_node() is not None:  # type: ignore[attr-defined]
+        if torch._C._current_autograd_node() is not None:
             return None
         module, line = None, None
         for frame in _frames():
@@ -153,7 +153,7 @@ class FiniteWatch(TorchDispatchMode):
                 break
         place = Place(module or "", line or "")
         # An operation that makes no node comes after one that did, and does not take its place.
-        self._places.setdefault(torch._C._autograd._get_sequence_nr() - 1, place)  # type: ignore[attr-defined]
+        self._places.setdefault(torch._C._autograd._get_sequence_nr() - 1, place)
         return place
 
 

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +123,7 @@ def write_tensors(path: Path, tree: Any) -> None:
     with replacing(path) as stream:
         sealing = Sealing(stream)
         try:
-            torch.save(tree, sealing)
+            torch.save(tree, cast(IO[bytes], sealing))
             sealing.seal()
         except RuntimeError as error:
             # On a full disk torch reports its own bookkeeping, and the reason as the context.
@@ -193,7 +193,7 @@ def find_whole_checkpoint(path: str | Path) -> tuple[Path, list[str]]:
     newest = find_checkpoint(path)
     if expanded(path).is_file():
         return newest, []  # what was named is not exchanged: reading it tells what is wrong
-    faults = []
+    faults: list[str] = []
     for file in (newest, *_earlier(newest)):
         fault = _fault_of(file)
         if fault is None:
