@@ -13,11 +13,12 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store as _default_store
+from torch.distributed.rendezvous import rendezvous
 
 from fastmrcnn.errors import UserError
 
@@ -80,6 +81,8 @@ class Group(NamedTuple):
             return make()
         try:
             value = make()
+        except KeyboardInterrupt:  # does not wait until the others are here
+            raise
         except BaseException as error:
             self.agree(error)
             raise
@@ -103,6 +106,12 @@ class Group(NamedTuple):
         if self.leads:
             raise UserError(f"process {rank}: {reason}")
         raise Told(code)
+
+    def end(self, error: UserError) -> NoReturn:
+        """Raise what all processes have found alike, so that the first one alone says it."""
+        if self.leads:
+            raise error
+        raise Told(exit_code(error))
 
     def gather(self, value: T) -> list[T]:
         """The value of each process, on all. For what is small."""
@@ -141,17 +150,6 @@ class Group(NamedTuple):
                     theirs.append(pickle.loads(data))
                 found.append(theirs)
         return found
-
-    def same(self, tensors: Iterable[Tensor]) -> None:
-        """Give tensors the values that they have on the first process."""
-        if self.size == 1:
-            return
-        with _telling_of_lost(), torch.no_grad():
-            for tensor in tensors:
-                values = tensor.detach().contiguous()
-                dist.broadcast(values, src=0)
-                if not self.leads:
-                    tensor.detach().copy_(values)
 
 
 ALONE = Group()
@@ -203,7 +201,8 @@ def joined(group: Group) -> Iterator[Group]:
     if group.size == 1:
         yield group
         return
-    _meet(group)
+    found = dist.is_initialized()  # Ray Train joins before it calls
+    _meet(group, found)
     try:
         yield group
     except BaseException as error:
@@ -212,7 +211,8 @@ def joined(group: Group) -> Iterator[Group]:
             tell(group, error)
         raise
     else:
-        dist.destroy_process_group()
+        if not found:
+            dist.destroy_process_group()
     finally:
         _groups.clear()
 
@@ -230,21 +230,26 @@ def first_speaks(group: Group) -> Iterator[None]:
             raise UserError(f"process {group.rank}: {error}") from error
 
 
-def _meet(group: Group) -> None:
+def _meet(group: Group, found: bool) -> None:
+    """
+    Args:
+        found: the default process group is there.
+    """
+    if not found:
+        _find_each_other(group)
+    store = dist.PrefixStore("fastmrcnn", _default_store())
+    _groups.update(store=store, control=dist.new_group(backend="gloo", timeout=PATIENCE))
+
+
+def _find_each_other(group: Group) -> None:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
-        from torch.distributed.rendezvous import rendezvous
-
-        store, _, _ = next(iter(rendezvous("env://", group.rank, group.size, timeout=MEETING)))
-        store.set_timeout(MEETING)
+        store, rank, size = next(iter(rendezvous("env://", group.rank, group.size, timeout=MEETING)))
         own = dist.PrefixStore("fastmrcnn", store)
-        own.set(f"here/{group.rank}", "")
-        own.wait([f"here/{rank}" for rank in range(group.size)], MEETING)
-        dist.init_process_group(
-            backend, store=store, rank=group.rank, world_size=group.size, timeout=PATIENCE
-        )
-        _groups.update(store=own, control=dist.new_group(backend="gloo", timeout=PATIENCE))
+        own.set(f"here/{rank}", "")
+        own.wait([f"here/{number}" for number in range(size)], MEETING)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(
             f"the {group.size} processes of the run did not find each other at {place} ({one_line(error)}); "

@@ -41,7 +41,7 @@ from fastmrcnn.training.saving import BadLossError, Saver, saving_first, tell_st
 from fastmrcnn.training.sharing import own_device, share_of
 from fastmrcnn.training.step import TrainingStep
 from fastmrcnn.training.stopping import Requests
-from fastmrcnn.training.together import steps_of, stopping_together
+from fastmrcnn.training.together import apart, steps_of, stopping_together
 from fastmrcnn.weights.card import ModelCard, read_card
 from fastmrcnn.weights.checkpoint import find_whole_checkpoint, read_checkpoint, require_optimizer, restore
 from fastmrcnn.weights.start import load_start, new_model
@@ -209,7 +209,7 @@ def train(
     """
     requests = requests or Requests()
     share = share_of(config, group)
-    device = choose_device(own_device(config.runtime.device, group))
+    device = group.each(lambda: choose_device(own_device(config.runtime.device, group)))
     set_up_cuda(device)
     precision = choose_precision(config.runtime.precision, device)
     if config.runtime.threads is not None:
@@ -219,7 +219,7 @@ def train(
     model = new_model(card, device)
     if state is None:
         group.lead(partial(load_start, model, card))  # the others get its weights by `align`
-    execution = choose_execution(config, device)
+    execution = group.each(partial(choose_execution, config, device))
     make_step = TrainingStep(
         model,
         config.optim,
@@ -230,7 +230,7 @@ def train(
         accumulate=share.accumulate,
     )
     update, ema = make_step.update, make_step.ema
-    start = restored(state, make_step, config) if state is not None else 0
+    start = 0 if state is None else group.each(partial(restored, state, make_step, config))
     make_step.align()
     processes = "" if group.size == 1 else f"{group.size} processes, the first one on "
     print(f"On {processes}{device}: {precision.name}, {execution.description}.")
@@ -241,7 +241,8 @@ def train(
         print(busy)
 
     steps, batch_size, log_every = config.train.steps, config.train.images, config.train.log_every
-    loader = train_loader(train_set, config, start, pin_memory=device.type == "cuda", share=share)
+    pinned = device.type == "cuda"
+    loader = group.each(partial(train_loader, train_set, config, start, pin_memory=pinned, share=share))
     carried = state["extra"].get("metrics") if state is not None else None
     metrics = group.each(partial(Metrics, folder, start, carried, writes=group.leads))
     metrics.evaluated = group.lead(lambda: metrics.evaluated)
@@ -255,7 +256,7 @@ def train(
     def evaluate(done: int, pictures: int) -> dict[str, float]:
         assert val_set is not None
         judged = model if ema is None else ema.model
-        with requests.alone():
+        with apart(group, requests):
             make_step.align()
             judged.eval()
             found = run_evaluation(
@@ -389,7 +390,7 @@ def check_loss(bad_step: int, recent: deque[tuple[int, list[int]]], group: Group
     """BadLossError, which names the images of all processes, if there is a bad step (else -1)."""
     if bad_step >= 0:
         own = next((ids for step, ids in recent if step == bad_step), [])
-        raise BadLossError(bad_step, [image_id for ids in group.gather(own) for image_id in ids])
+        group.end(BadLossError(bad_step, [image_id for ids in group.gather(own) for image_id in ids]))
 
 
 if __name__ == "__main__":

@@ -65,9 +65,11 @@ def check_same_sets(train_set: CocoDataset, val_set: CocoDataset | None, group: 
         found = group.gather((len(ids), zlib.crc32(ids.tobytes()), dataset.class_names))
         other = next((rank for rank, one in enumerate(found) if one != found[0]), None)
         if other is not None:
-            raise UserError(
-                f"{dataset.annotations}: process {other} reads {found[other][0]} images there, the first one "
-                f"{found[0][0]}, or not the same ones; give all machines the same files"
+            group.end(
+                UserError(
+                    f"{dataset.annotations}: process {other} reads {found[other][0]} images there, the first "
+                    f"one {found[0][0]}, or not the same ones; give all machines the same files"
+                )
             )
 
 

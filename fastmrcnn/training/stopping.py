@@ -107,7 +107,7 @@ class Requests:
         """A block within `together()` in which a signal acts on this process at once, as outside of it."""
         before, self._together = self._together, False
         try:
-            if before and self.stop is not None:
+            if before and self.stop is not None:  # it came since they agreed
                 raise Stopped(self.stop)
             yield
         finally:

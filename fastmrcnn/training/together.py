@@ -15,6 +15,7 @@ from typing import NamedTuple
 from fastmrcnn.data.loader import TrainLoader
 from fastmrcnn.data.order import Share
 from fastmrcnn.data.worker import LoadedBatch
+from fastmrcnn.errors import UserError
 from fastmrcnn.group import Group
 from fastmrcnn.structures import Batch
 from fastmrcnn.training.stopping import Requests, Stopped
@@ -45,6 +46,8 @@ def steps_of(loader: TrainLoader, group: Group, requests: Requests, share: Share
         failure: BaseException | None = None
         try:
             loaded = list(itertools.islice(batches, share.accumulate))
+        except KeyboardInterrupt:  # of a second signal, which waits for nothing
+            raise
         except BaseException as error:
             if group.size == 1:
                 raise
@@ -55,7 +58,10 @@ def steps_of(loader: TrainLoader, group: Group, requests: Requests, share: Share
             new = {image_id: fault for image_id, fault in new.items() if image_id not in known}
             known |= new.keys()
             if new:
-                loader.check_left_out(len(known), next(iter(new.values())))
+                try:
+                    loader.check_left_out(len(known), next(iter(new.values())))
+                except UserError as error:
+                    group.end(error)
         if not loaded:
             return
         clipped = {k: note for one in loaded for k, note in one.clipped.items()}
@@ -86,12 +92,27 @@ def _agree(
 
 @contextlib.contextmanager
 def stopping_together(group: Group, requests: Requests) -> Iterator[None]:
-    """A block that trains, in which a signal waits until the processes agree. One that came after the last
-    step stops this process at its end."""
+    """A block that trains, in which a signal waits until the processes agree."""
     if group.size == 1:
         yield
         return
     with requests.together(speaks=group.leads):
         yield
-    if requests.stop is not None:
-        raise Stopped(requests.stop)
+    stop_if_asked(group, requests)
+
+
+@contextlib.contextmanager
+def apart(group: Group, requests: Requests) -> Iterator[None]:
+    """A block within it, such as an evaluation, in which a signal acts on its process at once."""
+    stop_if_asked(group, requests)
+    with requests.alone():
+        yield
+
+
+def stop_if_asked(group: Group, requests: Requests) -> None:
+    """Raises Stopped on all processes if a signal has come to one of them."""
+    if group.size > 1:
+        (stop,) = group.most([requests.stop or 0])
+        if stop:
+            requests.stop = stop
+            raise Stopped(stop)

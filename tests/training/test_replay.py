@@ -52,9 +52,9 @@ def stopped(data: TinyData, folder: Path, *changes: str) -> tuple[Path, str]:
     [
         [],
         ["runtime.precision=fp16", "optim.ema=0.9"],
-        ["data.workers=2", "data.augment.rotate90=0.5"],
+        ["data.workers=2", "data.augment.rotate90=0.5", "train.accumulate=2"],
     ],
-    ids=["fp32", "fp16", "augmented-2-workers"],
+    ids=["fp32", "fp16", "augmented-2-workers-accumulated"],
 )
 def test_weights_that_overflow(
     changes: list[str],
