@@ -154,7 +154,7 @@ def asked_twice(world: World, tries: int, draw: random.Random) -> str:
 def asked_to_save(world: World, tries: int, draw: random.Random) -> str:
     for _ in range(tries):
         output = world.new_output()
-        running = _trained_a_while(world, output, draw, "train.checkpoint_every=100")
+        running = _trained_a_while(world, output, draw)
         os.kill(running.pid, signal.SIGUSR1)
         code = running.wait()
         assert code == 0, f"the exit code was {code}: {running.last()}"

@@ -97,10 +97,6 @@ class FiniteWatch(TorchDispatchMode):
         self._count += 1
         made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         bad = [tensor for tensor in made if _is_suspect(tensor)]
-        for tensor in made:
-            whole = tensor.numel() == tensor.untyped_storage().nbytes() // max(tensor.element_size(), 1)
-            if whole and not any(tensor is other for other in bad):
-                self._records.pop(_address(tensor), None)  # written over
         if bad:
             parents = [
                 record for record, tensor in zip(known, given, strict=True) if record and _is_suspect(tensor)

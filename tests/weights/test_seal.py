@@ -168,3 +168,10 @@ def test_a_moved_one_is_found_damaged_too(tmp_path: Path) -> None:
     flip(moved, 8 * place_of_weight(moved))
     with pytest.raises(UserError, match=r"mine\.pt: is damaged: its checksum is "):
         read_checkpoint(moved)
+
+
+def test_so_is_one_that_no_longer_looks_like_ours(tmp_path: Path) -> None:
+    moved = save(tmp_path, 5).rename(tmp_path / "mine.pt")
+    flip(moved, 8 * moved.read_bytes().index(b"fastmrcnn checkpoint") + 3)
+    with pytest.raises(UserError, match=r"mine\.pt: is damaged: its checksum is "):
+        read_checkpoint(moved)
