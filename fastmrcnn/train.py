@@ -31,8 +31,10 @@ from fastmrcnn.training.console import describe, describe_start, list_left_out, 
 from fastmrcnn.training.curves import plot_losses
 from fastmrcnn.training.dry_run import dry_run
 from fastmrcnn.training.execution import choose_execution
+from fastmrcnn.training.fit import settled_batch, telling_what_fits
 from fastmrcnn.training.metrics import Metrics
 from fastmrcnn.training.optim import learning_rate
+from fastmrcnn.training.replay import checkpoint_to_replay, for_replay, replay
 from fastmrcnn.training.restart import begun_before, launch_of_environment, mark
 from fastmrcnn.training.run import discarding_unstarted, prepare_run, run_folder_of
 from fastmrcnn.training.saving import BadLossError, Saver, saving_first, tell_stop
@@ -41,7 +43,7 @@ from fastmrcnn.training.step import TrainingStep
 from fastmrcnn.training.stopping import Requests
 from fastmrcnn.training.together import apart, steps_of, stopping_together
 from fastmrcnn.weights.card import ModelCard, read_card
-from fastmrcnn.weights.checkpoint import find_checkpoint, read_checkpoint, require_optimizer, restore
+from fastmrcnn.weights.checkpoint import find_whole_checkpoint, read_checkpoint, require_optimizer, restore
 from fastmrcnn.weights.start import load_start, new_model
 
 
@@ -64,8 +66,11 @@ def main(argv: list[str]) -> None:
             if arguments.dry_run:
                 check_only(config, before)
                 return
+            if arguments.replay is not None and state is not None:
+                raise SystemExit(replay_only(config, folder, before, state))
             config, folder, train_set, val_set = prepare_run(config, folder, before, group)
             with discarding_unstarted(folder, new=state is None and group.leads):
+                config = settled_batch(config, train_set, group)
                 if group.leads:
                     write_text(folder / "config.yaml", dump_config(config))
                     mark(folder, launch_of_environment())
@@ -84,6 +89,11 @@ def begin(arguments: argparse.Namespace, group: Group = ALONE) -> Beginning:
         UserError: it does not go together.
     """
     launch = launch_of_environment()
+    if arguments.replay is not None:
+        if arguments.resume is None:
+            raise UserError("--replay goes with --resume RUN, whose step it runs again")
+        if group.size > 1:
+            raise UserError("--replay runs a step in one process; start it without torchrun")
     if arguments.resume is None:
         config = starting_config(arguments.config, arguments.overrides)
         restarted = begun_before(launch, expanded(config.output))
@@ -92,7 +102,7 @@ def begin(arguments: argparse.Namespace, group: Group = ALONE) -> Beginning:
             check_processes(config, arguments, group)
             return Beginning(config)
         overrides = []  # the checkpoint's configuration has them
-        checkpoint = find_checkpoint(restarted)
+        checkpoint = whole_checkpoint(restarted)
     else:
         if arguments.config is not None:
             raise UserError(
@@ -100,10 +110,13 @@ def begin(arguments: argparse.Namespace, group: Group = ALONE) -> Beginning:
                 "what is to change as key=value"
             )
         overrides = arguments.overrides
-        checkpoint = find_checkpoint(arguments.resume)
+        if arguments.replay is None:
+            checkpoint = whole_checkpoint(arguments.resume)
+        else:
+            checkpoint = checkpoint_to_replay(arguments.resume, arguments.replay)
         restarted = begun_before(launch, run_folder_of(checkpoint).parent)
         if restarted is not None:
-            checkpoint = find_checkpoint(restarted)
+            checkpoint = whole_checkpoint(restarted)
     if restarted is not None:
         print(f"Started again by torchrun: going on from {checkpoint}")
     state = read_checkpoint(checkpoint)
@@ -120,6 +133,14 @@ def begin(arguments: argparse.Namespace, group: Group = ALONE) -> Beginning:
     return Beginning(config, run_folder_of(checkpoint), state, before)
 
 
+def whole_checkpoint(path: str | Path) -> Path:
+    """The newest whole one that `path` means; damaged ones are told of."""
+    checkpoint, damaged = find_whole_checkpoint(path)
+    for line in damaged:
+        print(line)
+    return checkpoint
+
+
 def check_processes(config: Config, arguments: argparse.Namespace, group: Group) -> None:
     """UserError if the run cannot be one of so many processes."""
     share_of(config, group)
@@ -133,7 +154,15 @@ def check_only(config: Config, before: ModelCard | None = None) -> None:
         config, _, train_set, val_set = prepare_run(config, Path(folder), before)
         for line in train_set.summary() + (val_set.summary() if val_set else []):
             print(line)
-        dry_run(config, train_set)
+        dry_run(settled_batch(config, train_set), train_set)
+
+
+def replay_only(config: Config, folder: Path | None, before: ModelCard | None, state: dict[str, Any]) -> int:
+    """--replay: nothing is written. The exit code: 0 if the step goes wrong again, else 1."""
+    config, _, train_set, _ = prepare_run(for_replay(config), folder, before)
+    bad, text = replay(config, train_set, state, int(state["step"]))
+    print(text)
+    return 0 if bad else 1
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -147,6 +176,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         const="runs",
         metavar="RUN",
         help="go on from a run's last checkpoint (a run folder or a checkpoint; default: the newest run)",
+    )
+    parser.add_argument(
+        "--replay",
+        type=int,
+        metavar="STEP",
+        help="with --resume: run that step alone, and name the first operation that was not finite",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="check configuration and data, estimate the cost"
@@ -205,7 +240,7 @@ def train(
     if busy is not None:
         print(busy)
 
-    steps, batch_size, log_every = config.train.steps, config.train.batch, config.train.log_every
+    steps, batch_size, log_every = config.train.steps, config.train.images, config.train.log_every
     pinned = device.type == "cuda"
     loader = group.each(partial(train_loader, train_set, config, start, pin_memory=pinned, share=share))
     carried = state["extra"].get("metrics") if state is not None else None
@@ -260,7 +295,8 @@ def train(
             left_out |= loaded.left_out
             clipped |= loaded.clipped
             if execution.compiled or execution.cuda_graphs:
-                prepare_shapes(make_step, batch, loader.buckets, group, first=step == start)
+                with telling_what_fits(config, train_set, make_step, group):
+                    prepare_shapes(make_step, batch, loader.buckets, group, first=step == start)
             with requests.held():  # from here to its checkpoint a step is whole
                 lr = learning_rate(config.optim, step, steps, batch_size)
                 losses, counts = make_step(batch, step, lr)

@@ -153,8 +153,9 @@ class RuntimeConfig(Section):
 
 class TrainConfig(Section):
     steps: int = Field(90_000, gt=0)
-    batch: int = Field(16, gt=0)
-    """Images a step, of all processes together; each takes its share."""
+    batch: int | Literal["auto"] = 16
+    """Images a step, of all processes together; each takes its share. auto: as many as the GPUs' memory
+    holds, found by trying before the first step. config.yaml has the number then."""
     accumulate: int = Field(1, gt=0)
     """Passes to a step, each of batch / accumulate images, for batches that do not fit a device. Losses are
     means over what is in a pass (RoIs, mask slots, visible keypoints; of all processes), and the update is by
@@ -181,9 +182,23 @@ class TrainConfig(Section):
     evaluate_every: int | None = Field(None, gt=0)
     """Steps between evaluations; None: only after the last."""
 
+    @field_validator("batch", mode="before")
+    @classmethod
+    def _check_batch(cls, value: Any) -> Any:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value == "auto" or (number and 0 < value < math.inf and value == int(value)):
+            return value if value == "auto" else int(value)
+        raise ValueError("expected a whole number above 0, or auto")
+
+    @property
+    def images(self) -> int:
+        """`batch`, once it is a number."""
+        assert self.batch != "auto", "a run finds it before its first step"
+        return self.batch
+
     @model_validator(mode="after")
     def _check_passes(self) -> TrainConfig:
-        if self.batch % self.accumulate:
+        if self.batch != "auto" and self.batch % self.accumulate:
             raise ValueError(
                 f"train.accumulate={self.accumulate} must divide train.batch={self.batch}: every pass has as "
                 "many images"

@@ -122,13 +122,13 @@ def train_loader(
 ) -> TrainLoader:
     """The batches from step `start` on, or a process's share of them."""
     # With the set's largest targets as lower limits, the batches of a bucket share one shape.
-    images = max(1, config.train.batch // share.parts)
+    images = max(1, config.train.images // share.parts)
     slots, mask_bytes = largest_targets(dataset, images)
     polygons = config.model.mask_head.reads_polygons
     data = config.data
     return TrainLoader(
         dataset,
-        batch=config.train.batch,
+        batch=config.train.images,
         short_sides=data.short_side,
         long_side_max=data.long_side_max,
         buckets=data.buckets,

@@ -77,7 +77,7 @@ def _measure(config: Config, train_set: CocoDataset, device: torch.device, steps
     height, width = first.pixels.shape[-2:]
     return {
         "data": "embedded shapes" if config.data.shapes else str(config.data.train.annotations),
-        "images": config.train.batch,
+        "images": config.train.images,
         "height": height,
         "width": width,
         "steps": steps,
@@ -85,8 +85,8 @@ def _measure(config: Config, train_set: CocoDataset, device: torch.device, steps
         "execution": execution.description,
         "precision": precision.name,
         "waited_s": sum(waits),
-        "with_loader": config.train.batch * steps / loaded_s,
-        "without_loader": config.train.batch * steps / resident_s,
+        "with_loader": config.train.images * steps / loaded_s,
+        "without_loader": config.train.images * steps / resident_s,
     }
 
 
@@ -95,7 +95,7 @@ def _run(make_step: TrainingStep, get: Callable[[], Batch], config: Config, step
 
     def run() -> None:
         for number in range(steps):
-            rate = learning_rate(config.optim, number, config.train.steps, config.train.batch)
+            rate = learning_rate(config.optim, number, config.train.steps, config.train.images)
             make_step(get(), number, rate)
 
     return waited_for(run, make_step.device)[1] / 1e3

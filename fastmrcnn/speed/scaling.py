@@ -132,7 +132,7 @@ class Member:
 
     def _step(self, number: int) -> torch.Tensor:
         config = self.config
-        rate = learning_rate(config.optim, number, config.train.steps, config.train.batch)
+        rate = learning_rate(config.optim, number, config.train.steps, config.train.images)
         losses, _ = self.make_step(self.batches[number % len(self.batches)], number, rate)
         return losses.total()
 

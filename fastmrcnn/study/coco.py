@@ -67,7 +67,7 @@ COCO = Suite("coco", _BY_NAME, COMPARISONS, seeds=1)
 
 def expected_seconds(config: Config) -> float:
     """Of a training run on one GPU: its images, times the operations of one, by RATE."""
-    images = config.train.steps * config.train.batch
+    images = config.train.steps * config.train.images
     return images * FORWARD_AND_BACKWARD * operations(config.model.model_dump_json()) / RATE
 
 

@@ -27,7 +27,7 @@ def mask_slot_advice(config: Config, most_foreground: int, dropped: int) -> str 
         most_foreground: RoIs of a batch.
         dropped: RoIs of all batches that found no slot.
     """
-    head, roi, batch = config.model.mask_head, config.model.roi, config.train.batch
+    head, roi, batch = config.model.mask_head, config.model.roi, config.train.images
     if not head.enabled or most_foreground == 0:
         return None
     key = "model.mask_head.slots_per_image"

@@ -35,7 +35,7 @@ def dry_run(config: Config, train_set: CocoDataset) -> None:
     precision = choose_precision(config.runtime.precision, device)
     on_cpu = device.type == "cpu"
     half = 2 if on_cpu else 1
-    batch = 1 if on_cpu else config.train.batch
+    batch = 1 if on_cpu else config.train.images
     buckets = config.data.buckets
     loader = TrainLoader(
         train_set,
@@ -69,11 +69,11 @@ def dry_run(config: Config, train_set: CocoDataset) -> None:
         if (execution.compiled or execution.cuda_graphs) and make_step.is_new(one):
             make_step.warm_up(one, [shape])
         started = time.perf_counter()
-        make_step(one, step, learning_rate(config.optim, step, STEPS, config.train.batch))
+        make_step(one, step, learning_rate(config.optim, step, STEPS, config.train.images))
         make_step.update.first_bad_step.item()  # wait for the device: this is what is timed
         seconds = time.perf_counter() - started
     growing = peak_memory(device) - fixed
-    scale = half * half * config.train.batch / batch
+    scale = half * half * config.train.images / batch
     label = "measured at full size"
     if on_cpu:
         label = (
@@ -81,7 +81,9 @@ def dry_run(config: Config, train_set: CocoDataset) -> None:
         )
     total = seconds * scale * config.train.steps
     print(f"On {device} ({label}):")
-    print(f"  memory       {(fixed + growing * scale) / 2**30:.1f} GiB at {config.train.batch} images a step")
+    print(
+        f"  memory       {(fixed + growing * scale) / 2**30:.1f} GiB at {config.train.images} images a step"
+    )
     print(f"  time         {seconds * scale:.2f} s a step, {duration(total)} for {config.train.steps} steps")
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,6 +63,8 @@ class Saver:
         """Steps in the last checkpoint; 0 if there is none."""
         self.path: Path | None = None
         """The last one that was written here."""
+        self.bad_step: int | None = None
+        """The first whose loss or gradient was not finite."""
         self._failed = False
 
     def save(self, step: int | None = None) -> Path:
@@ -71,6 +75,9 @@ class Saver:
             return self.folder
         gathered = self.metrics.carried() if step == self.done else {}
         ema = self.make_step.ema
+        extra: dict[str, Any] = {"metrics": gathered} if gathered else {}
+        if step == self.bad_step:  # what --replay runs again
+            extra["bad_step"] = {"seed": self.make_step.seed, "step": step}
         try:
             self.path = save_checkpoint(
                 self.folder / "checkpoints",
@@ -80,7 +87,7 @@ class Saver:
                 scaler=self.make_step.update,
                 ema=None if ema is None else ema.model,
                 card=self.card,
-                extra={"metrics": gathered} if gathered else None,
+                extra=extra,
                 keep=self.keep,
             )
         except Exception:
@@ -104,6 +111,7 @@ class Saver:
         try:
             update.undo_forward()
             bad_step = int(update.first_bad_step)
+            self.bad_step = bad_step if bad_step >= 0 else None
             self.save(bad_step if bad_step >= 0 else self.done)
         except Stopped:
             return f"stopped at once, so {self._lost()}; "
@@ -144,7 +152,8 @@ def saving_first(saver: Saver, requests: Requests) -> Iterator[None]:
         if isinstance(error, BadLossError) and saver.saved == error.step and saver.path is not None:
             raise UserError(
                 f"{reason}; the weights are those before it, saved in {saver.path}; lower optim.lr, lengthen "
-                f"optim.warmup_steps or set optim.clip_norm, then go on with --resume {saver.path}"
+                f"optim.warmup_steps or set optim.clip_norm, then go on with --resume {saver.path}; "
+                f"--resume {shlex.quote(str(saver.folder))} --replay {error.step} names the operation"
             ) from error
         if saver.done == 0:  # nothing that could be gone on from
             raise UserError(reason) from error

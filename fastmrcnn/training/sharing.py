@@ -19,7 +19,7 @@ def share_of(config: Config, group: Group) -> Share:
         UserError: they cannot be shared out evenly; the line says to how many processes they can.
     """
     share = Share(group.rank, group.size, config.train.accumulate)
-    if config.train.batch % share.parts:
+    if config.train.batch != "auto" and config.train.batch % share.parts:
         raise UserError(cannot_divide(config.train.batch, share))
     return share
 

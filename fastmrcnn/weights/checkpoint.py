@@ -6,12 +6,13 @@ from a stranger runs no code. `checkpoints/last_checkpoint` holds the name of th
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,14 @@ from fastmrcnn.errors import UserError
 from fastmrcnn.files import TEMPORARY_SUFFIX, expanded, replacing, write_text
 from fastmrcnn.weights.archives import objects_in, refuse_code
 from fastmrcnn.weights.card import ModelCard
+from fastmrcnn.weights.seal import Sealing, fault_of, written_checksum
 from fastmrcnn.weights.sources import read_weights
 from fastmrcnn.weights.states import copy_state
 
 FORMAT = "fastmrcnn checkpoint"
 FORMAT_VERSION = 1
 LAST = "last_checkpoint"
+_NAME = r"step_(\d+)\.pt"
 _KEYS = ("step", "model", "optimizer", "scaler", "ema", "config", "class_names", "category_ids", "extra")
 
 
@@ -116,10 +119,12 @@ def pack(
 
 
 def write_tensors(path: Path, tree: Any) -> None:
-    """torch.save to a file that is whole or not there. Raises UserError if it cannot be written."""
+    """torch.save to a file that is whole or not there, sealed. Raises UserError if it cannot be written."""
     with replacing(path) as stream:
+        sealing = Sealing(stream)
         try:
-            torch.save(tree, stream)
+            torch.save(tree, cast(IO[bytes], sealing))
+            sealing.seal()
         except RuntimeError as error:
             # On a full disk torch reports its own bookkeeping, and the reason as the context.
             if isinstance(error.__context__, OSError):
@@ -167,13 +172,95 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             objects that only running code could restore.
     """
     file = find_checkpoint(path)
-    tree = read_weights(file)
+    tree = read_whole(file)
     if not is_checkpoint(tree):
         raise UserError(
             f"{file}: is not a fastmrcnn checkpoint; those are written by training, to "
             "RUN/checkpoints/step_*.pt"
         )
     return check_format(tree, file)
+
+
+def find_whole_checkpoint(path: str | Path) -> tuple[Path, list[str]]:
+    """As `find_checkpoint`, but of a folder the newest one that is whole.
+
+    Returns:
+        The file; and a line for each newer one that is damaged, which tells how.
+
+    Raises:
+        UserError: there is none, or the file that `path` names is damaged.
+    """
+    newest = find_checkpoint(path)
+    if expanded(path).is_file():
+        return newest, []  # what was named is not exchanged: reading it tells what is wrong
+    faults: list[str] = []
+    for file in (newest, *_earlier(newest)):
+        fault = _fault_of(file)
+        if fault is None:
+            if not faults:
+                return file, []
+            return file, [*faults, f"Going on from the one before, {file.name}."]
+        faults.append(f"{file} {fault}.")
+    raise UserError(f"{newest.parent}: no checkpoint there is whole: {' '.join(faults)}")
+
+
+def checkpoint_of_step(path: str | Path, step: int) -> tuple[Path | None, list[int]]:
+    """The checkpoint of so many steps in the run or folder that `path` means; and the steps there are.
+
+    Raises:
+        UserError: as `find_checkpoint`.
+    """
+    there = _steps(find_checkpoint(path).parent)
+    return there.get(step), sorted(there)
+
+
+def read_whole(file: Path) -> Any:
+    """What stands in a file of weights, as `read_weights`, once its seal, if it has one, has been checked.
+
+    Raises:
+        UserError: as `read_weights`; or a checkpoint of ours is damaged, and which one before it is whole.
+    """
+    if _is_sealed(file) and (fault := _fault_of(file)) is not None:
+        raise _damaged(file, fault)
+    named_ours = re.fullmatch(_NAME, file.name) is not None
+    try:
+        tree = read_weights(file)
+    except UserError:
+        # Whatever the reader took offence at: it does not know that the file was whole once.
+        if named_ours and (fault := _fault_of(file)) is not None:
+            raise _damaged(file, fault) from None
+        raise
+    if (named_ours or is_checkpoint(tree)) and (fault := _fault_of(file)) is not None:
+        raise _damaged(file, fault)
+    return tree
+
+
+def _damaged(file: Path, fault: str) -> UserError:
+    whole = next((other for other in _earlier(file) if _fault_of(other) is None), None)
+    if whole is None:
+        return UserError(f"{file}: {fault}; copy it again, there is no whole one before it in its folder")
+    return UserError(f"{file}: {fault}; copy it again, or take the one before it, {whole}, which is whole")
+
+
+def _earlier(file: Path) -> list[Path]:
+    """The checkpoints of earlier steps beside it, the newest first."""
+    steps = _steps(file.parent)
+    match = re.fullmatch(_NAME, file.name)
+    before = int(match[1]) if match else 0
+    return [steps[step] for step in sorted(steps, reverse=True) if step < before]
+
+
+def _is_sealed(file: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return written_checksum(file) is not None
+    return False
+
+
+def _fault_of(file: Path) -> str | None:
+    try:
+        return fault_of(file)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
 
 
 def is_checkpoint(tree: Any) -> bool:
@@ -258,7 +345,7 @@ def _called(checkpoint: Mapping[str, Any]) -> str:
 
 
 def _steps(folder: Path) -> dict[int, Path]:
-    found = ((re.fullmatch(r"step_(\d+)\.pt", file.name), file) for file in folder.iterdir())
+    found = ((re.fullmatch(_NAME, file.name), file) for file in folder.iterdir())
     return {int(match[1]): file for match, file in found if match}
 
 

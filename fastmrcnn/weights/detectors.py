@@ -16,9 +16,15 @@ from fastmrcnn.errors import UserError
 from fastmrcnn.files import expanded
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.weights.card import ModelCard, read_card
-from fastmrcnn.weights.checkpoint import check_format, find_checkpoint, is_checkpoint, judged_weights
+from fastmrcnn.weights.checkpoint import (
+    check_format,
+    find_checkpoint,
+    is_checkpoint,
+    judged_weights,
+    read_whole,
+)
 from fastmrcnn.weights.peers.programs import Imported, import_state, with_statistics
-from fastmrcnn.weights.sources import find_weights, is_url, read_weights
+from fastmrcnn.weights.sources import find_weights, is_url
 from fastmrcnn.weights.states import as_state, has_statistics, with_counters
 
 SPARE = "torchvision_rows"  # in a checkpoint's extra: what the way back to torchvision needs
@@ -56,7 +62,7 @@ def open_weights(
     if not is_url(str(source)) and expanded(source).is_dir():
         source = find_checkpoint(source)
     path = find_weights(source, sha256, "model.weights")
-    tree = read_weights(path)
+    tree = read_whole(path)
     if not is_checkpoint(tree):
         state, lines = as_state(tree, path, cast=cast)
         return WeightsFile(path, import_state(state, path, num_classes, strict=strict), None, 0, lines)

@@ -19,13 +19,19 @@ from fastmrcnn.files import expanded
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.weights.card import ModelCard, read_card
-from fastmrcnn.weights.checkpoint import check_format, find_checkpoint, is_checkpoint, judged_weights
+from fastmrcnn.weights.checkpoint import (
+    check_format,
+    find_checkpoint,
+    is_checkpoint,
+    judged_weights,
+    read_whole,
+)
 from fastmrcnn.weights.detectors import WeightsFile, open_weights, prepared, require_constants
 from fastmrcnn.weights.exported import ExportedModel, is_exported, load_exported
 from fastmrcnn.weights.peers.class_rows import class_count, keypoint_count
 from fastmrcnn.weights.peers.classes import ClassTable, known_classes, numbered_classes
 from fastmrcnn.weights.peers.programs import Imported
-from fastmrcnn.weights.sources import is_url, read_weights
+from fastmrcnn.weights.sources import is_url
 from fastmrcnn.weights.states import as_state, copy_state
 from fastmrcnn.weights.zoo import architecture_of, published_recipe
 
@@ -92,7 +98,7 @@ def load_trained(path: str | Path, device: str | torch.device = "auto") -> Train
     place = choose_device(str(device))
     if not is_url(str(path)):
         file = find_checkpoint(path)
-        tree = read_weights(file)
+        tree = read_whole(file)
         if is_checkpoint(tree):
             checkpoint = check_format(tree, file)
             weights, _ = as_state(judged_weights(checkpoint), file)

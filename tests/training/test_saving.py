@@ -442,7 +442,7 @@ def test_a_stop_while_a_loss_is_bad_saves_what_was_before(
         "its loss was not finite at step 5, and what was before that is saved; go on from step_0000005"
         in line
     )
-    assert read_checkpoint(newest_run(tmp_path))["extra"] == {}
+    assert read_checkpoint(newest_run(tmp_path))["extra"] == {"bad_step": {"seed": 0, "step": 5}}
 
 
 @pytest.mark.parametrize(
