@@ -12,7 +12,8 @@ from torch import Tensor
 
 BITS = 22  # behind the point of a weight; Pillow's PRECISION_BITS for 8-bit images
 LARGEST_PRODUCT = 2**29
-"""A source side times the side that it is resized to stays below this, so that 32 bits hold what is computed."""
+"""A source side times what it is resized to stays below this, so that 32 bits hold what is computed."""
+LARGEST_IMAGE = 2**31  # bytes
 
 
 def resize_pad(
@@ -49,17 +50,12 @@ def resize_pad(
         )
         top, left = (max(-first, 0) for first in begin[n])  # before it, the part lies outside of the image
         y, x = _turned_back(rows, columns, quarter[n], size)
-        whole = colour is not None and bool(colour[n, :, 3].any())
-        if whole:
-            image = resize(pixels, size, torch.arange(size[0]), torch.arange(size[1]))
-            part = image[y][:, x]
-        else:
-            part = resize(pixels, size, y, x)
+        part = resize(pixels, size, y, x)
         if quarter[n] % 2:
             part = part.transpose(0, 1)
         if colour is not None:
-            total = image.sum(dtype=torch.int64) if whole else offset.new_zeros(())
-            part = _coloured(part, folded(colour[n : n + 1], total[None], resized[n : n + 1])[0])
+            total, count = part.sum(dtype=torch.int64), offset.new_tensor(part.numel())
+            part = _coloured(part, folded(colour[n], total, count))
         out[n, top : top + part.shape[0], left : left + part.shape[1]] = part
     return out.permute(0, 3, 1, 2)
 
@@ -68,18 +64,15 @@ def is_real(buffer: Tensor, offset: Tensor, source: Tensor, resized: Tensor) -> 
     """(N,) bool: the image has pixels, all of them within the buffer, and sides that can be resized so."""
     source, resized = source.long(), resized.long()
     sides = ((source > 0) & (resized > 0) & (source * resized < LARGEST_PRODUCT)).all(1)
-    return sides & (offset >= 0) & (offset + 3 * source.prod(1) <= buffer.numel())
+    size = 3 * source.prod(1)
+    return sides & (size < LARGEST_IMAGE) & (offset >= 0) & (offset + size <= buffer.numel())
 
 
-def folded(colour: Tensor, total: Tensor, resized: Tensor) -> Tensor:
-    """(N, 3, 4) float32 of (red, green, blue, 1): the mean level is known now.
-
-    Args:
-        total: (N,) int64, sum of the resized image's levels; any where the mean has no weight.
-    """
-    mean = total.double() / (3 * resized.long().prod(1)).clamp(min=1)
-    last = colour[:, :, 3].double() * mean[:, None] + colour[:, :, 4].double()
-    return torch.cat([colour[:, :, :3].float(), last.float()[:, :, None]], dim=2)
+def folded(colour: Tensor, total: Tensor, count: Tensor) -> Tensor:
+    """(..., 3, 4) float32 of (red, green, blue, 1), for a part whose levels (...) and their sum are known."""
+    mean = total.double() / count.clamp(min=1)
+    last = colour[..., 3].double() * mean[..., None] + colour[..., 4].double()
+    return torch.cat([colour[..., :3], last.float()[..., None]], dim=-1)
 
 
 def resize(pixels: Tensor, size: list[int], y: Tensor, x: Tensor) -> Tensor:

@@ -15,13 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.launch import CompileSpec, Launch, plain
-from .cpu import LARGEST_PRODUCT, folded
+from .cpu import LARGEST_IMAGE, LARGEST_PRODUCT, folded
 from .taps import resample
 
-TILE_H, TILE_W = 16, 64  # of a program, in pixels
-SUMMERS = 128  # programs that share the sums of an image
+TILE_H, TILE_W = 8, 64  # of a program, in pixels
 WARPS = 4
-LARGEST = tl.constexpr(LARGEST_PRODUCT)
+MOST_PRODUCT, MOST_BYTES = tl.constexpr(LARGEST_PRODUCT), tl.constexpr(LARGEST_IMAGE)
 
 
 def resize_pad(
@@ -38,30 +37,35 @@ def resize_pad(
     width: int,
 ) -> Tensor:
     """See `op.resize_pad`, whose arguments they are."""
-    images = _images(buffer, offset, source, resized)
+    images = (buffer, offset, source, resized, sizes, turns, flips, origin)
     matrix = None
-    if colour is not None and len(offset):
-        sums, launch = _sum_launch(images, colour)
+    if colour is not None and colour.numel():
+        sums, launch = _launch(*images, colour, height, width, sums=True)
         launch.run()
-        matrix = folded(colour, sums.sum(1), resized)
-    out, launch = _launch(images, sizes, turns, flips, origin, matrix, height, width)
+        matrix = folded(colour, sums.sum(1), 3 * _pixels(resized, sizes, turns, origin, height, width))
+    out, launch = _launch(*images, matrix, height, width)
     if out.numel():
         launch.run()
     return out.permute(0, 3, 1, 2)
 
 
-def _images(buffer: Tensor, offset: Tensor, source: Tensor, resized: Tensor) -> dict[str, Tensor | int]:
-    return {
-        "buffer_ptr": plain(buffer),
-        "offset_ptr": plain(offset),
-        "source_ptr": plain(source),
-        "resized_ptr": plain(resized),
-        "bytes": buffer.numel(),
-    }
+def _pixels(
+    resized: Tensor, sizes: Tensor, turns: Tensor | None, origin: Tensor | None, height: int, width: int
+) -> Tensor:
+    """(N,) int64: how many pixels of each image are in its part."""
+    moved = resized.long()
+    if turns is not None:
+        moved = moved.flip(1).where((turns % 2 == 1)[:, None], moved)
+    begin = torch.zeros_like(moved) if origin is None else origin.long()
+    most = torch.stack([sizes[:, 0].clamp(max=height), sizes[:, 1].clamp(max=width)], 1).long()
+    return (torch.minimum(begin + most, moved) - begin.clamp(min=0)).clamp(min=0).prod(1)
 
 
 def _launch(
-    images: dict[str, Tensor | int],
+    buffer: Tensor,
+    offset: Tensor,
+    source: Tensor,
+    resized: Tensor,
     sizes: Tensor,
     turns: Tensor | None,
     flips: Tensor | None,
@@ -69,38 +73,36 @@ def _launch(
     matrix: Tensor | None,
     height: int,
     width: int,
+    sums: bool = False,
 ) -> tuple[Tensor, Launch]:
-    out = torch.empty((len(sizes), height, width, 3), dtype=torch.uint8, device=sizes.device)
+    """The output (N, height, width, 3), or the sums (N, tiles) of the levels of images whose mean counts."""
+    grid = (triton.cdiv(width, TILE_W), triton.cdiv(height, TILE_H), len(offset))
+    if sums:
+        out = torch.empty((len(offset), grid[0] * grid[1]), dtype=torch.int32, device=buffer.device)
+    else:
+        out = torch.empty((len(offset), height, width, 3), dtype=torch.uint8, device=buffer.device)
     words = width % 4 == 0
     arguments = {
-        **images,
+        "buffer_ptr": plain(buffer),
+        "offset_ptr": plain(offset),
+        "source_ptr": plain(source),
+        "resized_ptr": plain(resized),
         "sizes_ptr": plain(sizes),
         "turns_ptr": None if turns is None else plain(turns),
         "flips_ptr": None if flips is None else plain(flips),
         "origin_ptr": None if origin is None else plain(origin),
         "matrix_ptr": None if matrix is None else plain(matrix),
-        "out_ptr": out.flatten(2).view(torch.int32) if words else out,
+        "out_ptr": out.flatten(2).view(torch.int32) if words and not sums else out,
+        "bytes": buffer.numel(),
         "height": height,
         "width": width,
+        "SUMS": sums,
         "WORDS": words,
         "TILE_H": TILE_H,
         "TILE_W": TILE_W,
     }
-    grid = (triton.cdiv(width, TILE_W), triton.cdiv(height, TILE_H), len(sizes))
     # Without fusion a colour is rounded as cpu.py rounds it.
     return out, Launch(_resize_kernel, grid, arguments, WARPS, {"enable_fp_fusion": False})
-
-
-def _sum_launch(images: dict[str, Tensor | int], colour: Tensor) -> tuple[Tensor, Launch]:
-    sums = torch.empty((len(colour), SUMMERS), dtype=torch.int64, device=colour.device)
-    arguments = {
-        **images,
-        "colour_ptr": plain(colour),
-        "sums_ptr": sums,
-        "TILE_H": TILE_H,
-        "TILE_W": TILE_W,
-    }
-    return sums, Launch(_sum_kernel, (SUMMERS, len(colour)), arguments, WARPS, {"enable_fp_fusion": False})
 
 
 def compile_specs() -> list[CompileSpec]:
@@ -110,31 +112,25 @@ def compile_specs() -> list[CompileSpec]:
     and channel of both passes, each computed once.
     """
     specs = []
-    for name, source, variants in (
-        ("480x640", (480, 640), ("plain", "all", "no words")),
-        ("2400x4000", (2400, 4000), ("plain",)),
+    for name, source, result, variants in (
+        ("480x640", (480, 640), (800, 1067), ("plain", "all", "sums", "no words")),
+        ("2400x4000", (2400, 4000), (800, 1333), ("plain",)),
     ):
-        result = (800, 1067) if source[0] < 800 else (800, 1333)
         buffer = torch.empty(8 * 3 * source[0] * source[1], dtype=torch.uint8, device="meta")
         offset = buffer.new_empty(8, dtype=torch.int64)
         pair = offset.new_empty((8, 2), dtype=torch.int32)
-        images = _images(buffer, offset, pair, pair)
         taps = [max(2, -(-2 * a // b)) for a, b in zip(source, result, strict=True)]
         flops = 8 * 2 * 3 * (taps[1] * source[0] * result[1] + taps[0] * result[0] * result[1])
-        # Of a tile's hot loop; tiles of padding do not get there.
-        trips = taps[0] * taps[1] * result[1] / 1344
+        trips = taps[0] * taps[1] * result[1] / 1344  # of the average tile: those of padding make none
         for variant in variants:
-            colour = offset.new_empty((8, 3, 5), dtype=torch.float32)
-            moves = (pair[:, 0], pair.to(torch.bool), pair, colour[:, :, :4])
+            sums, moves = variant == "sums", [None] * 4
+            if variant in ("all", "sums"):
+                colour = offset.new_empty((8, 3, 5 if sums else 4), dtype=torch.float32)
+                moves = [pair[:, 0], pair.to(torch.bool), pair, colour]
             width = 1343 if variant == "no words" else 1344
-            given = moves if variant == "all" else (None,) * 4
-            out, launch = _launch(images, pair.long(), *given, 800, width)
+            out, launch = _launch(buffer, offset, pair, pair, pair.long(), *moves, 800, width, sums)
             moved = buffer.nbytes + out.nbytes
             specs.append(launch.spec(f"resize_pad {name}", variant, moved, flops, trips=trips))
-        tiles = -(-result[0] // TILE_H) * -(-result[1] // TILE_W)
-        spec = _sum_launch(images, colour)[1]
-        trips = taps[0] * taps[1] * tiles / SUMMERS
-        specs.append(spec.spec(f"resize_pad {name} sums", "", buffer.nbytes, flops, trips=trips))
     return specs
 
 
@@ -148,11 +144,12 @@ def _resize_kernel(
     turns_ptr,  # (N,) integer or None
     flips_ptr,  # (N, 2) uint8 or None
     origin_ptr,  # (N, 2) integer y, x or None
-    matrix_ptr,  # (N, 3, 4) fp32 or None
-    out_ptr,  # (N, height, width, 3) uint8, or int32 words of it; written
+    matrix_ptr,  # (N, 3, 4) fp32 or None; where sums are wanted the colour, (N, 3, 5)
+    out_ptr,  # (N, height, width, 3) uint8, or int32 words of it, or (N, tiles) int32 sums; written
     bytes,
     height,
     width,
+    SUMS: tl.constexpr,  # whether the sums of the tiles' levels are wanted alone
     WORDS: tl.constexpr,  # whether rows are whole words
     TILE_H: tl.constexpr,
     TILE_W: tl.constexpr,
@@ -167,6 +164,9 @@ def _resize_kernel(
         turns = tl.load(turns_ptr + image).to(tl.int32) & 3
         moved_h = tl.where(turns % 2 == 1, result_w, result_h)
         moved_w = tl.where(turns % 2 == 1, result_h, result_w)
+    if SUMS:
+        at = matrix_ptr + image * 15 + 3
+        real = real & ((tl.load(at) != 0) | (tl.load(at + 5) != 0) | (tl.load(at + 10) != 0))
     row = top + tl.arange(0, TILE_H)[:, None]
     column = left + tl.arange(0, TILE_W)[None, :]
     size_h = tl.minimum(tl.load(sizes_ptr + image * 2).to(tl.int32), height)
@@ -195,13 +195,16 @@ def _resize_kernel(
                 red, green, blue = resample(base, y, x, source_h, source_w, result_h, result_w)
         else:
             red, green, blue = resample(base, y, x, source_h, source_w, result_h, result_w)
-        if matrix_ptr is not None:
+        if matrix_ptr is not None and not SUMS:
             at = matrix_ptr + image * 12
             r, g, b = red.to(tl.float32), green.to(tl.float32), blue.to(tl.float32)
             red, green, blue = _level(at, r, g, b), _level(at + 4, r, g, b), _level(at + 8, r, g, b)
         red, green, blue = tl.where(inside, red, 0), tl.where(inside, green, 0), tl.where(inside, blue, 0)
-    line = image * height + top + tl.arange(0, TILE_H)[:, None]
-    if WORDS:
+    line = image * height + row
+    if SUMS:
+        tile = (image * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+        tl.store(out_ptr + tile, tl.sum(tl.sum(red + green + blue, axis=1), axis=0))
+    elif WORDS:
         r0, r1, r2, r3 = _of_four(red)
         g0, g1, g2, g3 = _of_four(green)
         b0, b1, b2, b3 = _of_four(blue)
@@ -219,45 +222,6 @@ def _resize_kernel(
         tl.store(at + 2, blue.to(tl.uint8), mask=written)
 
 
-@triton.jit(do_not_specialize=["bytes"])
-def _sum_kernel(
-    buffer_ptr,  # (bytes,) uint8
-    offset_ptr,  # (N,) int64
-    source_ptr,  # (N, 2) integer height, width
-    resized_ptr,  # (N, 2) integer height, width
-    colour_ptr,  # (N, 3, 5) fp32
-    sums_ptr,  # (N, programs of an image) int64, written: together the sum of the resized image's levels
-    bytes,
-    TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr,
-):
-    image = tl.program_id(1).to(tl.int64)
-    part, parts = tl.program_id(0), tl.num_programs(0)
-    base, source_h, source_w, result_h, result_w, real = _load_image(
-        buffer_ptr, offset_ptr, source_ptr, resized_ptr, image, bytes
-    )
-    at = colour_ptr + image * 15 + 3
-    asked = (tl.load(at) != 0) | (tl.load(at + 5) != 0) | (tl.load(at + 10) != 0)
-    across = tl.cdiv(result_w, TILE_W)
-    tiles = tl.where(real & asked, tl.cdiv(result_h, TILE_H) * across, 0)
-    total = tl.full((), 0, tl.int64)
-    for tile in range(part, tiles, parts):
-        y = tile // across * TILE_H + tl.arange(0, TILE_H)[:, None]
-        x = tile % across * TILE_W + tl.arange(0, TILE_W)[None, :]
-        inside = (y < result_h) & (x < result_w)
-        red, green, blue = resample(
-            base,
-            tl.minimum(y, result_h - 1),
-            tl.minimum(x, result_w - 1),
-            source_h,
-            source_w,
-            result_h,
-            result_w,
-        )
-        total += tl.sum(tl.sum(tl.where(inside, red + green + blue, 0), axis=1), axis=0)
-    tl.store(sums_ptr + image * parts + part, total)
-
-
 @triton.jit
 def _load_image(buffer_ptr, offset_ptr, source_ptr, resized_ptr, image, bytes):
     """Where an image's pixels are, its sides before and after, and whether there is anything to read."""
@@ -267,7 +231,8 @@ def _load_image(buffer_ptr, offset_ptr, source_ptr, resized_ptr, image, bytes):
     result_w = tl.load(resized_ptr + image * 2 + 1).to(tl.int64)
     offset = tl.load(offset_ptr + image)
     real = (source_h > 0) & (source_w > 0) & (result_h > 0) & (result_w > 0)
-    real = real & (source_h * result_h < LARGEST) & (source_w * result_w < LARGEST)
+    real = real & (source_h * result_h < MOST_PRODUCT) & (source_w * result_w < MOST_PRODUCT)
+    real = real & (3 * source_h * source_w < MOST_BYTES)
     real = real & (offset >= 0) & (offset + 3 * source_h * source_w <= bytes)
     h, w = source_h.to(tl.int32), source_w.to(tl.int32)
     return buffer_ptr + offset, h, w, result_h.to(tl.int32), result_w.to(tl.int32), real

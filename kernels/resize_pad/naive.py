@@ -30,19 +30,21 @@ def resize_pad(
     for n, start in enumerate(offset.tolist()):
         h, w = source[n].tolist()
         pixels = buffer[start : start + 3 * h * w].view(h, w, 3)
-        image = resize(pixels, *resized[n].tolist())
-        mean = image.double().mean()
-        image = torch.rot90(image, int(turns[n]))
+        image = torch.rot90(resize(pixels, *resized[n].tolist()), int(turns[n]))
         image = image.flip([axis for axis, way in ((1, 0), (0, 1)) if flips[n, way]])
         top, left = origin[n].tolist()
-        for y in range(min(int(sizes[n, 0]), height)):
-            for x in range(min(int(sizes[n, 1]), width)):
-                if 0 <= top + y < image.shape[0] and 0 <= left + x < image.shape[1]:
-                    level = image[top + y, left + x].double()
-                    if colour is not None:
-                        known = torch.cat([level, mean[None], torch.ones(1, dtype=torch.float64)])
-                        level = (colour[n].double() @ known + 0.5).floor().clamp(0, 255)
-                    out[n, :, y, x] = level.to(torch.uint8)
+        part = {
+            (y, x): image[top + y, left + x].double()
+            for y in range(min(int(sizes[n, 0]), height))
+            for x in range(min(int(sizes[n, 1]), width))
+            if 0 <= top + y < image.shape[0] and 0 <= left + x < image.shape[1]
+        }
+        mean = math.fsum(float(level) for levels in part.values() for level in levels) / max(3 * len(part), 1)
+        for (y, x), level in part.items():
+            if colour is not None:
+                known = torch.cat([level, level.new_tensor([mean, 1])])
+                level = (colour[n].double() @ known + 0.5).floor().clamp(0, 255)
+            out[n, :, y, x] = level.to(torch.uint8)
     return out
 
 

@@ -37,7 +37,7 @@ def resize_pad(
         offset: (N,) int64, first byte of each image in the buffer.
         source: (N, 2) integer height and width of each image in the buffer.
         resized: (N, 2) integer height and width that it is resized to. A side times the one that it becomes
-            must be below 2**29.
+            must be below 2**29; an image has less than 2**31 bytes.
         sizes: (N, 2) integer height and width of the part that is wanted; what is larger than the output, or
             lies outside of the image, is cut off and stays zero.
         height, width: H and W of the output.
@@ -45,7 +45,7 @@ def resize_pad(
         flips: (N, 2) bool, whether left and right, and top and bottom, are exchanged after turning.
         origin: (N, 2) integer y, x of the part's first pixel in the turned and flipped image; None: 0, 0.
         colour: (N, 3, 5) float32, finite: new red, green and blue from red, green, blue, the mean level of
-            the resized image over all channels, and 1. Rounded half up and clipped to 0..255.
+            the part over its pixels and channels, and 1. Rounded half up and clipped to 0..255.
 
     Returns:
         (N, 3, H, W) uint8 in channels_last memory format, zero where padded. An image that has no pixel, or
@@ -77,8 +77,8 @@ def resize_pad(
 
 def _fault(buffer: Tensor, offset: Tensor, source: Tensor, resized: Tensor, n: int) -> str:
     return (
-        f"image {n} must lie within the buffer of {buffer.numel()} bytes and have sides above 0, each times what "
-        f"it becomes below 2**29; got offset {int(offset[n])}, source {source[n].tolist()}, "
+        f"image {n} must lie within the buffer of {buffer.numel()} bytes and have sides above 0, each times "
+        f"what it becomes below 2**29; got offset {int(offset[n])}, source {source[n].tolist()}, "
         f"resized {resized[n].tolist()}"
     )
 

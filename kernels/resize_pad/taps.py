@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 BITS = tl.constexpr(22)  # behind the point of a weight
+ONE, HALF = tl.constexpr(1 << 22), tl.constexpr(1 << 21)  # as weights have it
 
 
 @triton.jit
@@ -24,7 +25,7 @@ def axis_window(place, source, result):
     total = tl.zeros_like(place)
     for tap in range(taps_of(source, result)):
         total += share_at(first, start, tap, source, result)
-    return first, start, (1 << BITS) / total.to(tl.float64)
+    return first, start, ONE / total.to(tl.float64)
 
 
 @triton.jit
@@ -55,15 +56,15 @@ def resample(image_ptr, y, x, source_h, source_w, result_h, result_w):
     """
     first_y, start_y, scale_y = axis_window(y, source_h, result_h)
     first_x, start_x, scale_x = axis_window(x, source_w, result_w)
-    half = tl.zeros_like(y + x) + (1 << (BITS - 1))
+    half = tl.zeros_like(y + x) + HALF
     red, green, blue = half, half, half
     for down in range(taps_of(source_h, result_h)):
         weight_y = weight_at(first_y, start_y, scale_y, down, source_h, result_h)
-        row = tl.minimum(first_y + down, source_h - 1).to(tl.int64) * source_w * 3
+        row = tl.minimum(first_y + down, source_h - 1) * source_w
         line_red, line_green, line_blue = half, half, half
         for over in range(taps_of(source_w, result_w)):
             weight_x = weight_at(first_x, start_x, scale_x, over, source_w, result_w)
-            at = image_ptr + row + tl.minimum(first_x + over, source_w - 1) * 3
+            at = image_ptr + (row + tl.minimum(first_x + over, source_w - 1)) * 3
             line_red += weight_x * tl.load(at).to(tl.int32)
             line_green += weight_x * tl.load(at + 1).to(tl.int32)
             line_blue += weight_x * tl.load(at + 2).to(tl.int32)
