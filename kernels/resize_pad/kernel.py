@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.launch import CompileSpec, Launch, plain
+from ..common.library import interpreting
 from .cpu import LARGEST_IMAGE, LARGEST_PRODUCT, folded
 from .taps import resample
 
@@ -76,7 +77,8 @@ def _launch(
     sums: bool = False,
 ) -> tuple[Tensor, Launch]:
     """The output (N, height, width, 3), or the sums (N, tiles) of the levels of images whose mean counts."""
-    grid = (triton.cdiv(width, TILE_W), triton.cdiv(height, TILE_H), len(offset))
+    tile_h = 8 * TILE_H if interpreting() else TILE_H  # there an operation costs the same at any size
+    grid = (triton.cdiv(width, TILE_W), triton.cdiv(height, tile_h), len(offset))
     if sums:
         out = torch.empty((len(offset), grid[0] * grid[1]), dtype=torch.int32, device=buffer.device)
     else:
@@ -98,7 +100,7 @@ def _launch(
         "width": width,
         "SUMS": sums,
         "WORDS": words,
-        "TILE_H": TILE_H,
+        "TILE_H": tile_h,
         "TILE_W": TILE_W,
     }
     # Without fusion a colour is rounded as cpu.py rounds it.
