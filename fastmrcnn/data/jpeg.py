@@ -8,7 +8,6 @@ it. The pixels are the same: both take the accurate transform and smooth chroma.
 from __future__ import annotations
 
 import functools
-import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,13 +63,8 @@ def plain_jpeg(content: bytes) -> PlainJpeg | None:
         for marker, segment in _segments(content):
             if marker in _FRAMES:
                 bits, height, width, channels = struct.unpack_from(">BHHB", segment)
-                if (
-                    found
-                    or marker not in _HUFFMAN
-                    or bits != 8
-                    or channels not in (1, 3)
-                    or not height * width
-                ):
+                plain = marker in _HUFFMAN and bits == 8 and channels in (1, 3) and height * width > 0
+                if found or not plain:
                     return None
                 found = PlainJpeg(height, width)
             elif marker == _APP1 and _may_be_turned(segment):
@@ -100,7 +94,7 @@ def _segments(content: bytes) -> Iterator[tuple[int, bytes]]:
 def _may_be_turned(segment: bytes) -> bool:
     """Whether metadata may give another orientation than upright, where Pillow looks for one."""
     if segment.startswith(_XMP):
-        return re.search(rb"Orientation", segment) is not None
+        return b"Orientation" in segment
     if not segment.startswith(_EXIF):
         return False
     exif = Image.Exif()
