@@ -69,11 +69,28 @@ class Proposals(NamedTuple):
     valid: Tensor  # (N, P) bool
 
 
+class RawImages(NamedTuple):
+    """Decoded images and what is to become of them: resized, turned, flipped, cut, coloured, padded.
+
+    `kernels.resize_pad` makes a batch's pixels of them, in this order, on the device of these tensors.
+    """
+
+    buffer: Tensor  # (B,) uint8, RGB images row by row, end to end; what follows the last one is not read
+    offset: Tensor  # (N,) int64, first byte of each image
+    source: Tensor  # (N, 2) int32, height and width of the image as it stands in the buffer
+    resized: Tensor  # (N, 2) int32, height and width that it is resized to
+    turns: Tensor  # (N,) int32, quarter turns counterclockwise, 0..3
+    flips: Tensor  # (N, 2) bool: left and right, top and bottom
+    origin: Tensor  # (N, 2) int32 y, x: where in the turned and flipped image its part begins
+    colour: Tensor | None = None  # (N, 3, 5) float32, of (red, green, blue, mean level, 1); None: as it is
+
+
 class Batch(NamedTuple):
     pixels: Tensor  # (N, 3, H, W) uint8, or float32 in 0..255; RGB; zero where padded
     sizes: Tensor  # (N, 2) int64, height and width of the real image within the padding
     targets: Targets | None = None
     proposals: Proposals | None = None  # for a model without an RPN
+    raw: RawImages | None = None  # of which the pixels are still to be made; they are then (0, 3, H, W)
 
 
 class SampledRois(NamedTuple):
