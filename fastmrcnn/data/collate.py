@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -133,6 +134,7 @@ def collate(
     min_mask_bytes: int = MIN_MASK_BYTES,
     proposal_slots: int = 0,
     min_polygons: PolygonSizes | None = None,
+    memory: NDArray[np.uint8] | None = None,
 ) -> Batch:
     """Pad samples into a bucket; targets where the samples have objects, proposals where they have those.
 
@@ -141,17 +143,12 @@ def collate(
         min_slots, min_mask_bytes: lower limits of G and of the mask buffer, for equal shapes.
         proposal_slots: P.
         min_polygons: likewise of the tables of polygons.
+        memory: flat; the pixels are put at its beginning, if it is large enough.
     Returns:
         pixels (N, 3, H, W) uint8 in channels_last memory format; G and the mask buffer are powers of
         two.
     """
-    count = len(samples)
-    pixels = np.zeros((count, *bucket, 3), np.uint8)
-    for row, sample in enumerate(samples):
-        height, width = sample.pixels.shape[:2]
-        assert height <= bucket[0]
-        assert width <= bucket[1]
-        pixels[row, :height, :width] = sample.pixels
+    pixels = pad_images([sample.pixels for sample in samples], bucket, memory)
     sizes = torch.tensor([sample.pixels.shape[:2] for sample in samples], dtype=torch.int64)
     targets = None
     if all(sample.objects is not None for sample in samples):
@@ -160,6 +157,26 @@ def collate(
     if all(sample.proposals is not None for sample in samples):
         proposals = _collate_proposals(samples, proposal_slots)
     return Batch(torch.from_numpy(pixels).permute(0, 3, 1, 2), sizes, targets, proposals)
+
+
+def pad_images(
+    images: Sequence[NDArray[np.uint8]], bucket: Size, memory: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
+    """(n, *bucket, 3): images in the upper left, zeros in the rest; at the beginning of `memory` if it is
+    large enough."""
+    shape = (len(images), *bucket, 3)
+    size = math.prod(shape)
+    if memory is None or memory.size < size:
+        memory = np.empty(size, np.uint8)
+    pixels = memory[:size].reshape(shape)
+    for own, image in zip(pixels, images, strict=True):
+        height, width = image.shape[:2]
+        assert height <= bucket[0]
+        assert width <= bucket[1]
+        own[:height, :width] = image
+        own[:height, width:] = 0
+        own[height:] = 0
+    return pixels
 
 
 def _collate_proposals(samples: Sequence[Sample], slots: int) -> Proposals:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader
 
-from fastmrcnn.data.buckets import bucket_or_new, choose_buckets, resolve_buckets
+from fastmrcnn.data.buckets import bucket_or_new, choose_buckets, power_of_two, resolve_buckets
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.collate import MIN_MASK_BYTES, MIN_SLOTS, collate, make_sample
 from fastmrcnn.data.order import BatchPlan, TrainSampler
 from fastmrcnn.data.polygons import PolygonSizes
-from fastmrcnn.data.processes import obey_parent_alone
 from fastmrcnn.data.transforms import Augment, Plan, Size, resize, resized_size
-from fastmrcnn.data.worker import EvalSamples, Failure, LoadedBatch, TrainSamples
+from fastmrcnn.data.transport import Transport
+from fastmrcnn.data.worker import EvalSamples, LoadedBatch, TrainSamples
 from fastmrcnn.errors import UserError
 from fastmrcnn.structures import Batch
 
@@ -106,14 +104,17 @@ class TrainLoader:
         samples = TrainSamples(
             dataset, short_sides, long_side_max, augment, seed, min_slots, min_mask_bytes, polygons
         )
-        self.loader = _data_loader(samples, self.sampler, workers, pin_memory)
+        room = slot_bytes(
+            batch, self.buckets, min_slots, min_mask_bytes, dataset.num_keypoints or 0, polygons
+        )
+        self.loader = Transport(samples, self.sampler, workers, pin_memory, room)
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[LoadedBatch]:
         left_out: set[int] = set()
-        for loaded in _unwrap(self.loader):
+        for loaded in self.loader:
             new = {image_id: fault for image_id, fault in loaded.left_out.items() if image_id not in left_out}
             left_out |= new.keys()
             if new:
@@ -153,13 +154,14 @@ class EvalLoader:
         self.buckets = resolve_buckets(buckets, sizes, [short_side], long_side_max)
         self.plans = _plan_evaluation(dataset, batch, short_side, long_side_max, self.buckets)
         samples = EvalSamples(dataset, batch, short_side, long_side_max)
-        self.loader = _data_loader(samples, self.plans, workers, pin_memory)
+        room = slot_bytes(batch, self.buckets, dataset.proposal_slots, 0)
+        self.loader = Transport(samples, self.plans, workers, pin_memory, room)
 
     def __len__(self) -> int:
         return len(self.plans)
 
     def __iter__(self) -> Iterator[LoadedBatch]:
-        return _unwrap(self.loader)
+        return iter(self.loader)
 
 
 def prepare_image(
@@ -227,6 +229,24 @@ def largest_targets(dataset: CocoDataset, batch: int) -> tuple[int, int]:
     return max(slots, MIN_SLOTS), max(int(min(usual, batch * areas.max())), MIN_MASK_BYTES)
 
 
+def slot_bytes(
+    batch: int,
+    buckets: Sequence[Size],
+    slots: int,
+    mask_bytes: int,
+    keypoints: int = 0,
+    polygons: PolygonSizes | None = None,
+) -> int:
+    """Bytes that hold the tensors of a batch, unless it has more or larger objects than most."""
+    tables = batch * power_of_two(slots) * (64 + 12 * keypoints)
+    outlines = 0
+    if polygons is not None:
+        vertices, parts, longest = (power_of_two(size) for size in polygons)
+        outlines = 16 * vertices + 4 * parts + 4 * longest
+    pixels = 3 * batch * max(height * width for height, width in buckets)
+    return pixels + power_of_two(mask_bytes) + tables + outlines + 2**14 + 256 * batch
+
+
 def _plan_evaluation(
     dataset: CocoDataset, batch: int, short_side: int, long_side_max: int, buckets: Sequence[Size]
 ) -> list[BatchPlan]:
@@ -238,54 +258,3 @@ def _plan_evaluation(
         if len(waiting[bucket]) == batch:
             plans.append(BatchPlan(bucket, waiting.pop(bucket)))
     return plans + [BatchPlan(bucket, samples) for bucket, samples in waiting.items()]
-
-
-def _data_loader(
-    samples: TrainSamples | EvalSamples,
-    plans: TrainSampler | list[BatchPlan],
-    workers: int,
-    pin_memory: bool,
-) -> DataLoader[LoadedBatch | Failure]:
-    # A plan is a whole batch, so the loader's own batching is off.
-    return DataLoader(
-        samples,
-        batch_size=None,
-        sampler=plans,
-        collate_fn=_as_it_is,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=obey_parent_alone if workers else None,
-        generator=torch.Generator(),  # or else each pass would advance the global one
-    )
-
-
-def _as_it_is(loaded: Any) -> Any:
-    """The default would turn the tuples within into lists."""
-    return loaded
-
-
-def _unwrap(loader: DataLoader[LoadedBatch | Failure]) -> Iterator[LoadedBatch]:
-    try:
-        for loaded in loader:
-            if isinstance(loaded, Failure):
-                raise UserError(loaded.message)
-            # pinning turns tuples within a list into lists
-            yield loaded._replace(original_sizes=[(h, w) for h, w in loaded.original_sizes])
-    except RuntimeError as error:
-        if (reason := dead_worker(error)) is None:
-            raise
-        raise UserError(reason) from None
-
-
-def dead_worker(error: BaseException) -> str | None:
-    """One line if the error is torch's word that a loader process died, which it says wherever the program
-    happens to be."""
-    text = str(error)
-    if not isinstance(error, RuntimeError) or "DataLoader worker" not in text or "Caught" in text:
-        return None
-    reason = text.split("\n")[0].rstrip(".")
-    return (
-        f"a loader process died ({reason}), most often for lack of memory or of shared memory; "
-        "lower data.workers, or set it to 0"
-    )

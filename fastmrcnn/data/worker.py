@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.collate import (
@@ -99,7 +98,7 @@ class SampleStore:
         return found
 
 
-class TrainSamples(Dataset[LoadedBatch | Failure]):
+class TrainSamples:
     """The batches of a training set. Where an image cannot be read another stands in for it, which seed and
     sample decide."""
 
@@ -120,7 +119,11 @@ class TrainSamples(Dataset[LoadedBatch | Failure]):
         self.min_slots, self.min_mask_bytes = min_slots, min_mask_bytes
         self.min_polygons = min_polygons
 
-    def __getitem__(self, plan: BatchPlan) -> LoadedBatch | Failure:
+    def load(self, plan: BatchPlan, memory: NDArray[np.uint8] | None = None) -> LoadedBatch | Failure:
+        """
+        Args:
+            memory: flat; the pixels are put at its beginning, if it is large enough.
+        """
         left_out: dict[int, str] = {}
         try:
             read = [self._readable(index, number, plan.bucket, left_out) for index, number in plan.samples]
@@ -134,6 +137,7 @@ class TrainSamples(Dataset[LoadedBatch | Failure]):
             min_mask_bytes=self.min_mask_bytes,
             proposal_slots=self.store.proposal_slots,
             min_polygons=self.min_polygons,
+            memory=memory,
         )
         ids = [self.store.records[index].image_id for index, _ in read]
         return _loaded(batch, samples, ids, left_out, self.store.take_clipped())
@@ -174,19 +178,20 @@ class TrainSamples(Dataset[LoadedBatch | Failure]):
         return make_sample(resized, plan, size, objects, schema, self.store.proposed(index))
 
 
-class EvalSamples(Dataset[LoadedBatch | Failure]):
+class EvalSamples:
     def __init__(self, dataset: CocoDataset, batch: int, short_side: int, long_side_max: int) -> None:
         self.store = SampleStore(dataset, [short_side], long_side_max)
         self.batch, self.short_side, self.long_side_max = batch, short_side, long_side_max
 
-    def __getitem__(self, plan: BatchPlan) -> LoadedBatch | Failure:
+    def load(self, plan: BatchPlan, memory: NDArray[np.uint8] | None = None) -> LoadedBatch | Failure:
+        """As of `TrainSamples`."""
         try:
             samples = [self._sample(index) for index, _ in plan.samples]
         except UserError as error:
             return Failure(str(error))
         ids = [self.store.records[index].image_id for index, _ in plan.samples]
         filled = [*samples, *[samples[-1]] * (self.batch - len(samples))]
-        batch = collate(filled, plan.bucket, proposal_slots=self.store.proposal_slots)
+        batch = collate(filled, plan.bucket, proposal_slots=self.store.proposal_slots, memory=memory)
         return _loaded(batch, samples, ids, {}, self.store.take_clipped())
 
     def _sample(self, index: int) -> Sample:
