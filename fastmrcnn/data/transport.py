@@ -15,7 +15,6 @@ from fastmrcnn.data.processes import obey_parent_alone
 from fastmrcnn.data.slots import Slots, put, shared_block
 from fastmrcnn.data.worker import EvalSamples, Failure, LoadedBatch, TrainSamples
 from fastmrcnn.errors import UserError
-from fastmrcnn.structures import tree_map
 
 PREFETCH = 4  # batches that each loader process works ahead
 SPARE = 4  # slots beyond those: one in use, one asked for, and the steps by which a GPU may lie behind
@@ -133,8 +132,8 @@ class _Filling(Dataset[Handed]):
         if isinstance(loaded, Failure):
             return Handed(slot, False, loaded)
         places = put(memory, loaded)
-        if places is None:  # what is there already must leave, too
-            return Handed(slot, False, loaded._replace(batch=tree_map(Tensor.clone, loaded.batch)))
+        if places is None:  # on its way it is copied
+            return Handed(slot, False, loaded)
         return Handed(slot, True, places)
 
 
