@@ -48,9 +48,7 @@ def read_polygons(record: ImageRecord) -> ImagePolygons:
     )
 
 
-def select_polygons(
-    image: ImagePolygons, keep: NDArray[np.int64], usable: Sequence[bool]
-) -> ImagePolygons:
+def select_polygons(image: ImagePolygons, keep: NDArray[np.int64], usable: Sequence[bool]) -> ImagePolygons:
     """Those of some of an image's objects; none of one whose polygons are not usable."""
     first = np.cumsum(image.parts) - image.parts
     last_vertex = np.cumsum(image.lengths)

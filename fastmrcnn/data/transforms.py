@@ -272,7 +272,10 @@ def transform_boxes(boxes: NDArray[np.floating], affine: NDArray[np.floating]) -
     """Boxes (n, 4) xyxy under an affine of flips, quarter turns and scales; under another, what encloses
     their four corners."""
     diagonals = boxes if is_axis_aligned(affine) else boxes[:, [0, 1, 2, 3, 0, 3, 2, 1]]
-    corners = diagonals.reshape(len(boxes), diagonals.shape[1] // 2, 2).astype(np.float64) @ affine[:, :2].T + affine[:, 2]
+    corners = (
+        diagonals.reshape(len(boxes), diagonals.shape[1] // 2, 2).astype(np.float64) @ affine[:, :2].T
+        + affine[:, 2]
+    )
     return np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
 
 

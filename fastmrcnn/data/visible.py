@@ -116,17 +116,16 @@ def _cut(
     centres += forward[:, 2]
     low, high = np.array(area[:2]), np.array(area[2:])
     half = np.abs(forward[:, :2]).sum(axis=1) / 2  # of a pixel as it lies in the sample
-    touching = ((centres > low - half) & (centres < high + half)).all(axis=1)
     within = ((centres >= low) & (centres <= high)).all(axis=1)
     if covered is not None:
         hidden = np.zeros(len(centres), np.bool_)
         hidden[within] = covered(centres[within])
-        touching, within = touching & ~hidden, within & ~hidden
+        within &= ~hidden
     if not within.any():
         return np.zeros(4), 0.0, None
     extents = [
         np.concatenate([some.min(axis=0) - half, some.max(axis=0) + half])
-        for some in (centres, centres[touching])
+        for some in (centres, centres[within])
     ]
     box = _clip(np.where(extents[0] == extents[1], moved, extents[1])[None], area)[0]
     if within.all():
