@@ -14,7 +14,13 @@ from torch import Tensor
 from fastmrcnn.data.buckets import power_of_two
 from fastmrcnn.data.keypoints import KeypointSchema
 from fastmrcnn.data.masks import Window, bitmap
-from fastmrcnn.data.polygons import ImagePolygons, PolygonSizes, polygon_tables, read_polygons
+from fastmrcnn.data.polygons import (
+    ImagePolygons,
+    PolygonSizes,
+    polygon_tables,
+    read_polygons,
+    select_polygons,
+)
 from fastmrcnn.data.records import ImageProposals, ImageRecord
 from fastmrcnn.data.transforms import (
     Plan,
@@ -25,6 +31,7 @@ from fastmrcnn.data.transforms import (
     transform_boxes,
     transform_keypoints,
 )
+from fastmrcnn.data.visible import Seen, seen_objects
 from fastmrcnn.structures import Batch, PackedMasks, Proposals, Targets
 
 MIN_SLOTS = 8
@@ -98,8 +105,15 @@ def make_sample(
     objects: RasterisedObjects | None = None,
     schema: KeypointSchema | None = None,
     proposals: ImageProposals | None = None,
+    min_visible: float = 0.0,
 ) -> Sample:
-    """Carry out a plan on a resized image, its boxes, keypoints and proposals; bitmaps stay as they are."""
+    """Carry out a plan on a resized image, its boxes, keypoints and proposals; bitmaps stay as they are.
+
+    Args:
+        resized: what `apply_plan` takes.
+        min_visible: objects of which a smaller share is left by a plan that cuts become crowd regions:
+            neither learnt nor punished. Those of which nothing is left are gone.
+    """
     forward = image_to_input(plan, *annotated)
 
     def move(boxes: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -109,7 +123,14 @@ def make_sample(
 
     boxes = keypoints = None
     if objects is not None:
-        boxes = move(objects.boxes)
+        if plan.cuts:
+            height, width = plan.size
+            shapes = (objects.boxes, split_crops(objects), objects.windows, objects.polygons)
+            objects, boxes = select_seen(
+                objects, seen_objects(*shapes, forward, (0, 0, width, height)), min_visible
+            )
+        else:
+            boxes = move(objects.boxes)
         if objects.keypoints is not None and schema is not None:
             keypoints = transform_keypoints(objects.keypoints, plan, *annotated, schema.mirror)
     if proposals is not None:
@@ -124,6 +145,44 @@ def make_sample(
         keypoints,
         proposals,
     )
+
+
+def split_crops(objects: RasterisedObjects) -> list[NDArray[np.uint8]]:
+    """The bitmap (h, w) of each object, as views."""
+    sizes = objects.windows[:, [3, 2]].astype(np.int64)
+    ends = np.cumsum(sizes.prod(axis=1))[:-1]
+    parts = np.split(objects.crops, ends) if len(sizes) else []
+    return [part.reshape(tuple(size)) for part, size in zip(parts, sizes, strict=True)]
+
+
+def select_seen(
+    objects: RasterisedObjects, seen: Seen, min_visible: float
+) -> tuple[RasterisedObjects, NDArray[np.float32]]:
+    """The objects that are seen, with what is left of their bitmaps, and their boxes in the sample."""
+    keep = seen.keep
+    if len(keep) == len(objects.classes) and not seen.bitmaps and (seen.share >= min_visible).all():
+        return objects, seen.boxes
+    crops = split_crops(objects)
+    some = {
+        name: value[keep]
+        for name, value in objects._asdict().items()
+        if isinstance(value, np.ndarray) and name != "crops"
+    }
+    some["crops"] = np.concatenate(
+        [np.zeros(0, np.uint8), *(seen.bitmaps.get(i, crops[i]).ravel() for i in keep.tolist())]
+    )
+    some["crowd"] = some["crowd"] | (seen.share < min_visible)
+    polygons = objects.polygons
+    if polygons is not None:  # a bitmap that was cut is the object's mask from now on
+        polygons = select_polygons(polygons, keep, [i not in seen.bitmaps for i in keep.tolist()])
+    return objects._replace(**some, polygons=polygons), seen.boxes
+
+
+def without_polygons(sample: Sample) -> Sample:
+    """The sample for a batch that has no tables of polygons."""
+    if sample.objects is None or sample.objects.polygons is None:
+        return sample
+    return sample._replace(objects=sample.objects._replace(polygons=None))
 
 
 def collate(

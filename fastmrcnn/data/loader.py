@@ -88,7 +88,10 @@ class TrainLoader:
         augment = augment or Augment()
         sizes = [(record.height, record.width) for record in dataset.records]
         turns = augment.rotate90 > 0
-        self.buckets = resolve_buckets(buckets, sizes, short_sides, long_side_max, turns=turns)
+        if augment.crop is not None and buckets == "auto":
+            self.buckets = [bucket_or_new(augment.crop, [])]
+        else:
+            self.buckets = resolve_buckets(buckets, sizes, short_sides, long_side_max, turns=turns)
         self.sampler = TrainSampler(
             dataset.records,
             batch=batch,

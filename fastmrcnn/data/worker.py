@@ -18,12 +18,13 @@ from fastmrcnn.data.collate import (
     make_sample,
     read_objects,
     stack_input_to_image,
+    without_polygons,
 )
 from fastmrcnn.data.images import read_image
 from fastmrcnn.data.order import BatchPlan, substitutes
 from fastmrcnn.data.polygons import PolygonSizes
 from fastmrcnn.data.records import ImageProposals
-from fastmrcnn.data.transforms import Augment, Plan, Size, draws, plan_image, resize, resized_size
+from fastmrcnn.data.transforms import Augment, Plan, Size, Window, draws, plan_image, resize, resized_size
 from fastmrcnn.errors import UserError
 from fastmrcnn.structures import Batch
 
@@ -51,35 +52,51 @@ class SampleStore:
     """Resized images and rasterised objects of a set, kept if they are few."""
 
     def __init__(
-        self, dataset: CocoDataset, short_sides: Sequence[int], long_side_max: int, polygons: bool = False
+        self,
+        dataset: CocoDataset,
+        short_sides: Sequence[int],
+        long_side_max: int,
+        polygons: bool = False,
+        original: bool = False,
     ) -> None:
+        """
+        Args:
+            polygons: gather those too.
+            original: keep images as they are decoded, since each sample resizes them otherwise.
+        """
         self.records = dataset.records
         self.polygons = polygons
         self.schema, self.masks = dataset.keypoints, dataset.masks
         self.proposals, self.proposal_slots = dataset.proposals, dataset.proposal_slots
         sizes = [
-            resized_size(record.height, record.width, side, long_side_max)
+            (record.height, record.width)
+            if original
+            else resized_size(record.height, record.width, side, long_side_max)
             for record in dataset.records
-            for side in short_sides
+            for side in (short_sides[:1] if original else short_sides)
         ]
+        self.original = original
         self.keep_pixels = 3 * sum(h * w for h, w in sizes) <= CACHE_BYTES
         boxes = (o.box for record in dataset.records for o in record.objects)
         self.keep_objects = sum((b[2] - b[0]) * (b[3] - b[1]) for b in boxes) <= CACHE_BYTES
-        self._pixels: dict[tuple[int, Size], NDArray[np.uint8]] = {}
+        self._pixels: dict[tuple[int, Size | None], NDArray[np.uint8]] = {}
         self._objects: dict[int, RasterisedObjects] = {}
         self._clipped: dict[int, str] = {}
 
-    def resized(self, index: int, size: Size) -> NDArray[np.uint8]:
-        found = self._pixels.get((index, size))
+    def resized(self, index: int, size: Size, region: Window | None = None) -> NDArray[np.uint8]:
+        """As `transforms.resize` gives it."""
+        key = (index, None if self.original else size)
+        found = self._pixels.get(key)
         if found is None:
             record = self.records[index]
-            pixels, note = read_image(record)
+            found, note = read_image(record)
             if note is not None and note.clipped:
                 self._clipped[record.image_id] = f"{record.file_name}: {note.text}"
-            found = resize(pixels, size)
+            if not self.original:
+                found = resize(found, size)
             if self.keep_pixels:
-                self._pixels[index, size] = found
-        return found
+                self._pixels[key] = found
+        return resize(found, size, region)
 
     def take_clipped(self) -> dict[int, str]:
         """Id and note of each image read since the last call whose values were clipped."""
@@ -113,7 +130,13 @@ class TrainSamples:
         min_mask_bytes: int,
         min_polygons: PolygonSizes | None,
     ) -> None:
-        self.store = SampleStore(dataset, short_sides, long_side_max, polygons=min_polygons is not None)
+        self.store = SampleStore(
+            dataset,
+            short_sides,
+            long_side_max,
+            polygons=min_polygons is not None or augment.rotate > 0,  # outlines to be turned
+            original=augment.crop is not None,
+        )
         self.short_sides, self.long_side_max = list(short_sides), long_side_max
         self.augment, self.seed = augment, seed
         self.min_slots, self.min_mask_bytes = min_slots, min_mask_bytes
@@ -173,9 +196,11 @@ class TrainSamples:
 
     def _sample(self, index: int, number: int) -> Sample:
         record, plan = self.store.records[index], self._plan(index, number)
-        resized, objects = self.store.resized(index, plan.resized), self.store.objects(index)
+        resized, objects = self.store.resized(index, plan.resized, plan.region), self.store.objects(index)
         size, schema = (record.height, record.width), self.store.schema
-        return make_sample(resized, plan, size, objects, schema, self.store.proposed(index))
+        proposals, least = self.store.proposed(index), self.augment.min_visible
+        sample = make_sample(resized, plan, size, objects, schema, proposals, least)
+        return sample if self.min_polygons is not None else without_polygons(sample)
 
 
 class EvalSamples:
