@@ -21,6 +21,7 @@ from fastmrcnn.data.polygons import (
     read_polygons,
     select_polygons,
 )
+from fastmrcnn.data.raw_images import Room, raw_images
 from fastmrcnn.data.records import ImageProposals, ImageRecord
 from fastmrcnn.data.transforms import (
     Plan,
@@ -59,6 +60,7 @@ class Sample(NamedTuple):
     objects: RasterisedObjects | None = None
     keypoints: NDArray[np.float32] | None = None  # (n, J, 3) in pixels of the sample
     proposals: ImageProposals | None = None  # boxes in pixels of the sample
+    left: Plan | None = None  # what the device is to do to the pixels; None: nothing, if it does anything
 
 
 def read_objects(
@@ -106,6 +108,7 @@ def make_sample(
     schema: KeypointSchema | None = None,
     proposals: ImageProposals | None = None,
     min_visible: float = 0.0,
+    left: Plan | None = None,
 ) -> Sample:
     """Carry out a plan on a resized image, its boxes, keypoints and proposals; bitmaps stay as they are.
 
@@ -113,6 +116,7 @@ def make_sample(
         resized: what `apply_plan` takes.
         min_visible: objects of which a smaller share is left by a plan that cuts become crowd regions:
             neither learnt nor punished. Those of which nothing is left are gone.
+        left: what of the plan the device is to do to the pixels, and not this.
     """
     forward = image_to_input(plan, *annotated)
 
@@ -136,7 +140,7 @@ def make_sample(
     if proposals is not None:
         proposals = proposals._replace(boxes=move(proposals.boxes))
     return Sample(
-        apply_plan(resized, plan),
+        apply_plan(resized, plan) if left is None else resized,
         forward,
         input_to_image(plan, *annotated),
         annotated,
@@ -144,6 +148,7 @@ def make_sample(
         objects,
         keypoints,
         proposals,
+        left,
     )
 
 
@@ -194,6 +199,8 @@ def collate(
     proposal_slots: int = 0,
     min_polygons: PolygonSizes | None = None,
     memory: NDArray[np.uint8] | None = None,
+    raw: Room | None = None,
+    coloured: bool = False,
 ) -> Batch:
     """Pad samples into a bucket; targets where the samples have objects, proposals where they have those.
 
@@ -203,19 +210,25 @@ def collate(
         proposal_slots: P.
         min_polygons: likewise of the tables of polygons.
         memory: flat; the pixels are put at its beginning, if it is large enough.
+        raw: where the images are that the device is still to resize; None: there are none.
+        coloured: as of `raw_images`.
     Returns:
         pixels (N, 3, H, W) uint8 in channels_last memory format; G and the mask buffer are powers of
         two.
     """
-    pixels = pad_images([sample.pixels for sample in samples], bucket, memory)
-    sizes = torch.tensor([sample.pixels.shape[:2] for sample in samples], dtype=torch.int64)
+    images = [sample.pixels for sample in samples]
+    plans = [sample.left or Plan(sample.pixels.shape[:2]) for sample in samples]
+    sizes = torch.tensor([plan.size for plan in plans], dtype=torch.int64)
+    assert (sizes <= torch.tensor(bucket)).all()
+    pixels = pad_images([] if raw else images, bucket, memory)
     targets = None
     if all(sample.objects is not None for sample in samples):
         targets = _collate_targets(samples, min_slots, min_mask_bytes, min_polygons or PolygonSizes())
     proposals = None
     if all(sample.proposals is not None for sample in samples):
         proposals = _collate_proposals(samples, proposal_slots)
-    return Batch(torch.from_numpy(pixels).permute(0, 3, 1, 2), sizes, targets, proposals)
+    handed = None if raw is None else raw_images(images, plans, raw, coloured)
+    return Batch(torch.from_numpy(pixels).permute(0, 3, 1, 2), sizes, targets, proposals, handed)
 
 
 def pad_images(
@@ -230,8 +243,6 @@ def pad_images(
     pixels = memory[:size].reshape(shape)
     for own, image in zip(pixels, images, strict=True):
         height, width = image.shape[:2]
-        assert height <= bucket[0]
-        assert width <= bucket[1]
         own[:height, :width] = image
         own[:height, width:] = 0
         own[height:] = 0

@@ -9,11 +9,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmrcnn.data.buckets import bucket_or_new, choose_buckets, power_of_two, resolve_buckets
+from fastmrcnn.data.buckets import bucket_or_new, choose_buckets, resolve_buckets
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.collate import MIN_MASK_BYTES, MIN_SLOTS, collate, make_sample
 from fastmrcnn.data.order import BatchPlan, TrainSampler
 from fastmrcnn.data.polygons import PolygonSizes
+from fastmrcnn.data.slot_sizes import pixel_bytes, table_bytes
 from fastmrcnn.data.transforms import Augment, Plan, Size, resize, resized_size
 from fastmrcnn.data.transport import Transport
 from fastmrcnn.data.worker import EvalSamples, LoadedBatch, TrainSamples
@@ -50,6 +51,8 @@ class TrainLoader:
         polygons: give the batches the objects' polygons, in tables of at least these sizes (as those of
             `largest_polygons`); None: leave them out.
         max_broken: largest share of the images that may be left out.
+        raw: leave resizing, turning and colours to the device: batches have `raw` images, of which
+            `kernels.resize_pad` makes the pixels.
     Raises:
         UserError: an image fits into no bucket, or has too many objects; while iterating, more images
             than `max_broken` allows cannot be read.
@@ -74,6 +77,7 @@ class TrainLoader:
         min_mask_bytes: int = MIN_MASK_BYTES,
         polygons: PolygonSizes | None = None,
         max_broken: float = 0.0,
+        raw: bool = False,
     ) -> None:
         if not dataset.records:
             raise UserError(f"{dataset.annotations}: no image to train on")
@@ -105,10 +109,10 @@ class TrainLoader:
         )
         self.images, self.max_broken = len(dataset.records), max_broken
         samples = TrainSamples(
-            dataset, short_sides, long_side_max, augment, seed, min_slots, min_mask_bytes, polygons
+            dataset, short_sides, long_side_max, augment, seed, min_slots, min_mask_bytes, polygons, raw
         )
-        room = slot_bytes(
-            batch, self.buckets, min_slots, min_mask_bytes, dataset.num_keypoints or 0, polygons
+        room = pixel_bytes(dataset, batch, self.buckets, raw) + table_bytes(
+            batch, min_slots, min_mask_bytes, dataset.num_keypoints or 0, polygons
         )
         self.loader = Transport(samples, self.sampler, workers, pin_memory, room)
 
@@ -139,7 +143,7 @@ class EvalLoader:
     """All images of a set in order, without targets, grouped so that a batch has one bucket.
 
     The last batch of a bucket is filled up by repeating its last image; `LoadedBatch.real` counts the
-    others. An image that fits into no bucket gets one of its own.
+    others. An image that fits into no bucket gets one of its own. `raw` as of `TrainLoader`.
     """
 
     def __init__(
@@ -152,12 +156,13 @@ class EvalLoader:
         buckets: Sequence[Size] | Literal["auto"] = "auto",
         workers: int = 0,
         pin_memory: bool = False,
+        raw: bool = False,
     ) -> None:
         sizes = [(record.height, record.width) for record in dataset.records]
         self.buckets = resolve_buckets(buckets, sizes, [short_side], long_side_max)
         self.plans = _plan_evaluation(dataset, batch, short_side, long_side_max, self.buckets)
-        samples = EvalSamples(dataset, batch, short_side, long_side_max)
-        room = slot_bytes(batch, self.buckets, dataset.proposal_slots, 0)
+        samples = EvalSamples(dataset, batch, short_side, long_side_max, raw)
+        room = pixel_bytes(dataset, batch, self.buckets, raw) + table_bytes(batch, dataset.proposal_slots, 0)
         self.loader = Transport(samples, self.plans, workers, pin_memory, room)
 
     def __len__(self) -> int:
@@ -230,24 +235,6 @@ def largest_targets(dataset: CocoDataset, batch: int) -> tuple[int, int]:
     if not dataset.masks:
         return max(slots, MIN_SLOTS), MIN_MASK_BYTES
     return max(slots, MIN_SLOTS), max(int(min(usual, batch * areas.max())), MIN_MASK_BYTES)
-
-
-def slot_bytes(
-    batch: int,
-    buckets: Sequence[Size],
-    slots: int,
-    mask_bytes: int,
-    keypoints: int = 0,
-    polygons: PolygonSizes | None = None,
-) -> int:
-    """Bytes that hold the tensors of a batch, unless it has more or larger objects than most."""
-    tables = batch * power_of_two(slots) * (64 + 12 * keypoints)
-    outlines = 0
-    if polygons is not None:
-        vertices, parts, longest = (power_of_two(size) for size in polygons)
-        outlines = 16 * vertices + 4 * parts + 4 * longest
-    pixels = 3 * batch * max(height * width for height, width in buckets)
-    return pixels + power_of_two(mask_bytes) + tables + outlines + 2**14 + 256 * batch
 
 
 def _plan_evaluation(

@@ -140,7 +140,7 @@ def put(memory: Tensor, structure: Any) -> Any | None:
 def _at(memory: Tensor, place: Place) -> Tensor:
     start, shape, stride, dtype = place
     if 0 in shape:
-        return torch.empty(tuple(shape), dtype=dtype)
+        return torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype)
     size = torch.Size(shape).numel() * dtype.itemsize
     return memory[start : start + size].view(dtype).as_strided(tuple(shape), tuple(stride))
 

@@ -56,6 +56,11 @@ class Augment:
     """RGB of what no image covers within the result: the corners of a rotated one, gaps of a mosaic."""
 
     @property
+    def colours(self) -> bool:
+        """Whether colours may change."""
+        return any((self.brightness, self.contrast, self.saturation, self.hue))
+
+    @property
     def composes(self) -> bool:
         """Whether samples of several images may come."""
         return self.copy_paste > 0 or self.mosaic > 0

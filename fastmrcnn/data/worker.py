@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from fastmrcnn.data.collate import (
 from fastmrcnn.data.images import read_image
 from fastmrcnn.data.order import BatchPlan, substitutes
 from fastmrcnn.data.polygons import PolygonSizes
+from fastmrcnn.data.raw_images import Room, device_resizes
 from fastmrcnn.data.records import ImageProposals
 from fastmrcnn.data.transforms import Augment, Plan, Size, Window, draws, plan_image, resize, resized_size
 from fastmrcnn.errors import UserError
@@ -85,18 +87,39 @@ class SampleStore:
 
     def resized(self, index: int, size: Size, region: Window | None = None) -> NDArray[np.uint8]:
         """As `transforms.resize` gives it."""
+        return resize(self._kept(index, size, None), size, region)
+
+    def decoded(self, index: int, memory: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """As it is annotated, perhaps at the beginning of `memory`; of a store of originals."""
+        assert self.original
+        return self._kept(index, (0, 0), memory)
+
+    def _kept(self, index: int, size: Size, memory: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
         key = (index, None if self.original else size)
         found = self._pixels.get(key)
         if found is None:
             record = self.records[index]
-            found, note = read_image(record)
+            found, note = read_image(record, None if self.keep_pixels else memory)
             if note is not None and note.clipped:
                 self._clipped[record.image_id] = f"{record.file_name}: {note.text}"
             if not self.original:
                 found = resize(found, size)
             if self.keep_pixels:
                 self._pixels[key] = found
-        return resize(found, size, region)
+        return found
+
+    def pixels(
+        self, index: int, plan: Plan, bucket: Size, room: Room | None
+    ) -> tuple[NDArray[np.uint8], Plan | None]:
+        """What `make_sample` takes, and what of the plan it leaves to the device; with a room the image is
+        there."""
+        record = self.records[index]
+        if room is None or plan.rotation:
+            return self.resized(index, plan.resized, plan.region), None
+        if device_resizes((record.height, record.width), plan, bucket):
+            return room.place(self.decoded(index, room.rest)), plan
+        smaller = self.resized(index, plan.resized, plan.region)
+        return room.place(smaller), replace(plan, resized=smaller.shape[:2], crop=None)
 
     def take_clipped(self) -> dict[int, str]:
         """Id and note of each image read since the last call whose values were clipped."""
@@ -129,18 +152,20 @@ class TrainSamples:
         min_slots: int,
         min_mask_bytes: int,
         min_polygons: PolygonSizes | None,
+        raw: bool = False,
     ) -> None:
         self.store = SampleStore(
             dataset,
             short_sides,
             long_side_max,
             polygons=min_polygons is not None or augment.rotate > 0,  # outlines to be turned
-            original=augment.crop is not None,
+            original=raw or augment.crop is not None,
         )
         self.short_sides, self.long_side_max = list(short_sides), long_side_max
         self.augment, self.seed = augment, seed
         self.min_slots, self.min_mask_bytes = min_slots, min_mask_bytes
         self.min_polygons = min_polygons
+        self.raw = raw
 
     def load(self, plan: BatchPlan, memory: NDArray[np.uint8] | None = None) -> LoadedBatch | Failure:
         """
@@ -148,8 +173,11 @@ class TrainSamples:
             memory: flat; the pixels are put at its beginning, if it is large enough.
         """
         left_out: dict[int, str] = {}
+        room = Room(memory) if self.raw else None
         try:
-            read = [self._readable(index, number, plan.bucket, left_out) for index, number in plan.samples]
+            read = [
+                self._readable(index, number, plan.bucket, left_out, room) for index, number in plan.samples
+            ]
         except UserError as error:
             return Failure(str(error))
         samples = [sample for _, sample in read]
@@ -161,18 +189,20 @@ class TrainSamples:
             proposal_slots=self.store.proposal_slots,
             min_polygons=self.min_polygons,
             memory=memory,
+            raw=room,
+            coloured=self.augment.colours,
         )
         ids = [self.store.records[index].image_id for index, _ in read]
         return _loaded(batch, samples, ids, left_out, self.store.take_clipped())
 
     def _readable(
-        self, index: int, number: int, bucket: Size, left_out: dict[int, str]
+        self, index: int, number: int, bucket: Size, left_out: dict[int, str], room: Room | None
     ) -> tuple[int, Sample]:
         """The sample and the index of its image, which is another one if that cannot be read."""
         faults: list[str] = []
         for candidate in itertools.chain([index], self._substitutes(index, number, bucket)):
             try:
-                return candidate, self._sample(candidate, number)
+                return candidate, self._sample(candidate, number, bucket, room)
             except UserError as error:
                 faults.append(str(error))
                 left_out[self.store.records[candidate].image_id] = faults[-1]
@@ -194,36 +224,43 @@ class TrainSamples:
             record.height, record.width, numbers, self.short_sides, self.long_side_max, self.augment
         )
 
-    def _sample(self, index: int, number: int) -> Sample:
+    def _sample(self, index: int, number: int, bucket: Size, room: Room | None) -> Sample:
         record, plan = self.store.records[index], self._plan(index, number)
-        resized, objects = self.store.resized(index, plan.resized, plan.region), self.store.objects(index)
-        size, schema = (record.height, record.width), self.store.schema
+        objects, size, schema = self.store.objects(index), (record.height, record.width), self.store.schema
+        pixels, left = self.store.pixels(index, plan, bucket, room)
         proposals, least = self.store.proposed(index), self.augment.min_visible
-        sample = make_sample(resized, plan, size, objects, schema, proposals, least)
+        sample = make_sample(pixels, plan, size, objects, schema, proposals, least, left)
+        if room is not None and left is None:
+            sample = sample._replace(pixels=room.place(sample.pixels))
         return sample if self.min_polygons is not None else without_polygons(sample)
 
 
 class EvalSamples:
-    def __init__(self, dataset: CocoDataset, batch: int, short_side: int, long_side_max: int) -> None:
-        self.store = SampleStore(dataset, [short_side], long_side_max)
-        self.batch, self.short_side, self.long_side_max = batch, short_side, long_side_max
+    def __init__(
+        self, dataset: CocoDataset, batch: int, short_side: int, long_side_max: int, raw: bool = False
+    ) -> None:
+        self.store = SampleStore(dataset, [short_side], long_side_max, original=raw)
+        self.batch, self.short_side, self.long_side_max, self.raw = batch, short_side, long_side_max, raw
 
     def load(self, plan: BatchPlan, memory: NDArray[np.uint8] | None = None) -> LoadedBatch | Failure:
         """As of `TrainSamples`."""
+        room = Room(memory) if self.raw else None
         try:
-            samples = [self._sample(index) for index, _ in plan.samples]
+            samples = [self._sample(index, plan.bucket, room) for index, _ in plan.samples]
         except UserError as error:
             return Failure(str(error))
         ids = [self.store.records[index].image_id for index, _ in plan.samples]
         filled = [*samples, *[samples[-1]] * (self.batch - len(samples))]
-        batch = collate(filled, plan.bucket, proposal_slots=self.store.proposal_slots, memory=memory)
+        slots = self.store.proposal_slots
+        batch = collate(filled, plan.bucket, proposal_slots=slots, memory=memory, raw=room)
         return _loaded(batch, samples, ids, {}, self.store.take_clipped())
 
-    def _sample(self, index: int) -> Sample:
+    def _sample(self, index: int, bucket: Size, room: Room | None) -> Sample:
         record = self.store.records[index]
         plan = Plan(resized_size(record.height, record.width, self.short_side, self.long_side_max))
-        resized, size = self.store.resized(index, plan.resized), (record.height, record.width)
-        return make_sample(resized, plan, size, proposals=self.store.proposed(index))
+        pixels, left = self.store.pixels(index, plan, bucket, room)
+        size, proposals = (record.height, record.width), self.store.proposed(index)
+        return make_sample(pixels, plan, size, proposals=proposals, left=left)
 
 
 def _loaded(
@@ -233,7 +270,7 @@ def _loaded(
     left_out: dict[int, str],
     clipped: dict[int, str],
 ) -> LoadedBatch:
-    repeated = [*samples, *[samples[-1]] * (batch.pixels.shape[0] - len(samples))]
+    repeated = [*samples, *[samples[-1]] * (batch.sizes.shape[0] - len(samples))]
     sizes = [sample.annotated for sample in samples]
     return LoadedBatch(
         batch, image_ids, len(samples), sizes, stack_input_to_image(repeated), left_out, clipped
