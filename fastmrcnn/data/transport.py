@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastmrcnn.data.order import BatchPlan
 from fastmrcnn.data.processes import obey_parent_alone
 from fastmrcnn.data.slots import Slots, put, shared_block
-from fastmrcnn.data.worker import EvalSamples, Failure, LoadedBatch, TrainSamples
+from fastmrcnn.data.worker import Failure, LoadedBatch
 from fastmrcnn.errors import UserError
 
 PREFETCH = 4  # batches that each loader process works ahead
@@ -32,6 +34,12 @@ class Handed(NamedTuple):
     loaded: Any  # LoadedBatch or Failure
 
 
+class Samples(Protocol):
+    """What makes a batch, in a loader process."""
+
+    def load(self, plan: BatchPlan, memory: NDArray[np.uint8] | None = None) -> LoadedBatch | Failure: ...
+
+
 class Transport:
     """The batches of `plans` in their order, each pass over them anew.
 
@@ -39,14 +47,14 @@ class Transport:
         plans: one for each batch.
         workers: loader processes; 0 loads in this one.
         pin_memory: for copies to a GPU that do not wait.
-        slot_bytes: what the tensors of a batch need as a rule. Larger ones go the slow way.
+        slot_bytes: what the tensors of a batch need as a rule; larger ones go the slow way. 0: all do.
     Raises:
         UserError: while iterating, from what loads, or because a loader process died.
     """
 
     def __init__(
         self,
-        samples: TrainSamples | EvalSamples,
+        samples: Samples,
         plans: Plans,
         workers: int,
         pin_memory: bool,
@@ -84,7 +92,7 @@ class Transport:
             raise UserError(reason) from None
 
     def _slots(self) -> Slots | None:
-        if not self.workers:
+        if not self.workers or not self.slot_bytes:
             return None
         block = shared_block(min(self.workers * PREFETCH, len(self.plans)) + SPARE, self.slot_bytes)
         return None if block is None else Slots(block, cuda_mark if self.pin_memory else None)
@@ -120,7 +128,7 @@ class _Addressed:
 class _Filling(Dataset[Handed]):
     """In a loader process: makes a batch and puts it into its slot."""
 
-    def __init__(self, samples: TrainSamples | EvalSamples, block: Tensor | None) -> None:
+    def __init__(self, samples: Samples, block: Tensor | None) -> None:
         self.samples, self.block = samples, block
 
     def __getitem__(self, addressed: tuple[BatchPlan, int | None]) -> Handed:
