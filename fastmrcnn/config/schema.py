@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from fastmrcnn.config.model import ModelConfig
 from fastmrcnn.config.section import FilePath, Positive, Section, Side
@@ -52,6 +52,30 @@ class AugmentConfig(Section):
     """Factor drawn from 1 - x .. 1 + x."""
     contrast: float = Field(0.0, ge=0, le=1)
     """Factor about the image's mean, drawn from 1 - x .. 1 + x."""
+    saturation: float = Field(0.0, ge=0, le=1)
+    """Factor of the distance to grey, drawn from 1 - x .. 1 + x."""
+    hue: float = Field(0.0, ge=0, le=0.5)
+    """Share of a whole turn of the colours about the axis of greys in YIQ, drawn from -x .. x."""
+    rotate: float = Field(0.0, ge=0, le=45)
+    """Degrees of a rotation about the centre, drawn from -x .. x. Corners turn out of the image; those that
+    turn in have the model's mean colour."""
+    crop: tuple[Positive, Positive] | None = None
+    """[height, width] of the part that is drawn of an image that is larger; an image that is smaller is left
+    whole. Every batch has this shape, in multiples of 32."""
+    scale: tuple[Side, Side] | None = None
+    """[least, most] of large-scale jitter, such as [0.1, 2.0]: an image is fitted into `crop`, scaled by a
+    factor drawn from these, and cropped. data.short_side then has no effect on training."""
+    min_visible: float = Field(0.0, ge=0, le=1)
+    """Objects of which a crop, a rotation or another image leaves a smaller share are neither learnt nor
+    punished. Those of which nothing is left, or less than a pixel's width, are gone."""
+
+    @model_validator(mode="after")
+    def _check_together(self) -> AugmentConfig:
+        if self.scale is not None and self.crop is None:
+            raise ValueError("data.augment.scale needs data.augment.crop, such as [1024, 1024]")
+        if self.scale is not None and self.scale[0] > self.scale[1]:
+            raise ValueError("data.augment.scale: the first factor must not exceed the second")
+        return self
 
 
 class DataConfig(Section):

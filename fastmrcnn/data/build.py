@@ -112,6 +112,12 @@ def evaluation_loader(dataset: CocoDataset, config: Config, pin_memory: bool = F
     )
 
 
+def augment_options(config: Config) -> Augment:
+    mean = config.model.pixel_mean
+    red, green, blue = mean if config.model.channel_order == "rgb" else mean[::-1]
+    return Augment(**config.data.augment.model_dump(), fill=(round(red), round(green), round(blue)))
+
+
 def train_loader(dataset: CocoDataset, config: Config, start: int, pin_memory: bool) -> TrainLoader:
     # With the set's largest targets as lower limits, the batches of a bucket share one shape.
     slots, mask_bytes = largest_targets(dataset, config.train.batch)
@@ -123,7 +129,7 @@ def train_loader(dataset: CocoDataset, config: Config, start: int, pin_memory: b
         short_sides=data.short_side,
         long_side_max=data.long_side_max,
         buckets=data.buckets,
-        augment=Augment(**data.augment.model_dump()),
+        augment=augment_options(config),
         seed=config.train.seed,
         start_step=start,
         steps=config.train.steps,

@@ -48,6 +48,24 @@ def read_polygons(record: ImageRecord) -> ImagePolygons:
     )
 
 
+def select_polygons(image: ImagePolygons, keep: NDArray[np.int64], usable: Sequence[bool]) -> ImagePolygons:
+    """Those of some of an image's objects; none of one whose polygons are not usable."""
+    first = np.cumsum(image.parts) - image.parts
+    last_vertex = np.cumsum(image.lengths)
+    parts = [
+        range(first[i], first[i] + image.parts[i]) if use else range(0)
+        for i, use in zip(keep.tolist(), usable, strict=True)
+    ]
+    chosen = [part for some in parts for part in some]
+    vertices = [image.vertices[last_vertex[p] - image.lengths[p] : last_vertex[p]] for p in chosen]
+    return ImagePolygons(
+        vertices=np.concatenate([np.zeros((0, 2)), *vertices]),
+        lengths=image.lengths[np.array(chosen, np.int64)],
+        parts=np.array([len(some) for some in parts], np.int32),
+        longest=max((int(image.lengths[np.array(some, np.int64)].sum()) for some in parts), default=0),
+    )
+
+
 def polygon_tables(
     images: Sequence[ImagePolygons],
     to_input: Sequence[NDArray[np.float64]],

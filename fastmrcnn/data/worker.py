@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.collate import (
@@ -19,12 +19,14 @@ from fastmrcnn.data.collate import (
     make_sample,
     read_objects,
     stack_input_to_image,
+    without_polygons,
 )
 from fastmrcnn.data.images import read_image
 from fastmrcnn.data.order import BatchPlan, substitutes
 from fastmrcnn.data.polygons import PolygonSizes
+from fastmrcnn.data.raw_images import Room, device_resizes
 from fastmrcnn.data.records import ImageProposals
-from fastmrcnn.data.transforms import Augment, Plan, Size, draws, plan_image, resize, resized_size
+from fastmrcnn.data.transforms import Augment, Plan, Size, Window, draws, plan_image, resize, resized_size
 from fastmrcnn.errors import UserError
 from fastmrcnn.structures import Batch
 
@@ -52,35 +54,72 @@ class SampleStore:
     """Resized images and rasterised objects of a set, kept if they are few."""
 
     def __init__(
-        self, dataset: CocoDataset, short_sides: Sequence[int], long_side_max: int, polygons: bool = False
+        self,
+        dataset: CocoDataset,
+        short_sides: Sequence[int],
+        long_side_max: int,
+        polygons: bool = False,
+        original: bool = False,
     ) -> None:
+        """
+        Args:
+            polygons: gather those too.
+            original: keep images as they are decoded, since each sample resizes them otherwise.
+        """
         self.records = dataset.records
         self.polygons = polygons
         self.schema, self.masks = dataset.keypoints, dataset.masks
         self.proposals, self.proposal_slots = dataset.proposals, dataset.proposal_slots
         sizes = [
-            resized_size(record.height, record.width, side, long_side_max)
+            (record.height, record.width)
+            if original
+            else resized_size(record.height, record.width, side, long_side_max)
             for record in dataset.records
-            for side in short_sides
+            for side in (short_sides[:1] if original else short_sides)
         ]
+        self.original = original
         self.keep_pixels = 3 * sum(h * w for h, w in sizes) <= CACHE_BYTES
         boxes = (o.box for record in dataset.records for o in record.objects)
         self.keep_objects = sum((b[2] - b[0]) * (b[3] - b[1]) for b in boxes) <= CACHE_BYTES
-        self._pixels: dict[tuple[int, Size], NDArray[np.uint8]] = {}
+        self._pixels: dict[tuple[int, Size | None], NDArray[np.uint8]] = {}
         self._objects: dict[int, RasterisedObjects] = {}
         self._clipped: dict[int, str] = {}
 
-    def resized(self, index: int, size: Size) -> NDArray[np.uint8]:
-        found = self._pixels.get((index, size))
+    def resized(self, index: int, size: Size, region: Window | None = None) -> NDArray[np.uint8]:
+        """As `transforms.resize` gives it."""
+        return resize(self._kept(index, size, None), size, region)
+
+    def decoded(self, index: int, memory: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """As it is annotated, perhaps at the beginning of `memory`; of a store of originals."""
+        assert self.original
+        return self._kept(index, (0, 0), memory)
+
+    def _kept(self, index: int, size: Size, memory: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
+        key = (index, None if self.original else size)
+        found = self._pixels.get(key)
         if found is None:
             record = self.records[index]
-            pixels, note = read_image(record)
+            found, note = read_image(record, None if self.keep_pixels else memory)
             if note is not None and note.clipped:
                 self._clipped[record.image_id] = f"{record.file_name}: {note.text}"
-            found = resize(pixels, size)
+            if not self.original:
+                found = resize(found, size)
             if self.keep_pixels:
-                self._pixels[index, size] = found
+                self._pixels[key] = found
         return found
+
+    def pixels(
+        self, index: int, plan: Plan, bucket: Size, room: Room | None
+    ) -> tuple[NDArray[np.uint8], Plan | None]:
+        """What `make_sample` takes, and what of the plan it leaves to the device; with a room the image is
+        there."""
+        record = self.records[index]
+        if room is None or plan.rotation:
+            return self.resized(index, plan.resized, plan.region), None
+        if device_resizes((record.height, record.width), plan, bucket):
+            return room.place(self.decoded(index, room.rest)), plan
+        smaller = self.resized(index, plan.resized, plan.region)
+        return room.place(smaller), replace(plan, resized=smaller.shape[:2], crop=None)
 
     def take_clipped(self) -> dict[int, str]:
         """Id and note of each image read since the last call whose values were clipped."""
@@ -99,7 +138,7 @@ class SampleStore:
         return found
 
 
-class TrainSamples(Dataset[LoadedBatch | Failure]):
+class TrainSamples:
     """The batches of a training set. Where an image cannot be read another stands in for it, which seed and
     sample decide."""
 
@@ -113,17 +152,32 @@ class TrainSamples(Dataset[LoadedBatch | Failure]):
         min_slots: int,
         min_mask_bytes: int,
         min_polygons: PolygonSizes | None,
+        raw: bool = False,
     ) -> None:
-        self.store = SampleStore(dataset, short_sides, long_side_max, polygons=min_polygons is not None)
+        self.store = SampleStore(
+            dataset,
+            short_sides,
+            long_side_max,
+            polygons=min_polygons is not None or augment.rotate > 0,  # outlines to be turned
+            original=raw or augment.crop is not None,
+        )
         self.short_sides, self.long_side_max = list(short_sides), long_side_max
         self.augment, self.seed = augment, seed
         self.min_slots, self.min_mask_bytes = min_slots, min_mask_bytes
         self.min_polygons = min_polygons
+        self.raw = raw
 
-    def __getitem__(self, plan: BatchPlan) -> LoadedBatch | Failure:
+    def load(self, plan: BatchPlan, memory: NDArray[np.uint8] | None = None) -> LoadedBatch | Failure:
+        """
+        Args:
+            memory: flat; the pixels are put at its beginning, if it is large enough.
+        """
         left_out: dict[int, str] = {}
+        room = Room(memory) if self.raw else None
         try:
-            read = [self._readable(index, number, plan.bucket, left_out) for index, number in plan.samples]
+            read = [
+                self._readable(index, number, plan.bucket, left_out, room) for index, number in plan.samples
+            ]
         except UserError as error:
             return Failure(str(error))
         samples = [sample for _, sample in read]
@@ -134,18 +188,21 @@ class TrainSamples(Dataset[LoadedBatch | Failure]):
             min_mask_bytes=self.min_mask_bytes,
             proposal_slots=self.store.proposal_slots,
             min_polygons=self.min_polygons,
+            memory=memory,
+            raw=room,
+            coloured=self.augment.colours,
         )
         ids = [self.store.records[index].image_id for index, _ in read]
         return _loaded(batch, samples, ids, left_out, self.store.take_clipped())
 
     def _readable(
-        self, index: int, number: int, bucket: Size, left_out: dict[int, str]
+        self, index: int, number: int, bucket: Size, left_out: dict[int, str], room: Room | None
     ) -> tuple[int, Sample]:
         """The sample and the index of its image, which is another one if that cannot be read."""
         faults: list[str] = []
         for candidate in itertools.chain([index], self._substitutes(index, number, bucket)):
             try:
-                return candidate, self._sample(candidate, number)
+                return candidate, self._sample(candidate, number, bucket, room)
             except UserError as error:
                 faults.append(str(error))
                 left_out[self.store.records[candidate].image_id] = faults[-1]
@@ -167,33 +224,43 @@ class TrainSamples(Dataset[LoadedBatch | Failure]):
             record.height, record.width, numbers, self.short_sides, self.long_side_max, self.augment
         )
 
-    def _sample(self, index: int, number: int) -> Sample:
+    def _sample(self, index: int, number: int, bucket: Size, room: Room | None) -> Sample:
         record, plan = self.store.records[index], self._plan(index, number)
-        resized, objects = self.store.resized(index, plan.resized), self.store.objects(index)
-        size, schema = (record.height, record.width), self.store.schema
-        return make_sample(resized, plan, size, objects, schema, self.store.proposed(index))
+        objects, size, schema = self.store.objects(index), (record.height, record.width), self.store.schema
+        pixels, left = self.store.pixels(index, plan, bucket, room)
+        proposals, least = self.store.proposed(index), self.augment.min_visible
+        sample = make_sample(pixels, plan, size, objects, schema, proposals, least, left)
+        if room is not None and left is None:
+            sample = sample._replace(pixels=room.place(sample.pixels))
+        return sample if self.min_polygons is not None else without_polygons(sample)
 
 
-class EvalSamples(Dataset[LoadedBatch | Failure]):
-    def __init__(self, dataset: CocoDataset, batch: int, short_side: int, long_side_max: int) -> None:
-        self.store = SampleStore(dataset, [short_side], long_side_max)
-        self.batch, self.short_side, self.long_side_max = batch, short_side, long_side_max
+class EvalSamples:
+    def __init__(
+        self, dataset: CocoDataset, batch: int, short_side: int, long_side_max: int, raw: bool = False
+    ) -> None:
+        self.store = SampleStore(dataset, [short_side], long_side_max, original=raw)
+        self.batch, self.short_side, self.long_side_max, self.raw = batch, short_side, long_side_max, raw
 
-    def __getitem__(self, plan: BatchPlan) -> LoadedBatch | Failure:
+    def load(self, plan: BatchPlan, memory: NDArray[np.uint8] | None = None) -> LoadedBatch | Failure:
+        """As of `TrainSamples`."""
+        room = Room(memory) if self.raw else None
         try:
-            samples = [self._sample(index) for index, _ in plan.samples]
+            samples = [self._sample(index, plan.bucket, room) for index, _ in plan.samples]
         except UserError as error:
             return Failure(str(error))
         ids = [self.store.records[index].image_id for index, _ in plan.samples]
         filled = [*samples, *[samples[-1]] * (self.batch - len(samples))]
-        batch = collate(filled, plan.bucket, proposal_slots=self.store.proposal_slots)
+        slots = self.store.proposal_slots
+        batch = collate(filled, plan.bucket, proposal_slots=slots, memory=memory, raw=room)
         return _loaded(batch, samples, ids, {}, self.store.take_clipped())
 
-    def _sample(self, index: int) -> Sample:
+    def _sample(self, index: int, bucket: Size, room: Room | None) -> Sample:
         record = self.store.records[index]
         plan = Plan(resized_size(record.height, record.width, self.short_side, self.long_side_max))
-        resized, size = self.store.resized(index, plan.resized), (record.height, record.width)
-        return make_sample(resized, plan, size, proposals=self.store.proposed(index))
+        pixels, left = self.store.pixels(index, plan, bucket, room)
+        size, proposals = (record.height, record.width), self.store.proposed(index)
+        return make_sample(pixels, plan, size, proposals=proposals, left=left)
 
 
 def _loaded(
@@ -203,7 +270,7 @@ def _loaded(
     left_out: dict[int, str],
     clipped: dict[int, str],
 ) -> LoadedBatch:
-    repeated = [*samples, *[samples[-1]] * (batch.pixels.shape[0] - len(samples))]
+    repeated = [*samples, *[samples[-1]] * (batch.sizes.shape[0] - len(samples))]
     sizes = [sample.annotated for sample in samples]
     return LoadedBatch(
         batch, image_ids, len(samples), sizes, stack_input_to_image(repeated), left_out, clipped

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fastmrcnn.data.loader import dead_worker
+from fastmrcnn.data.transport import dead_worker
 from fastmrcnn.errors import UserError
 from fastmrcnn.training.console import how_to_go_on
 from fastmrcnn.training.metrics import Metrics

@@ -1,0 +1,95 @@
+"""Images that are resized, turned, flipped, cut and coloured on the device: what it is told of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastmrcnn.data.buckets import power_of_two
+from fastmrcnn.data.colour import colour_matrix
+from fastmrcnn.data.transforms import Plan, Size
+from fastmrcnn.structures import RawImages
+
+MIN_BYTES = 2**16
+MOST_PIXELS = 2  # of an image as decoded, for each of the padded result; larger ones are resized here
+
+
+class Room:
+    """Flat memory that images are put into, end to end.
+
+    Args:
+        memory: None: there is none, and the images stay where they are.
+    """
+
+    def __init__(self, memory: NDArray[np.uint8] | None) -> None:
+        self.memory = np.empty(0, np.uint8) if memory is None else memory
+        self.used = 0
+
+    @property
+    def rest(self) -> NDArray[np.uint8]:
+        return self.memory[self.used :]
+
+    def place(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The image, here if it fits; not copied if it is here already."""
+        own = self.rest[: pixels.size]
+        if own.size < pixels.size:
+            return pixels
+        self.used += pixels.size
+        own = own.reshape(pixels.shape)
+        if not (pixels.flags.c_contiguous and pixels.ctypes.data == own.ctypes.data):
+            own[:] = pixels
+        return own
+
+    def buffer(self, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+        """(B,) with the images end to end, B a power of two; this memory if all of them were placed here."""
+        total = sum(image.size for image in images)
+        size = power_of_two(max(total, MIN_BYTES))
+        if total == self.used and self.memory.size >= size:
+            return self.memory[:size]
+        buffer = np.zeros(size, np.uint8)
+        np.concatenate([image.ravel() for image in images], out=buffer[:total])
+        return buffer
+
+
+def device_resizes(size: Size, plan: Plan, bucket: Size) -> bool:
+    """Whether an image is handed over as it was decoded. Not if it has to be rotated, which the device does
+    not do, or if it is so large that moving it would take longer than to resize it first."""
+    return not plan.rotation and size[0] * size[1] <= MOST_PIXELS * bucket[0] * bucket[1]
+
+
+def raw_images(
+    images: Sequence[NDArray[np.uint8]], plans: Sequence[Plan], room: Room, coloured: bool
+) -> RawImages:
+    """What `kernels.resize_pad` takes, but for the sizes of the results.
+
+    Args:
+        images: (h, w, 3) each, in order of their places if they were placed in the room.
+        plans: what to do to each.
+        coloured: whether any image of the set may change its colours.
+    """
+    sizes = [image.size for image in images]
+    crops = [plan.crop or (0, 0, 0, 0) for plan in plans]
+    return RawImages(
+        buffer=torch.from_numpy(room.buffer(images)),
+        offset=torch.tensor([sum(sizes[:i]) for i in range(len(sizes))], dtype=torch.int64),
+        source=_pairs([image.shape[:2] for image in images]),
+        resized=_pairs([plan.resized for plan in plans]),
+        turns=torch.tensor([plan.turns for plan in plans], dtype=torch.int32),
+        flips=torch.tensor([(plan.flip_horizontal, plan.flip_vertical) for plan in plans]),
+        origin=_pairs([(top, left) for left, top, _, _ in crops]),
+        colour=torch.stack([colour_terms(plan) for plan in plans]) if coloured else None,
+    )
+
+
+def colour_terms(plan: Plan) -> Tensor:
+    """(3, 5) float32: the colour matrix with a column for the mean, which only the device will know."""
+    matrix = colour_matrix(plan.colour, mean=1.0)  # its last column is the mean times something
+    return torch.from_numpy(np.concatenate([matrix, np.zeros((3, 1))], axis=1).astype(np.float32))
+
+
+def _pairs(values: Sequence[tuple[int, ...]]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32).view(-1, 2)

@@ -1,0 +1,169 @@
+"""What a loader process does for an image, beside what is usually done, on one core."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from fastmrcnn.config.schema import Config
+from fastmrcnn.data.buckets import resolve_buckets
+from fastmrcnn.data.coco import CocoDataset
+from fastmrcnn.data.collate import MIN_MASK_BYTES, MIN_SLOTS
+from fastmrcnn.data.jpeg import decode_plain
+from fastmrcnn.data.order import BatchPlan
+from fastmrcnn.data.pixel_range import MAX_PIXELS
+from fastmrcnn.data.records import ImageRecord
+from fastmrcnn.data.slot_sizes import pixel_bytes, table_bytes
+from fastmrcnn.data.transforms import Augment, Size, resized_size
+from fastmrcnn.data.worker import LoadedBatch, TrainSamples
+from fastmrcnn.speed.markdown import table
+
+HEIGHT, WIDTH, QUALITY = 480, 640, 90
+FALL = 0.35  # how fast fine texture is weaker than coarse: files of some 120 kB, about as large as COCO's
+USUAL = "Pillow: decode, resize, to-tensor"
+WORKER = "ours, data.resize=worker: decode, resize, pad"
+DEVICE = "ours, data.resize=device: decode"
+ALONE = "of that, simplejpeg itself"
+
+
+def measure_decoding(config: Config, images: int = 12, rounds: int = 8) -> dict[str, Any]:
+    """Images a second and core of each way, which take turns, by processor time.
+
+    The images are textures of this program's own, photographs by their size as files, without objects. Ours
+    are put into memory that is used again, as slots are. The usual way is torchvision's ToTensor: float32 in
+    0..1, channels first.
+
+    Raises:
+        RuntimeError: the ways do not give the same pixels.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            dataset = write_photographs(Path(name), images)
+            return _measure(config, dataset, rounds)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measure(config: Config, dataset: CocoDataset, rounds: int) -> dict[str, Any]:
+    images, data = len(dataset), config.data
+    side, longest = data.short_side[-1], data.long_side_max
+    size = resized_size(HEIGHT, WIDTH, side, longest)
+    buckets = resolve_buckets(data.buckets, [(HEIGHT, WIDTH)], [side], longest, turns=False)
+    plan = BatchPlan(buckets[0], [(index, index) for index in range(images)])
+    room = max(pixel_bytes(dataset, images, buckets, raw) for raw in (False, True))
+    memory = np.zeros(room + table_bytes(images, MIN_SLOTS, MIN_MASK_BYTES), np.uint8)
+
+    def load(raw: bool) -> Callable[[], LoadedBatch]:
+        samples = TrainSamples(dataset, [side], longest, Augment(), 0, MIN_SLOTS, MIN_MASK_BYTES, None, raw)
+        samples.store.keep_pixels = False  # they are few, and would be decoded once
+
+        def run() -> LoadedBatch:
+            loaded = samples.load(plan, memory)
+            assert isinstance(loaded, LoadedBatch)
+            return loaded
+
+        return run
+
+    paths = [record.path for record in dataset.records]
+    ways: dict[str, Callable[[], Any]] = {
+        USUAL: lambda: [usual(path, size) for path in paths],
+        WORKER: load(False),
+        DEVICE: load(True),
+        ALONE: lambda: [decode_plain(path, MAX_PIXELS, memory) for path in paths],
+    }
+    _check([usual(path, size) for path in paths], ways[WORKER]().batch.pixels, size)
+    _check_raw(paths, ways[DEVICE]())
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            started = time.process_time()
+            way()
+            seconds[name].append(time.process_time() - started)
+    usual_s = np.array(seconds[USUAL])
+    return {
+        "images": images,
+        "height": HEIGHT,
+        "width": WIDTH,
+        "quality": QUALITY,
+        "resized": list(size),
+        "kilobytes": float(np.mean([path.stat().st_size for path in paths])) / 1e3,
+        "rounds": rounds,
+        "simplejpeg": decode_plain(paths[0], MAX_PIXELS) is not None,
+        "rows": [
+            {
+                "way": name,
+                "images_per_second": images / float(np.median(some)),
+                "ms": 1e3 * float(np.median(some)) / images,
+                "ratio": float(np.median(usual_s / np.array(some))),
+            }
+            for name, some in seconds.items()
+        ],
+    }
+
+
+def usual(path: Path, size: Size) -> Tensor:
+    """(3, *size) float32 in 0..1, as torchvision's Resize, of a PIL image, and ToTensor make it."""
+    with Image.open(path) as image:
+        resized = image.convert("RGB").resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    pixels = torch.from_numpy(np.array(resized))
+    return pixels.permute(2, 0, 1).contiguous().to(torch.float32).div(255)
+
+
+def _check(expected: Sequence[Tensor], pixels: Tensor, size: Size) -> None:
+    for one, other in zip(expected, pixels, strict=True):
+        if not torch.equal((one * 255).round().to(torch.uint8), other[:, : size[0], : size[1]]):
+            raise RuntimeError("the loader's pixels are not those of Pillow")
+
+
+def _check_raw(paths: Sequence[Path], loaded: LoadedBatch) -> None:
+    raw = loaded.batch.raw
+    assert raw is not None
+    for path, start in zip(paths, raw.offset.tolist(), strict=True):
+        with Image.open(path) as image:
+            expected = np.asarray(image.convert("RGB")).ravel()
+        if not np.array_equal(raw.buffer[start : start + expected.size].numpy(), expected):
+            raise RuntimeError("the loader's decoded images are not those of Pillow")
+
+
+def write_photographs(folder: Path, images: int) -> CocoDataset:
+    """JPEGs of noise at all scales, fine texture weaker than coarse and colours weaker than brightness."""
+    random = np.random.default_rng(0)
+    records = []
+    for number in range(images):
+        path = folder / f"{number}.jpg"
+        Image.fromarray(texture(random)).save(path, quality=QUALITY)
+        records.append(ImageRecord(number, path, path.name, WIDTH, HEIGHT, [], folder / "set.json"))
+    return CocoDataset(records, ["none"], [1], folder / "set.json")
+
+
+def texture(random: np.random.Generator) -> NDArray[np.uint8]:
+    whole = np.zeros((HEIGHT, WIDTH, 3), np.float32)
+    for scale in 2 ** np.arange(8):
+        noise = random.normal(size=(HEIGHT // scale + 2, WIDTH // scale + 2, 3)).astype(np.float32)
+        noise = noise.mean(axis=2, keepdims=True) * 1.2 + noise * 0.35
+        for channel in range(3):
+            grown = Image.fromarray(noise[:, :, channel]).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+            whole[:, :, channel] += np.asarray(grown) * scale**FALL
+    return (whole / whole.std() * 55 + 120).clip(0, 255).astype(np.uint8)
+
+
+def decoding_table(found: dict[str, Any]) -> str:
+    what = f"{found['height']}x{found['width']} JPEG of {found['kilobytes']:.0f} kB"
+    to = "to " + "x".join(map(str, found["resized"]))
+    rows = [
+        [row["way"], f"{row['images_per_second']:.0f}", f"{row['ms']:.2f}", f"{row['ratio']:.1f}"]
+        for row in found["rows"]
+    ]
+    note = "" if found["simplejpeg"] else "\n\nsimplejpeg is not installed: Pillow decoded everywhere."
+    return table([f"{what}, {to}", "images/s of a core", "ms", "times Pillow"], rows) + note
