@@ -33,19 +33,25 @@ def record_graph(run: Callable[[], T], pool: Any, warm_ups: int) -> tuple[T, tor
     Returns:
         What `run` returned, whose tensors each replay writes anew; and the graph.
     """
+    warm_up(run, warm_ups)
     stream = _recording_stream(torch.cuda.current_device())
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), warnings.catch_warnings():
-        # AdamW wonders why an update that can be recorded is not.
-        warnings.filterwarnings("ignore", message=".*constructed with capturable=True")
-        for _ in range(warm_ups):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     # Other threads go on meanwhile: a loader's thread may pin memory, which "global" would not bear.
     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         result = run()
     return result, graph
+
+
+def warm_up(run: Callable[[], Any], times: int) -> None:
+    """Run what is to be recorded, on the stream that it will be recorded on."""
+    stream = _recording_stream(torch.cuda.current_device())
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), warnings.catch_warnings():
+        # AdamW wonders why an update that can be recorded is not.
+        warnings.filterwarnings("ignore", message=".*constructed with capturable=True")
+        for _ in range(times):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
 
 
 @functools.cache

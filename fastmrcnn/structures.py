@@ -131,11 +131,17 @@ class Counts(NamedTuple):
     num_fg: Tensor | None = None  # foreground RoIs
     masks_dropped: Tensor | None = None  # those of them that found no slot in the mask head
     keypoints_dropped: Tensor | None = None  # those with a labelled keypoint, in the keypoint head
+    divisors: Losses | None = None  # what each loss is a mean over; 0 there counts as 1
 
 
 def present(*parts: Losses | Counts) -> dict[str, Tensor]:
-    """Losses and counts by name, without those that are None."""
-    return {name: value for part in parts for name, value in part._asdict().items() if value is not None}
+    """Losses and counts by name, without those that are None, and without the divisors."""
+    return {
+        name: value
+        for part in parts
+        for name, value in part._asdict().items()
+        if value is not None and name != "divisors"
+    }
 
 
 class Detections(NamedTuple):

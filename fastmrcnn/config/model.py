@@ -26,8 +26,9 @@ class BackboneConfig(Section):
     weights_sha256: str | None = None
     """Expected hash (or its first digits) of that file; torchvision's URLs carry it in the name."""
     norm: Literal["frozen_bn", "bn", "sync_bn", "gn"] = "frozen_bn"
-    """A network of timm keeps its own norms: with frozen_bn its batch norms, if it has any, do not learn,
-    with bn they do."""
+    """Where several processes train, bn normalises by the images of each, and what is saved and evaluated are
+    the first one's statistics; sync_bn normalises by the images of all. A network of timm keeps its own
+    norms: with frozen_bn its batch norms, if it has any, do not learn, with bn they do."""
     norm_eps: float = Field(1e-5, ge=0)
     """Epsilon of the backbone's normalisation."""
     width: int = Field(64, gt=0)

@@ -178,12 +178,21 @@ class RuntimeConfig(Section):
 class TrainConfig(Section):
     steps: int = Field(90_000, gt=0)
     batch: int = Field(16, gt=0)
-    """Images a step."""
+    """Images a step, of all processes together; each takes its share."""
+    accumulate: int = Field(1, gt=0)
+    """Passes to a step, each of batch / accumulate images, for batches that do not fit a device. Losses are
+    means over what is in a pass (RoIs, mask slots, visible keypoints; of all processes), and the update is by
+    the mean of the passes' gradients. That is the gradient of one large pass where passes hold as much, and
+    close to it elsewhere."""
+    reduce_in: Literal["fp32", "bf16"] = "fp32"
+    """What gradients are summed in over processes. bf16 halves what travels, and rounds it to 3 digits."""
     seed: int = Field(0, ge=0, lt=2**32)
     compile: Literal["auto", "on", "off", "max-autotune"] = "auto"
     """Compile the step as one graph. auto: on CUDA, not on CPU. max-autotune: also try out matrix kernels."""
-    cuda_graphs: Literal["auto", "on", "off"] = "auto"
-    """Record the whole step, update included, as one CUDA graph for each bucket. auto: on CUDA."""
+    cuda_graphs: Literal["auto", "on", "off", "parts"] = "auto"
+    """Record the step, update included, as CUDA graphs, for each bucket. on: the whole of it as one, with
+    what several processes sum by NCCL. parts: it is cut where they sum, and that is done between the graphs,
+    by whatever they sum by; sync_bn cannot be cut. auto: on CUDA, whole if it can be."""
     fuse_epilogues: bool = False
     """Let cuDNN's convolutions add bias and residual and apply the ReLU (CUDA only). Not the default, since
     it has not been measured yet; and it stays off where small convolutions, tried at the start of a run, give
@@ -195,6 +204,15 @@ class TrainConfig(Section):
     """Older ones are removed."""
     evaluate_every: int | None = Field(None, gt=0)
     """Steps between evaluations; None: only after the last."""
+
+    @model_validator(mode="after")
+    def _check_passes(self) -> TrainConfig:
+        if self.batch % self.accumulate:
+            raise ValueError(
+                f"train.accumulate={self.accumulate} must divide train.batch={self.batch}: every pass has as "
+                "many images"
+            )
+        return self
 
 
 class EvaluateConfig(Section):

@@ -45,24 +45,27 @@ class CascadeBoxHead(nn.Module):
 
     def losses(
         self, pool: Pool, pooled: Tensor, rois: SampledRois, targets: Targets, sizes: Tensor
-    ) -> dict[str, Tensor]:
-        """Losses of each head, under detectron2's names.
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Losses of each head, under detectron2's names, and what each of them is a mean over.
 
         Args:
             pooled: (N, S, C, side, side) features of `rois`, which the first head is trained on.
             sizes: (N, 2) height and width of the images.
         """
         losses: dict[str, Tensor] = {}
+        divisors: dict[str, Tensor] = {}
         for stage, head in enumerate(self._heads()):
             # All heads' losses are summed; the maps are to feel their mean.
             logits, deltas = head(_scale_gradient(pooled, 1 / len(self.stages)))
             cls, box = head.losses(logits, deltas, rois, targets)
-            losses[f"loss_cls_stage{stage}"], losses[f"loss_box_reg_stage{stage}"] = cls, box
+            own = {f"loss_cls_stage{stage}": cls, f"loss_box_reg_stage{stage}": box}
+            losses |= own
+            divisors |= dict.fromkeys(own, rois.valid.sum())
             if stage < len(self.ious):
                 boxes, real = _moved(deltas, rois.boxes, sizes, head, min_side=0.0)
                 rois = self._labelled(boxes, real & rois.valid, targets, self.ious[stage])
                 pooled = pool(rois.boxes, rois.valid)
-        return losses
+        return losses, divisors
 
     @torch.no_grad()
     def _labelled(self, boxes: Tensor, valid: Tensor, targets: Targets, overlap: float) -> SampledRois:

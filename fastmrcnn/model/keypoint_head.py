@@ -63,23 +63,26 @@ class KeypointHead(nn.Module):
         # In float32: the loss and the search for the highest position need it, and it is a small map.
         return F.interpolate(self.deconv(x).float(), scale_factor=2.0, mode="bilinear", align_corners=False)
 
-    def loss(self, logits: Tensor, rois: PackedRois, keypoints: Tensor) -> Tensor:
+    def loss(self, logits: Tensor, rois: PackedRois, keypoints: Tensor) -> tuple[Tensor, Tensor]:
         """Softmax cross-entropy at each visible keypoint within its RoI; 0 if there is none.
 
         Args:
             logits: (T, J, M, M) of the T slots of `rois`.
             keypoints: (N, G, J, 3) of the ground truth.
+        Returns:
+            the loss, and what it is a mean over.
         """
         images, slots = keypoints.shape[:2]
         with torch.no_grad():
             own = keypoints.flatten(0, 1).index_select(0, rois.image * slots + rois.matched)
             goal, counts = keypoint_targets(own, rois.boxes, logits.shape[-1])
             counts = counts & rois.valid[:, None]
-            divisor = counts.sum().clamp(min=1).float()
+            divisor = counts.sum().float()
             if self.loss_normalizer == "static":
                 divisor = torch.full_like(divisor, images * self.most_keypoints)
         loss = F.cross_entropy(logits.flatten(0, 1).flatten(1), goal.flatten(), reduction="none")
-        return torch.where(counts.flatten(), loss, 0.0).sum() / divisor * self.loss_weight
+        total = torch.where(counts.flatten(), loss, 0.0).sum()
+        return total / torch.where(divisor > 0, divisor, 1.0) * self.loss_weight, divisor
 
 
 def keypoint_targets(keypoints: Tensor, boxes: Tensor, side: int) -> tuple[Tensor, Tensor]:

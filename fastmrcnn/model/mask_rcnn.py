@@ -83,17 +83,19 @@ class MaskRCNN(nn.Module):
 
     def losses(self, batch: Batch, targets: Targets, keys: SamplingKeys) -> tuple[Losses, Counts]:
         losses: dict[str, Tensor] = {}
+        divisors: dict[str, Tensor] = {}
         counts: dict[str, Tensor] = {}
         features = self.features(batch, keys.drop_path)
         if self.rpn is not None:
             anchors = self.rpn.anchors(features, batch.pixels.shape[-2:])
             with torch.no_grad():  # the losses compute for themselves what they read
                 objectness, deltas = self.rpn.head(features)
-            features, losses["loss_rpn_cls"], losses["loss_rpn_loc"] = self.rpn.losses(
+            features, losses["loss_rpn_cls"], losses["loss_rpn_loc"], learnt = self.rpn.losses(
                 features, anchors, targets, keys.anchors
             )
+            divisors |= {"loss_rpn_cls": learnt, "loss_rpn_loc": learnt}
             if self.box_head is None:
-                return Losses(**losses), Counts()
+                return Losses(**losses), Counts(divisors=Losses(**divisors))
             proposals = self.rpn.propose(objectness, deltas, anchors, batch.sizes)
         else:
             proposals = given_proposals(batch)
@@ -119,17 +121,20 @@ class MaskRCNN(nn.Module):
         x = dict(zip(wanted, self.pooler.together(features, list(wanted.values())), strict=True))
 
         pooled = self.with_res5(x["box"])
-        losses |= self.box_losses(features, pooled, rois, targets, batch.sizes)
+        of_boxes, learnt_boxes = self.box_losses(features, pooled, rois, targets, batch.sizes)
+        losses |= of_boxes
+        divisors |= learnt_boxes
         if self.mask_head is not None:
             if self.res5 is not None:
                 x["mask"] = pooled.flatten(0, 1).index_select(0, of_mask.slot)
             losses["loss_mask"] = self.mask_head.loss_of_rois(x["mask"], of_mask, batch, targets.masks)
+            divisors["loss_mask"] = of_mask.valid.sum()
         if self.keypoint_head is not None:
             assert targets.keypoints is not None
-            losses["loss_keypoint"] = self.keypoint_head.loss(
+            losses["loss_keypoint"], divisors["loss_keypoint"] = self.keypoint_head.loss(
                 self.keypoint_head(x["keypoint"]), of_keypoints, targets.keypoints
             )
-        return Losses(**losses), Counts(**counts)
+        return Losses(**losses), Counts(**counts, divisors=Losses(**divisors))
 
     @torch.no_grad()
     def detect(self, batch: Batch) -> Detections:
@@ -182,15 +187,17 @@ class MaskRCNN(nn.Module):
 
     def box_losses(
         self, features: list[Tensor], pooled: Tensor, rois: SampledRois, targets: Targets, sizes: Tensor
-    ) -> dict[str, Tensor]:
-        """Losses of the box head on RoIs with these features, or of all heads of a cascade, by name."""
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Losses of the box head on RoIs with these features, or of all heads of a cascade, by name; and
+        what each of them is a mean over."""
         if isinstance(self.box_head, CascadeBoxHead):
             pool = partial(self.box_features, features)
             return self.box_head.losses(pool, pooled, rois, targets, sizes)
         assert self.box_head is not None
         logits, deltas = self.box_head(pooled)
         loss_cls, loss_box_reg = self.box_head.losses(logits, deltas, rois, targets)
-        return {"loss_cls": loss_cls, "loss_box_reg": loss_box_reg}
+        losses = {"loss_cls": loss_cls, "loss_box_reg": loss_box_reg}
+        return losses, dict.fromkeys(losses, rois.valid.sum())
 
     def find_boxes(self, features: list[Tensor], proposals: Proposals, sizes: Tensor) -> Detections:
         """Detections of the box head, or of a cascade of them, without masks."""
@@ -210,9 +217,14 @@ class MaskRCNN(nn.Module):
         """RoI features (N, S, C, side, side) after the stage that the heads share, if there is one."""
         return x if self.res5 is None else self.res5(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
-    def draw_keys(self, batch: Batch, generator: torch.Generator) -> SamplingKeys:
-        """Fresh sampling keys for a batch, on the generator's device."""
+    def draw_keys(self, batch: Batch, generator: torch.Generator, images: int | None = None) -> SamplingKeys:
+        """Fresh sampling keys for a batch, on the generator's device.
+
+        Args:
+            images: as many of its shape; None: as many as it has.
+        """
         count, _, height, width = batch.pixels.shape
+        count = count if images is None else images
         anchors = 0 if self.rpn is None else self.rpn.anchors.count(height, width)
         rois = given_proposals(batch).valid.shape[1] if self.rpn is None else self.rpn.post_nms_top_n
         if batch.targets is not None:

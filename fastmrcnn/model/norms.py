@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from fastmrcnn.model.sync_norm import SyncBatchNorm2d
+
 Norm = Callable[[int], nn.Module]
 
 
@@ -54,7 +56,7 @@ def make_norm(name: str, eps: float = 1e-5) -> Norm:
     makers: dict[str, Norm] = {
         "frozen_bn": lambda channels: FrozenBatchNorm2d(channels, eps),
         "bn": lambda channels: nn.BatchNorm2d(channels, eps),
-        "sync_bn": lambda channels: nn.SyncBatchNorm(channels, eps),
+        "sync_bn": lambda channels: SyncBatchNorm2d(channels, eps),
         "gn": lambda channels: nn.GroupNorm(_groups(channels), channels, eps),
     }
     if name not in makers:

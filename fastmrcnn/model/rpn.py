@@ -167,11 +167,11 @@ class RegionProposalNetwork(nn.Module):
 
     def losses(
         self, features: Sequence[Tensor], anchors: Sequence[Tensor], targets: Targets, keys: Tensor
-    ) -> tuple[list[Tensor], Tensor, Tensor]:
+    ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
         """Binary cross-entropy of the objectness, and smooth L1 of the deltas, over sampled anchors.
 
         Returns:
-            the maps for what follows, see `take_patches`, and both losses.
+            the maps for what follows, see `take_patches`; both losses; what they are means over.
         """
         with torch.no_grad():
             anchor = torch.cat(list(anchors))
@@ -193,9 +193,9 @@ class RegionProposalNetwork(nn.Module):
             reference = anchor[chosen.picked]
             goal = encode(take(targets.boxes, take(matches.matched, chosen.picked)), reference)
             if self.loss_normalizer == "asked":
-                normalizer = torch.full((), float(self.batch_per_image * len(keys)), device=keys.device)
+                divisor = torch.full((), float(self.batch_per_image * len(keys)), device=keys.device)
             else:
-                normalizer = chosen.valid.sum().clamp(min=1).float()
+                divisor = chosen.valid.sum()
         # `at_anchors` would read less, but the demo learns worse by it (box AP 0.588 in place of 0.668).
         objectness, deltas = RpnHead.forward(self.head, features)
         maps, logits = list(features), take(torch.cat(objectness, 1), chosen.picked)
@@ -203,6 +203,6 @@ class RegionProposalNetwork(nn.Module):
         logits, delta = logits.float(), delta.float()
         cls = F.binary_cross_entropy_with_logits(logits, chosen.is_foreground.float(), reduction="none")
         loc = smooth_l1(delta - goal, self.box_loss_beta)
-        scale = self.loss_weight / normalizer
+        scale = self.loss_weight / divisor.clamp(min=1).float()
         loss_cls = torch.where(chosen.valid, cls, 0.0).sum() * scale
-        return maps, loss_cls, masked_sum(loc, chosen.is_foreground) * scale
+        return maps, loss_cls, masked_sum(loc, chosen.is_foreground) * scale, divisor

@@ -1,7 +1,8 @@
 """A training step recorded as CUDA graphs: forward, backward, clipping and update in one launch.
 
 One graph for each set of input shapes, that is for each bucket; all share one memory pool, since only one
-of them runs at a time.
+of them runs at a time. Where processes sum within a step, NCCL's sums are recorded with it; what no graph can
+hold, such as gloo's, cuts the step into parts that are recorded one by one, and is done between them.
 
 A graph reads its inputs where they were when it was recorded, while the step before may still be reading
 them. So a batch takes two copies. The slow one comes from the host, on a stream of its own, beside the step
@@ -13,6 +14,7 @@ graph and twice the time to record.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
@@ -20,12 +22,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastmrcnn.graphs import Shapes, leaves, record_graph, shapes_of
+from fastmrcnn.graphs import Shapes, leaves, record_graph, shapes_of, warm_up
 from fastmrcnn.model.subsample import SamplingKeys
 from fastmrcnn.structures import Batch, Counts, Losses, tree_map
+from fastmrcnn.training.reduction import Parts, run_through
 
 Result = tuple[Losses, Counts]  # of a step
 Run = Callable[[Batch, SamplingKeys], Result]
+Replay = Callable[[], None]
 WARM_UPS = 3  # runs before recording
 
 
@@ -102,19 +106,20 @@ class Staging:
 
 
 class Recording(NamedTuple):
-    batch: Batch  # what the graph reads
-    keys: SamplingKeys
-    result: Result  # what it writes
-    replay: Callable[[], None]
+    inputs: tuple[Any, ...]  # what the graph reads
+    result: Any  # what it writes
+    replay: Replay
 
 
-Record = Callable[[Run, Batch, SamplingKeys], tuple[Result, Callable[[], None]]]
+# Of the function that is recorded, and its inputs: what it returned, and what does the same again.
+Record = Callable[..., tuple[Any, Replay]]
 
 
 class GraphedStep:
     """
     Args:
-        run: the step, its inputs on the GPU. It reads and writes state in place, and leaves no gradient.
+        run: the step or a part of it, of a batch and its sampling keys or of nothing, on the GPU. It reads
+            and writes state in place, and leaves no gradient. What `record` takes: for `CudaParts` it is cut.
         closed: a context in which `run` changes no state: recording needs runs that do not count.
         record: runs the step on buffers that stay, and returns its result and a function that does the
             same again; None: as a CUDA graph.
@@ -123,7 +128,7 @@ class GraphedStep:
 
     def __init__(
         self,
-        run: Run,
+        run: Callable[..., Any],
         closed: Callable[[], AbstractContextManager[None]],
         record: Record | None = None,
         staging: Staging | None = None,
@@ -134,23 +139,23 @@ class GraphedStep:
         self.staging = staging
         self.recordings: dict[Shapes, Recording] = {}
 
-    def __call__(self, batch: Batch, keys: SamplingKeys) -> Result:
-        shapes = shapes_of((batch, keys))
+    def __call__(self, *inputs: Any) -> Any:
+        shapes = shapes_of(inputs)
         if shapes not in self.recordings:
-            self.recordings[shapes] = self._recorded(batch, keys)
+            self.recordings[shapes] = self._recorded(inputs)
         recording = self.recordings[shapes]
-        for own, given in zip(leaves(recording[:2]), leaves((batch, keys)), strict=True):
+        for own, given in zip(leaves(recording.inputs), leaves(inputs), strict=True):
             own.copy_(given)
         if self.staging is not None:
-            self.staging.taken(batch)
+            self.staging.taken(inputs[0])
         recording.replay()
         return tree_map(Tensor.clone, recording.result)  # the next replay writes over them
 
-    def _recorded(self, batch: Batch, keys: SamplingKeys) -> Recording:
-        batch, keys = tree_map(Tensor.clone, batch), tree_map(Tensor.clone, keys)
+    def _recorded(self, inputs: tuple[Any, ...]) -> Recording:
+        inputs = tree_map(Tensor.clone, inputs)
         with self.closed():
-            result, replay = self.record(self.run, batch, keys)
-        return Recording(batch, keys, result, replay)
+            result, replay = self.record(self.run, *inputs)
+        return Recording(inputs, result, replay)
 
 
 class CudaRecorder:
@@ -159,7 +164,50 @@ class CudaRecorder:
     def __init__(self) -> None:
         self.pool: Any = None
 
-    def __call__(self, run: Run, batch: Batch, keys: SamplingKeys) -> tuple[Result, Callable[[], None]]:
-        result, graph = record_graph(lambda: run(batch, keys), self.pool, WARM_UPS)
+    def __call__(self, run: Callable[..., Any], *inputs: Any) -> tuple[Any, Replay]:
+        result, graph = record_graph(lambda: run(*inputs), self.pool, WARM_UPS)
         self.pool = graph.pool()
         return result, graph.replay
+
+
+class CudaParts:
+    """Records what is cut, a graph for each part, and sums between them.
+
+    The parts share one memory pool with each other and with those of all shapes. What a later part reads of
+    an earlier one is held until the last is recorded, so none of it is given away between them.
+
+    Args:
+        reduce: sums a tensor over the processes, in place.
+    """
+
+    def __init__(self, reduce: Callable[[Tensor], object]) -> None:
+        self.reduce = reduce
+        self.pool: Any = None
+
+    def __call__(self, run: Callable[..., Parts[Any]], *inputs: Any) -> tuple[Any, Replay]:
+        # The whole of it first, as often as a graph wants before it is recorded.
+        warm_up(lambda: run_through(run(*inputs), self.reduce), WARM_UPS)
+        parts = run(*inputs)
+        done: list[Any] = []
+        steps: list[Callable[[], object]] = []
+        while not done:
+            tensor, graph = record_graph(lambda: _next(parts, done), self.pool, 0)
+            self.pool = graph.pool()
+            steps.append(graph.replay)
+            if not done:
+                steps.append(functools.partial(self.reduce, tensor))
+
+        def replay() -> None:
+            for step in steps:
+                step()
+
+        return done[0], replay
+
+
+def _next(parts: Parts[Any], done: list[Any]) -> Tensor | None:
+    """Go on to where the parts are cut next; at their end, put what they return into `done`."""
+    try:
+        return next(parts)
+    except StopIteration as end:
+        done.append(end.value)
+        return None

@@ -193,7 +193,15 @@ class GatedStep:
 
     def backward(self, loss: Tensor, step: int | Tensor) -> None:
         """Backward and update, for the loss of step number `step`."""
+        self.differentiate(loss)
+        self.apply(loss, step)
+
+    def differentiate(self, loss: Tensor) -> None:
+        """Gradients of the scaled loss, or of a part of it, into or onto those of the parameters."""
         (loss * self.scale).backward()
+
+    def apply(self, loss: Tensor, step: int | Tensor) -> None:
+        """Update by the gradients that the parameters have, which are of this loss."""
         grads = [p.grad for p in self.parameters if p.grad is not None]
         with torch.no_grad():
             norm = torch.nn.utils.get_total_norm(grads) / self.scale

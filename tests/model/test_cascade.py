@@ -215,7 +215,7 @@ def test_maps_feel_a_third_of_each_heads_gradient() -> None:
         keys = model.draw_keys(batch, torch.Generator().manual_seed(0))
         rois = model.sampler(proposals, batch.targets, keys.rois)
     pooled = model.box_features(features, rois.boxes, rois.valid)
-    losses = model.box_losses(features, pooled, rois, batch.targets, batch.sizes)
+    losses, _ = model.box_losses(features, pooled, rois, batch.targets, batch.sizes)
     got = torch.autograd.grad(losses["loss_cls_stage0"], [features[0], heads.stages[0].classes.bias])
     pooled = model.box_features(features, rois.boxes, rois.valid)
     first = heads.stages[0]
@@ -225,7 +225,7 @@ def test_maps_feel_a_third_of_each_heads_gradient() -> None:
     torch.testing.assert_close(got[1], want[1], rtol=1e-4, atol=1e-8)
     # Where a box stands has no gradient: the second head's losses do not reach the first one's deltas.
     pooled = model.box_features(features, rois.boxes, rois.valid)
-    losses = model.box_losses(features, pooled, rois, batch.targets, batch.sizes)
+    losses, _ = model.box_losses(features, pooled, rois, batch.targets, batch.sizes)
     second = losses["loss_cls_stage1"] + losses["loss_box_reg_stage1"]
     assert torch.autograd.grad(second, first.deltas.weight, allow_unused=True) == (None,)
 

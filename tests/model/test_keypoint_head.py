@@ -130,9 +130,10 @@ def test_loss_is_the_cross_entropy_at_the_keypoints() -> None:
     expected = own[0, 0, 2 * 8 + 3] + own[1, 0, 7]  # one lies outside, one is not labelled, a slot is empty
     for normalizer, divisor in (("visible", 2), ("static", 1 * 12)):
         head = head_of(4, 2, loss_normalizer=normalizer, loss_weight=3.0)
-        loss = head.loss(logits, rois, keypoints.float())
+        loss, found = head.loss(logits, rois, keypoints.float())
+        assert found == divisor
         torch.testing.assert_close(loss, 3 * expected / divisor)
-    (gradient,) = torch.autograd.grad(head.loss(logits, rois, keypoints.float()), logits)
+    (gradient,) = torch.autograd.grad(head.loss(logits, rois, keypoints.float())[0], logits)
     assert gradient[2].abs().max() == 0
     assert gradient[0, 1].abs().max() == gradient[1, 1].abs().max() == 0
 
