@@ -116,6 +116,11 @@ class DataConfig(Section):
     """Larger images are refused; the default is Pillow's own limit."""
     missing: Literal["error", "skip"] = "error"
     """Of images whose file is not there; skip: they are left out and counted."""
+    resize: Literal["auto", "device", "worker"] = "auto"
+    """Where images are resized, turned, flipped, cut, coloured and padded: by the loader's processes, which
+    then hand over whole batches, or by the device that trains, to which they hand what they decoded. The
+    pixels are the same; colours and parts of images can differ by a level or two. auto: device on CUDA,
+    worker on a CPU."""
     workers: int = Field(2, ge=0)
     """Loader processes; 0 loads in the training process."""
     max_broken: float = Field(0.01, ge=0, le=1)

@@ -98,6 +98,11 @@ def read_sets(
     return train_set, check_same_classes(train_set, val_set)
 
 
+def resizes_on_device(config: Config, on_gpu: bool) -> bool:
+    """Whether loaders hand over images as they are decoded."""
+    return config.data.resize == "device" or (config.data.resize == "auto" and on_gpu)
+
+
 def evaluation_loader(dataset: CocoDataset, config: Config, pin_memory: bool = False) -> EvalLoader:
     """All images of a set, resized and padded as the configuration says for evaluation."""
     data = config.data
@@ -109,6 +114,7 @@ def evaluation_loader(dataset: CocoDataset, config: Config, pin_memory: bool = F
         buckets=data.buckets,
         workers=data.workers,
         pin_memory=pin_memory,
+        raw=resizes_on_device(config, pin_memory),
     )
 
 
@@ -136,6 +142,7 @@ def train_loader(dataset: CocoDataset, config: Config, start: int, pin_memory: b
         workers=data.workers,
         max_objects=data.max_objects,
         pin_memory=pin_memory,
+        raw=resizes_on_device(config, pin_memory),
         min_slots=slots,
         min_mask_bytes=mask_bytes,
         polygons=largest_polygons(dataset, config.train.batch) if polygons else None,

@@ -15,6 +15,7 @@ from fastmrcnn.data.transforms import Plan, Size
 from fastmrcnn.structures import RawImages
 
 MIN_BYTES = 2**16
+MOST_PRODUCT = 2**29  # of a side and what it becomes: the limit of `kernels.resize_pad`
 MOST_PIXELS = 2  # of an image as decoded, for each of the padded result; larger ones are resized here
 
 
@@ -57,8 +58,10 @@ class Room:
 
 def device_resizes(size: Size, plan: Plan, bucket: Size) -> bool:
     """Whether an image is handed over as it was decoded. Not if it has to be rotated, which the device does
-    not do, or if it is so large that moving it would take longer than to resize it first."""
-    return not plan.rotation and size[0] * size[1] <= MOST_PIXELS * bucket[0] * bucket[1]
+    not do, or if it is so large that moving it would take longer than to resize it first, or too long."""
+    products = (side * result for side, result in zip(size, plan.resized, strict=True))
+    small = size[0] * size[1] <= MOST_PIXELS * bucket[0] * bucket[1] and max(products) < MOST_PRODUCT
+    return small and not plan.rotation
 
 
 def raw_images(

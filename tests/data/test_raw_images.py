@@ -162,3 +162,5 @@ def test_what_the_device_resizes() -> None:
     assert device_resizes((100, 100), Plan((50, 50)), (50, 100))
     assert not device_resizes((100, 101), Plan((50, 50)), (50, 100))
     assert not device_resizes((10, 10), Plan((50, 50), rotation=1), (50, 100))
+    assert device_resizes((1, 2**19), Plan((1, 1023)), (512, 1024))
+    assert not device_resizes((1, 2**19), Plan((1, 1024)), (512, 1024))
