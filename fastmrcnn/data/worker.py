@@ -21,6 +21,7 @@ from fastmrcnn.data.collate import (
     stack_input_to_image,
     without_polygons,
 )
+from fastmrcnn.data.compose import Source, choice_of, compose, plan_composition
 from fastmrcnn.data.images import read_image
 from fastmrcnn.data.order import BatchPlan, substitutes
 from fastmrcnn.data.polygons import PolygonSizes
@@ -136,8 +137,9 @@ class TrainSamples(Dataset[LoadedBatch | Failure]):
             short_sides,
             long_side_max,
             polygons=min_polygons is not None or augment.rotate > 0,  # outlines to be turned
-            original=augment.crop is not None,
+            original=augment.crop is not None or augment.composes,
         )
+        self.sizes = [(record.height, record.width) for record in dataset.records]
         self.short_sides, self.long_side_max = list(short_sides), long_side_max
         self.augment, self.seed = augment, seed
         self.min_slots, self.min_mask_bytes = min_slots, min_mask_bytes
@@ -157,6 +159,7 @@ class TrainSamples(Dataset[LoadedBatch | Failure]):
             min_mask_bytes=self.min_mask_bytes,
             proposal_slots=self.store.proposal_slots,
             min_polygons=self.min_polygons,
+            maps_of_objects=self.augment.composes,
         )
         ids = [self.store.records[index].image_id for index, _ in read]
         return _loaded(batch, samples, ids, left_out, self.store.take_clipped())
@@ -168,7 +171,7 @@ class TrainSamples(Dataset[LoadedBatch | Failure]):
         faults: list[str] = []
         for candidate in itertools.chain([index], self._substitutes(index, number, bucket)):
             try:
-                return candidate, self._sample(candidate, number)
+                return candidate, self._sample(candidate, number, left_out)
             except UserError as error:
                 faults.append(str(error))
                 left_out[self.store.records[candidate].image_id] = faults[-1]
@@ -185,18 +188,60 @@ class TrainSamples(Dataset[LoadedBatch | Failure]):
                 yield other
 
     def _plan(self, index: int, number: int) -> Plan:
-        record, numbers = self.store.records[index], draws(self.seed, number)[0]
-        return plan_image(
-            record.height, record.width, numbers, self.short_sides, self.long_side_max, self.augment
-        )
+        numbers, (height, width) = draws(self.seed, number)[0], self.sizes[index]
+        return plan_image(height, width, numbers, self.short_sides, self.long_side_max, self.augment)
 
-    def _sample(self, index: int, number: int) -> Sample:
-        record, plan = self.store.records[index], self._plan(index, number)
-        resized, objects = self.store.resized(index, plan.resized, plan.region), self.store.objects(index)
-        size, schema = (record.height, record.width), self.store.schema
-        proposals, least = self.store.proposed(index), self.augment.min_visible
-        sample = make_sample(resized, plan, size, objects, schema, proposals, least)
+    def _sample(self, index: int, number: int, left_out: dict[int, str]) -> Sample:
+        sample = self._composed(index, number, left_out) if self.augment.composes else None
+        if sample is None:
+            sample = self._single(index, self._plan(index, number))
         return sample if self.min_polygons is not None else without_polygons(sample)
+
+    def _single(self, index: int, plan: Plan) -> Sample:
+        resized, objects = self.store.resized(index, plan.resized, plan.region), self.store.objects(index)
+        proposals, schema = self.store.proposed(index), self.store.schema
+        least = self.augment.min_visible
+        return make_sample(resized, plan, self.sizes[index], objects, schema, proposals, least)
+
+    def _composed(self, index: int, number: int, left_out: dict[int, str]) -> Sample | None:
+        """A sample of several images, if this is one. Where another image cannot be read, the sample's own
+        stands in for it."""
+        broken: set[int] = set()
+        while True:
+            composition = plan_composition(
+                index,
+                self.sizes,
+                self.seed,
+                number,
+                self.short_sides,
+                self.long_side_max,
+                self.augment,
+                broken,
+            )
+            if composition is None:
+                return None
+            sources: list[Source] = []
+            for layer in composition.layers:
+                try:
+                    resized = self.store.resized(layer.index, layer.plan.resized, layer.plan.region)
+                except UserError as error:
+                    if layer.index == index:
+                        raise
+                    broken.add(layer.index)
+                    left_out[self.store.records[layer.index].image_id] = str(error)
+                    break
+                sources.append(Source(resized, self.sizes[layer.index], self.store.objects(layer.index)))
+            else:
+                break
+        schema, augment = self.store.schema, self.augment
+        return compose(
+            composition,
+            sources,
+            mirror=None if schema is None else schema.mirror,
+            min_visible=augment.min_visible,
+            fill=augment.fill,
+            choice=choice_of(self.seed, number),
+        )
 
 
 class EvalSamples(Dataset[LoadedBatch | Failure]):

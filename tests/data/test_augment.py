@@ -24,6 +24,11 @@ KINDS = {
     "jitter": dataclasses.replace(FLIPS, crop=(96, 64), scale=(0.3, 2.0)),
     "rotate": dataclasses.replace(FLIPS, rotate=30),
     "everything": dataclasses.replace(FLIPS, crop=(96, 96), scale=(0.5, 2.0), rotate=20),
+    "copy-paste": dataclasses.replace(FLIPS, copy_paste=0.7),
+    "mosaic": dataclasses.replace(FLIPS, crop=(96, 128), scale=(0.6, 1.5), mosaic=0.7),
+    "all of it": dataclasses.replace(
+        FLIPS, crop=(128, 128), scale=(0.5, 1.5), rotate=20, mosaic=0.5, copy_paste=0.7
+    ),
 }
 
 
