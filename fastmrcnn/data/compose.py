@@ -220,7 +220,7 @@ def _part(
         swap = mirror if plan.mirrored else None
         keypoints = place_keypoints(objects.keypoints, forward, layer.area, swap)
         if cover is not None:
-            _hide_keypoints(keypoints, cover)
+            keypoints = _hidden(keypoints, cover)
     return _Part(objects, boxes, keypoints, ObjectMaps(forward, back, np.array(size)))
 
 
@@ -228,11 +228,11 @@ def _square(affine: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.concatenate([affine, [[0.0, 0, 1]]])
 
 
-def _hide_keypoints(keypoints: NDArray[np.float32], cover: Cover) -> None:
-    """Those that are covered are labelled still, but not visible any more."""
-    flat = keypoints.reshape(-1, 3)
-    hidden = (flat[:, 2] == 2) & cover.hides(flat[:, :2].astype(np.float64))
-    flat[hidden, 2] = 1
+def _hidden(keypoints: NDArray[np.float32], cover: Cover) -> NDArray[np.float32]:
+    """Keypoints of which those that are covered are labelled still, but not visible any more."""
+    flat = keypoints.reshape(-1, 3).copy()
+    flat[(flat[:, 2] == 2) & cover.hides(flat[:, :2].astype(np.float64)), 2] = 1
+    return flat.reshape(keypoints.shape)
 
 
 def _chosen(objects: RasterisedObjects, choice: np.random.Generator) -> RasterisedObjects:
