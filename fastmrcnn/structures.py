@@ -27,14 +27,15 @@ T = TypeVar("T")
 class PackedMasks(NamedTuple):
     """Ground-truth bitmaps, each cropped to its box, in the annotation's own resolution.
 
-    Flips, scales and crops of the image change `to_annotation`, never the bitmaps.
+    Flips, scales, rotations and crops of the image change `to_annotation`, never the bitmaps.
     """
 
     buffer: Tensor  # (B,) uint8, 0 or 1; crops row by row, end to end; B is a power of two
     offset: Tensor  # (N, G) int64, first byte of the slot's crop
     window: Tensor  # (N, G, 4) int32 x, y, width, height of the crop in annotation pixels; 0 if none
-    to_annotation: Tensor  # (N, 2, 3) float32, (x, y, 1) in input pixels -> (x, y) in annotation pixels
-    size: Tensor  # (N, 2) int32, height and width of the annotated image
+    to_annotation: Tensor  # (N, 2, 3) float32, (x, y, 1) in input pixels -> (x, y) in annotation pixels;
+    # (N, G, 2, 3), of each object, where inputs are put together from several images
+    size: Tensor  # (N, 2) int32, height and width of the annotated image; then (N, G, 2)
 
 
 class PackedPolygons(NamedTuple):
@@ -47,7 +48,8 @@ class PackedPolygons(NamedTuple):
     part_start: Tensor  # (P + 1,) int32, first vertex of each part; where the last one ends
     first_part: Tensor  # (N, G) int32
     parts: Tensor  # (N, G) int32, how many the slot has; 0 if it has no polygon, as with RLE
-    to_input: Tensor  # (N, 2, 3) float64, (x, y, 1) in annotation pixels -> (x, y) in input pixels
+    to_input: Tensor  # (N, 2, 3) float64, (x, y, 1) in annotation pixels -> (x, y) in input pixels; or of
+    # each object (N, G, 2, 3)
     step: Tensor  # (E,) int32 0, 1, ... E-1; no object has more than E vertices
 
 

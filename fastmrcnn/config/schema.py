@@ -65,6 +65,12 @@ class AugmentConfig(Section):
     scale: tuple[Side, Side] | None = None
     """[least, most] of large-scale jitter, such as [0.1, 2.0]: an image is fitted into `crop`, scaled by a
     factor drawn from these, and cropped. data.short_side then has no effect on training."""
+    copy_paste: float = Field(0.0, ge=0, le=1)
+    """Probability that objects of another training image are pasted in (arXiv 2012.07177, without blending);
+    that image is resized, flipped, ... as if it were a sample of its own."""
+    mosaic: float = Field(0.0, ge=0, le=1)
+    """Probability of a mosaic of four images about a point in the middle half of `crop`, each changed as if
+    its tile were the crop (YOLOv4, arXiv 2004.10934)."""
     min_visible: float = Field(0.0, ge=0, le=1)
     """Objects of which a crop, a rotation or another image leaves a smaller share are neither learnt nor
     punished. Those of which nothing is left, or less than a pixel's width, are gone."""
@@ -75,6 +81,8 @@ class AugmentConfig(Section):
             raise ValueError("data.augment.scale needs data.augment.crop, such as [1024, 1024]")
         if self.scale is not None and self.scale[0] > self.scale[1]:
             raise ValueError("data.augment.scale: the first factor must not exceed the second")
+        if self.mosaic and (self.crop is None or min(self.crop) < 4):
+            raise ValueError("data.augment.mosaic needs data.augment.crop, such as [1024, 1024]")
         return self
 
 

@@ -119,6 +119,7 @@ def evaluation_loader(dataset: CocoDataset, config: Config, pin_memory: bool = F
 
 
 def augment_options(config: Config) -> Augment:
+    """What may change in a training image; what no image covers gets the model's mean colour."""
     mean = config.model.pixel_mean
     red, green, blue = mean if config.model.channel_order == "rgb" else mean[::-1]
     return Augment(**config.data.augment.model_dump(), fill=(round(red), round(green), round(blue)))
@@ -126,16 +127,17 @@ def augment_options(config: Config) -> Augment:
 
 def train_loader(dataset: CocoDataset, config: Config, start: int, pin_memory: bool) -> TrainLoader:
     # With the set's largest targets as lower limits, the batches of a bucket share one shape.
-    slots, mask_bytes = largest_targets(dataset, config.train.batch)
+    data, augment = config.data, augment_options(config)
+    layers = 1 + 3 * (augment.mosaic > 0) + (augment.copy_paste > 0)
+    slots, mask_bytes = largest_targets(dataset, config.train.batch, layers)
     polygons = config.model.mask_head.reads_polygons
-    data = config.data
     return TrainLoader(
         dataset,
         batch=config.train.batch,
         short_sides=data.short_side,
         long_side_max=data.long_side_max,
         buckets=data.buckets,
-        augment=augment_options(config),
+        augment=augment,
         seed=config.train.seed,
         start_step=start,
         steps=config.train.steps,
@@ -145,6 +147,6 @@ def train_loader(dataset: CocoDataset, config: Config, start: int, pin_memory: b
         raw=resizes_on_device(config, pin_memory),
         min_slots=slots,
         min_mask_bytes=mask_bytes,
-        polygons=largest_polygons(dataset, config.train.batch) if polygons else None,
+        polygons=largest_polygons(dataset, config.train.batch * layers) if polygons else None,
         max_broken=data.max_broken,
     )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from fastmrcnn.data.masks import Window, bitmap
 from fastmrcnn.data.polygons import (
     ImagePolygons,
     PolygonSizes,
+    join_polygons,
     polygon_tables,
     read_polygons,
     select_polygons,
@@ -51,6 +52,14 @@ class RasterisedObjects(NamedTuple):
     polygons: ImagePolygons | None = None
 
 
+class ObjectMaps(NamedTuple):
+    """Of each object, where a sample is put together from several images."""
+
+    image_to_input: NDArray[np.float64]  # (n, 2, 3)
+    input_to_image: NDArray[np.float64]  # (n, 2, 3)
+    annotated: NDArray[np.int64]  # (n, 2) height and width of its image
+
+
 class Sample(NamedTuple):
     pixels: NDArray[np.uint8]  # (h, w, 3)
     image_to_input: NDArray[np.float64]  # (2, 3)
@@ -61,6 +70,7 @@ class Sample(NamedTuple):
     keypoints: NDArray[np.float32] | None = None  # (n, J, 3) in pixels of the sample
     proposals: ImageProposals | None = None  # boxes in pixels of the sample
     left: Plan | None = None  # what the device is to do to the pixels; None: nothing, if it does anything
+    maps: ObjectMaps | None = None  # None: those above, for all objects
 
 
 def read_objects(
@@ -167,20 +177,42 @@ def select_seen(
     keep = seen.keep
     if len(keep) == len(objects.classes) and not seen.bitmaps and (seen.share >= min_visible).all():
         return objects, seen.boxes
-    crops = split_crops(objects)
-    some = {
-        name: value[keep]
-        for name, value in objects._asdict().items()
-        if isinstance(value, np.ndarray) and name != "crops"
-    }
+    some = select_objects(objects, keep, seen.bitmaps)
+    return some._replace(crowd=some.crowd | (seen.share < min_visible)), seen.boxes
+
+
+def select_objects(
+    objects: RasterisedObjects,
+    keep: NDArray[np.int64],
+    bitmaps: Mapping[int, NDArray[np.uint8]] | None = None,
+) -> RasterisedObjects:
+    """Some of the objects.
+
+    Args:
+        bitmaps: by object, what has become of its bitmap; it is the object's mask from now on.
+    """
+    bitmaps, crops, polygons = bitmaps or {}, split_crops(objects), objects.polygons
+    some = {name: value[keep] for name, value in _tables(objects).items()}
     some["crops"] = np.concatenate(
-        [np.zeros(0, np.uint8), *(seen.bitmaps.get(i, crops[i]).ravel() for i in keep.tolist())]
+        [np.zeros(0, np.uint8), *(bitmaps.get(i, crops[i]).ravel() for i in keep.tolist())]
     )
-    some["crowd"] = some["crowd"] | (seen.share < min_visible)
-    polygons = objects.polygons
-    if polygons is not None:  # a bitmap that was cut is the object's mask from now on
-        polygons = select_polygons(polygons, keep, [i not in seen.bitmaps for i in keep.tolist()])
-    return objects._replace(**some, polygons=polygons), seen.boxes
+    if polygons is not None:
+        polygons = select_polygons(polygons, keep, [i not in bitmaps for i in keep.tolist()])
+    return objects._replace(**some, polygons=polygons)
+
+
+def join_objects(parts: Sequence[RasterisedObjects]) -> RasterisedObjects:
+    """The objects of several images, each in pixels of its own annotation."""
+    tables = [_tables(part) | {"crops": part.crops} for part in parts]
+    joined = {name: np.concatenate([each[name] for each in tables]) for name in tables[0]}
+    polygons = [part.polygons for part in parts if part.polygons is not None]
+    return parts[0]._replace(**joined, polygons=join_polygons(polygons) if polygons else None)
+
+
+def _tables(objects: RasterisedObjects) -> dict[str, NDArray[Any]]:
+    """What has a row for each object, by name."""
+    fields = objects._asdict().items()
+    return {name: value for name, value in fields if isinstance(value, np.ndarray) and name != "crops"}
 
 
 def without_polygons(sample: Sample) -> Sample:
@@ -201,6 +233,7 @@ def collate(
     memory: NDArray[np.uint8] | None = None,
     raw: Room | None = None,
     coloured: bool = False,
+    maps_of_objects: bool = False,
 ) -> Batch:
     """Pad samples into a bucket; targets where the samples have objects, proposals where they have those.
 
@@ -212,6 +245,7 @@ def collate(
         memory: flat; the pixels are put at its beginning, if it is large enough.
         raw: where the images are that the device is still to resize; None: there are none.
         coloured: as of `raw_images`.
+        maps_of_objects: give each object maps of its own, since a sample may have them.
     Returns:
         pixels (N, 3, H, W) uint8 in channels_last memory format; G and the mask buffer are powers of
         two.
@@ -223,7 +257,8 @@ def collate(
     pixels = pad_images([] if raw else images, bucket, memory)
     targets = None
     if all(sample.objects is not None for sample in samples):
-        targets = _collate_targets(samples, min_slots, min_mask_bytes, min_polygons or PolygonSizes())
+        least = min_polygons or PolygonSizes()
+        targets = _collate_targets(samples, min_slots, min_mask_bytes, least, maps_of_objects)
     proposals = None
     if all(sample.proposals is not None for sample in samples):
         proposals = _collate_proposals(samples, proposal_slots)
@@ -261,7 +296,11 @@ def _collate_proposals(samples: Sequence[Sample], slots: int) -> Proposals:
 
 
 def _collate_targets(
-    samples: Sequence[Sample], min_slots: int, min_mask_bytes: int, min_polygons: PolygonSizes
+    samples: Sequence[Sample],
+    min_slots: int,
+    min_mask_bytes: int,
+    min_polygons: PolygonSizes,
+    maps_of_objects: bool,
 ) -> Targets:
     objects = [sample.objects for sample in samples if sample.objects is not None]
     count = len(objects)
@@ -278,7 +317,7 @@ def _collate_targets(
     if samples[0].keypoints is not None:
         points = np.zeros((count, slots, *samples[0].keypoints.shape[1:]), np.float32)
     polygons = [own.polygons for own in objects if own.polygons is not None]
-    to_input = [sample.image_to_input for sample in samples]
+    to_input, to_annotation, annotated = _maps(samples, slots if maps_of_objects else None)
     start = 0
     for row, (sample, own) in enumerate(zip(samples, objects, strict=True)):
         n = len(own.classes)
@@ -303,12 +342,27 @@ def _collate_targets(
             buffer=torch.from_numpy(buffer),
             offset=torch.from_numpy(offset),
             window=torch.from_numpy(window),
-            to_annotation=stack_input_to_image(samples),
-            size=torch.tensor([sample.annotated for sample in samples], dtype=torch.int32),
+            to_annotation=torch.from_numpy(to_annotation.astype(np.float32)),
+            size=torch.from_numpy(annotated.astype(np.int32)),
         ),
         keypoints=None if points is None else torch.from_numpy(points),
         polygons=polygon_tables(polygons, to_input, slots, min_polygons) if polygons else None,
     )
+
+
+def _maps(
+    samples: Sequence[Sample], slots: int | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+    """image_to_input, input_to_image (N, 2, 3) and annotated (N, 2); of each object if there are slots."""
+    images = [(s.image_to_input, s.input_to_image, np.array(s.annotated)) for s in samples]
+    stacked = [np.stack(some) for some in zip(*images, strict=True)]
+    if slots is not None:
+        stacked = [np.repeat(some[:, None], slots, axis=1) for some in stacked]
+        for row, sample in enumerate(samples):
+            for table, own in zip(stacked, sample.maps or (), strict=False):
+                table[row, : len(own)] = own
+    to_input, to_annotation, annotated = stacked
+    return to_input, to_annotation, annotated
 
 
 def stack_input_to_image(samples: Sequence[Sample]) -> Tensor:

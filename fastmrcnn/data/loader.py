@@ -217,24 +217,31 @@ def padded_shape(
     return bucket_or_new(resized_size(*size, short_side, long_side_max), buckets or [])
 
 
-def largest_targets(dataset: CocoDataset, batch: int) -> tuple[int, int]:
+def largest_targets(dataset: CocoDataset, batch: int, layers: int = 1) -> tuple[int, int]:
     """Limits for `min_slots` and `min_mask_bytes` that hardly any batch of the set exceeds.
 
     Bitmaps are taken to be as large as their boxes and a pixel more on each side. The bytes of a batch
     are taken to stay within 6 standard deviations of their mean, and within `batch` times the largest
     image; the second alone would make COCO's batches several times larger than they need be.
+
+    Args:
+        layers: most images that a sample may be put together from. The objects of the others are taken to
+            stay within 6 standard deviations of their mean.
     """
+    images = batch * layers
     areas = np.array(
         [
             sum((o.box[2] - o.box[0] + 2) * (o.box[3] - o.box[1] + 2) for o in record.objects if not o.crowd)
             for record in dataset.records
         ]
     )
-    usual = batch * areas.mean() + 6 * math.sqrt(batch) * areas.std()
-    slots = max(len(record.objects) for record in dataset.records)
+    usual = images * areas.mean() + 6 * math.sqrt(images) * areas.std()
+    counts = np.array([len(record.objects) for record in dataset.records])
+    others = (layers - 1) * counts.mean() + 6 * math.sqrt(layers - 1) * counts.std()
+    slots = int(counts.max() + min(others, (layers - 1) * counts.max()))
     if not dataset.masks:
         return max(slots, MIN_SLOTS), MIN_MASK_BYTES
-    return max(slots, MIN_SLOTS), max(int(min(usual, batch * areas.max())), MIN_MASK_BYTES)
+    return max(slots, MIN_SLOTS), max(int(min(usual, images * areas.max())), MIN_MASK_BYTES)
 
 
 def _plan_evaluation(

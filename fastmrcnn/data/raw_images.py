@@ -45,15 +45,20 @@ class Room:
             own[:] = pixels
         return own
 
-    def buffer(self, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-        """(B,) with the images end to end, B a power of two; this memory if all of them were placed here."""
-        total = sum(image.size for image in images)
-        size = power_of_two(max(total, MIN_BYTES))
-        if total == self.used and self.memory.size >= size:
-            return self.memory[:size]
-        buffer = np.zeros(size, np.uint8)
-        np.concatenate([image.ravel() for image in images], out=buffer[:total])
-        return buffer
+    def gathered(self, images: Sequence[NDArray[np.uint8]]) -> tuple[NDArray[np.uint8], list[int]]:
+        """(B,) with the images, B a power of two, and where in it each begins; this memory if all of them
+        were placed here."""
+        begin = self.memory.ctypes.data
+        starts = [image.ctypes.data - begin for image in images]
+        ends = [start + image.size for start, image in zip(starts, images, strict=True)]
+        if min(starts) >= 0 and max(ends) <= self.used:
+            size = power_of_two(max(self.used, MIN_BYTES))
+            if size <= self.memory.size:
+                return self.memory[:size], starts
+        sizes = [image.size for image in images]
+        buffer = np.zeros(power_of_two(max(sum(sizes), MIN_BYTES)), np.uint8)
+        np.concatenate([image.ravel() for image in images], out=buffer[: sum(sizes)])
+        return buffer, [sum(sizes[:i]) for i in range(len(sizes))]
 
 
 def device_resizes(size: Size, plan: Plan, bucket: Size) -> bool:
@@ -70,15 +75,15 @@ def raw_images(
     """What `kernels.resize_pad` takes, but for the sizes of the results.
 
     Args:
-        images: (h, w, 3) each, in order of their places if they were placed in the room.
+        images: (h, w, 3) each.
         plans: what to do to each.
         coloured: whether any image of the set may change its colours.
     """
-    sizes = [image.size for image in images]
+    buffer, starts = room.gathered(images)
     crops = [plan.crop or (0, 0, 0, 0) for plan in plans]
     return RawImages(
-        buffer=torch.from_numpy(room.buffer(images)),
-        offset=torch.tensor([sum(sizes[:i]) for i in range(len(sizes))], dtype=torch.int64),
+        buffer=torch.from_numpy(buffer),
+        offset=torch.tensor(starts, dtype=torch.int64),
         source=_pairs([image.shape[:2] for image in images]),
         resized=_pairs([plan.resized for plan in plans]),
         turns=torch.tensor([plan.turns for plan in plans], dtype=torch.int32),

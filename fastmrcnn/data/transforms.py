@@ -300,12 +300,24 @@ def transform_keypoints(
     Returns:
         (n, J, 3); all 0 where not labelled or no longer within the image.
     """
-    affine = image_to_input(plan, height, width)
+    area = (0, 0, plan.size[1], plan.size[0])
+    return place_keypoints(
+        keypoints, image_to_input(plan, height, width), area, mirror if plan.mirrored else None
+    )
+
+
+def place_keypoints(
+    keypoints: NDArray[np.floating],
+    affine: NDArray[np.float64],
+    area: tuple[float, float, float, float],
+    mirror: Sequence[int] | None,
+) -> NDArray[np.float32]:
+    """Keypoints (n, J, 3) under an affine map; all 0 where not labelled or not within `area`, xyxy."""
     places = keypoints[..., :2].astype(np.float64) @ affine[:, :2].T + affine[:, 2]
-    within = (places >= 0) & (places <= plan.size[::-1])
+    within = (places >= area[:2]) & (places <= area[2:])
     keep = within.all(axis=-1, keepdims=True) & (keypoints[..., 2:] > 0)
     moved = np.where(keep, np.concatenate([places, keypoints[..., 2:]], axis=-1), 0).astype(np.float32)
-    return moved[:, list(mirror)] if plan.mirrored else moved
+    return moved if mirror is None else moved[:, list(mirror)]
 
 
 def _matrix(plan: Plan, height: int, width: int) -> NDArray[np.float64]:

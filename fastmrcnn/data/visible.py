@@ -15,10 +15,15 @@ from fastmrcnn.data.polygons import ImagePolygons
 from fastmrcnn.data.transforms import is_axis_aligned, transform_boxes
 
 Area = tuple[float, float, float, float]  # xyxy in pixels of the sample
-Covered = Callable[[NDArray[np.float64]], NDArray[np.bool_]]
-"""Which of these places (n, 2), x and y in pixels of the sample, lie under something."""
 
 MIN_SIDE = 1.0  # of a box in pixels of the sample: smaller objects are left out, as torchvision does
+
+
+class Cover(NamedTuple):
+    """What lies over an image's objects."""
+
+    boxes: NDArray[np.float32]  # (m, 4) in pixels of the sample: elsewhere nothing is covered
+    hides: Callable[[NDArray[np.float64]], NDArray[np.bool_]]  # places (n, 2), x and y -> (n,)
 
 
 class Seen(NamedTuple):
@@ -36,7 +41,7 @@ def seen_objects(
     forward: NDArray[np.float64],
     area: Area,
     *,
-    covered: Covered | None = None,
+    cover: Cover | None = None,
     erase: bool = False,
 ) -> Seen:
     """Which objects of an image are left within `area`, and their boxes there.
@@ -50,7 +55,7 @@ def seen_objects(
         crops, windows: the bitmaps (h, w), empty if there is none, and (n, 4) their places.
         polygons: for exact outlines under a rotation.
         forward: (2, 3) from annotation pixels to those of the sample.
-        covered: what hides objects.
+        cover: what hides objects.
         erase: whether bitmaps are erased outside of `area`, because something else is shown there. Under
             what covers them they always are.
     """
@@ -63,14 +68,15 @@ def seen_objects(
     share = np.ones(len(boxes))
     bitmaps: dict[int, NDArray[np.uint8]] = {}
     for i in np.flatnonzero((clipped[:, 2:] > clipped[:, :2]).all(axis=1)):
-        if inside[i] and covered is None:
+        above = cover if cover is not None and _overlap(clipped[i], cover.boxes) else None
+        if inside[i] and above is None:
             continue
         if crops[i].size == 0:
             share[i] = _area_of(clipped[i]) / _area_of(moved[i])
-        elif straight and covered is None and not erase:
+        elif straight and above is None and not erase:
             clipped[i], share[i] = _cut_straight(crops[i], windows[i], moved[i], forward, area)
         else:
-            clipped[i], share[i], left = _cut(crops[i], windows[i], moved[i], forward, area, covered)
+            clipped[i], share[i], left = _cut(crops[i], windows[i], moved[i], forward, area, above)
             if left is not None:
                 bitmaps[int(i)] = left
     keep = np.flatnonzero((clipped[:, 2:] - clipped[:, :2] >= MIN_SIDE).all(axis=1) & (share > 0))
@@ -108,7 +114,7 @@ def _cut(
     moved: NDArray[np.float64],
     forward: NDArray[np.float64],
     area: Area,
-    covered: Covered | None,
+    cover: Cover | None,
 ) -> tuple[NDArray[np.float64], float, NDArray[np.uint8] | None]:
     """Box and share of what is left of a bitmap, pixel by pixel; and the bitmap, if something is gone."""
     rows, columns = np.nonzero(crop)
@@ -117,10 +123,8 @@ def _cut(
     low, high = np.array(area[:2]), np.array(area[2:])
     half = np.abs(forward[:, :2]).sum(axis=1) / 2  # of a pixel as it lies in the sample
     within = ((centres >= low) & (centres <= high)).all(axis=1)
-    if covered is not None:
-        hidden = np.zeros(len(centres), np.bool_)
-        hidden[within] = covered(centres[within])
-        within &= ~hidden
+    if cover is not None:
+        within[within] = ~cover.hides(centres[within])
     if not within.any():
         return np.zeros(4), 0.0, None
     extents = [
@@ -174,6 +178,10 @@ def _row_ends(crop: NDArray[np.uint8], window: NDArray[np.int32]) -> NDArray[np.
 
 def _clip(boxes: NDArray[np.float64], area: Area) -> NDArray[np.float64]:
     return boxes.clip(np.array(area[:2] * 2), np.array(area[2:] * 2))
+
+
+def _overlap(box: NDArray[np.float64], boxes: NDArray[np.float32]) -> bool:
+    return bool(((boxes[:, :2] < box[2:]) & (boxes[:, 2:] > box[:2])).all(axis=1).any())
 
 
 def _intersection(one: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from fastmrcnn.data.collate import (
     stack_input_to_image,
     without_polygons,
 )
+from fastmrcnn.data.compose import Source, choice_of, compose, plan_composition
 from fastmrcnn.data.images import read_image
 from fastmrcnn.data.order import BatchPlan, substitutes
 from fastmrcnn.data.polygons import PolygonSizes
@@ -159,8 +161,9 @@ class TrainSamples:
             short_sides,
             long_side_max,
             polygons=min_polygons is not None or augment.rotate > 0,  # outlines to be turned
-            original=raw or augment.crop is not None,
+            original=raw or augment.crop is not None or augment.composes,
         )
+        self.sizes = [(record.height, record.width) for record in dataset.records]
         self.short_sides, self.long_side_max = list(short_sides), long_side_max
         self.augment, self.seed = augment, seed
         self.min_slots, self.min_mask_bytes = min_slots, min_mask_bytes
@@ -174,13 +177,17 @@ class TrainSamples:
         """
         left_out: dict[int, str] = {}
         room = Room(memory) if self.raw else None
+        # What is small is done for all images together, before and after the pixels: one by one, each would
+        # find that decoding the last has driven its code out of the processor's cache.
+        plans = [self._plan(index, number) for index, number in plan.samples]
         try:
             read = [
-                self._readable(index, number, plan.bucket, left_out, room) for index, number in plan.samples
+                self._readable(index, number, one, plan.bucket, left_out, room)
+                for (index, number), one in zip(plan.samples, plans, strict=True)
             ]
         except UserError as error:
             return Failure(str(error))
-        samples = [sample for _, sample in read]
+        samples = [finish() for _, finish in read]
         batch = collate(
             samples,
             plan.bucket,
@@ -191,18 +198,27 @@ class TrainSamples:
             memory=memory,
             raw=room,
             coloured=self.augment.colours,
+            maps_of_objects=self.augment.composes,
         )
         ids = [self.store.records[index].image_id for index, _ in read]
         return _loaded(batch, samples, ids, left_out, self.store.take_clipped())
 
     def _readable(
-        self, index: int, number: int, bucket: Size, left_out: dict[int, str], room: Room | None
-    ) -> tuple[int, Sample]:
-        """The sample and the index of its image, which is another one if that cannot be read."""
+        self,
+        index: int,
+        number: int,
+        plan: Plan,
+        bucket: Size,
+        left_out: dict[int, str],
+        room: Room | None,
+    ) -> tuple[int, Callable[[], Sample]]:
+        """The index of the sample's image, which is another one if that cannot be read, and what makes the
+        sample."""
         faults: list[str] = []
         for candidate in itertools.chain([index], self._substitutes(index, number, bucket)):
             try:
-                return candidate, self._sample(candidate, number, bucket, room)
+                own = plan if candidate == index else self._plan(candidate, number)
+                return candidate, self._read(candidate, number, own, bucket, left_out, room)
             except UserError as error:
                 faults.append(str(error))
                 left_out[self.store.records[candidate].image_id] = faults[-1]
@@ -219,20 +235,78 @@ class TrainSamples:
                 yield other
 
     def _plan(self, index: int, number: int) -> Plan:
-        record, numbers = self.store.records[index], draws(self.seed, number)[0]
-        return plan_image(
-            record.height, record.width, numbers, self.short_sides, self.long_side_max, self.augment
-        )
+        numbers, (height, width) = draws(self.seed, number)[0], self.sizes[index]
+        return plan_image(height, width, numbers, self.short_sides, self.long_side_max, self.augment)
 
-    def _sample(self, index: int, number: int, bucket: Size, room: Room | None) -> Sample:
-        record, plan = self.store.records[index], self._plan(index, number)
-        objects, size, schema = self.store.objects(index), (record.height, record.width), self.store.schema
+    def _read(
+        self, index: int, number: int, plan: Plan, bucket: Size, left_out: dict[int, str], room: Room | None
+    ) -> Callable[[], Sample]:
+        composed = self._composed(index, number, left_out) if self.augment.composes else None
+        if composed is not None:
+            done = self._placed(composed, room)
+            return lambda: done
+        objects = self.store.objects(index)
         pixels, left = self.store.pixels(index, plan, bucket, room)
-        proposals, least = self.store.proposed(index), self.augment.min_visible
-        sample = make_sample(pixels, plan, size, objects, schema, proposals, least, left)
-        if room is not None and left is None:
+        return partial(self._single, index, plan, pixels, left, objects, room)
+
+    def _single(
+        self,
+        index: int,
+        plan: Plan,
+        pixels: NDArray[np.uint8],
+        left: Plan | None,
+        objects: RasterisedObjects,
+        room: Room | None,
+    ) -> Sample:
+        proposals, schema = self.store.proposed(index), self.store.schema
+        least = self.augment.min_visible
+        sample = make_sample(pixels, plan, self.sizes[index], objects, schema, proposals, least, left)
+        return self._placed(sample, room)
+
+    def _placed(self, sample: Sample, room: Room | None) -> Sample:
+        if room is not None and sample.left is None:
             sample = sample._replace(pixels=room.place(sample.pixels))
         return sample if self.min_polygons is not None else without_polygons(sample)
+
+    def _composed(self, index: int, number: int, left_out: dict[int, str]) -> Sample | None:
+        """A sample of several images, if this is one. Where another image cannot be read, the sample's own
+        stands in for it."""
+        broken: set[int] = set()
+        while True:
+            composition = plan_composition(
+                index,
+                self.sizes,
+                self.seed,
+                number,
+                self.short_sides,
+                self.long_side_max,
+                self.augment,
+                broken,
+            )
+            if composition is None:
+                return None
+            sources: list[Source] = []
+            for layer in composition.layers:
+                try:
+                    resized = self.store.resized(layer.index, layer.plan.resized, layer.plan.region)
+                except UserError as error:
+                    if layer.index == index:
+                        raise
+                    broken.add(layer.index)
+                    left_out[self.store.records[layer.index].image_id] = str(error)
+                    break
+                sources.append(Source(resized, self.sizes[layer.index], self.store.objects(layer.index)))
+            else:
+                break
+        schema, augment = self.store.schema, self.augment
+        return compose(
+            composition,
+            sources,
+            mirror=None if schema is None else schema.mirror,
+            min_visible=augment.min_visible,
+            fill=augment.fill,
+            choice=choice_of(self.seed, number),
+        )
 
 
 class EvalSamples:

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from coloured import BACKGROUND, FILL, check_agreement, coloured, extent, object_map
+from coloured import FILL, check_agreement, coloured, object_map
 
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.collate import make_sample, read_objects
-from fastmrcnn.data.loader import LoadedBatch, TrainLoader
+from fastmrcnn.data.loader import TrainLoader
 from fastmrcnn.data.transforms import Augment, Plan, apply_plan, draws, image_to_input, plan_image, resize
-from fastmrcnn.structures import tree_map
 
 FLIPS = Augment(0.5, 0.5, 0.5, fill=FILL)
 KINDS = {
@@ -24,6 +23,11 @@ KINDS = {
     "jitter": dataclasses.replace(FLIPS, crop=(96, 64), scale=(0.3, 2.0)),
     "rotate": dataclasses.replace(FLIPS, rotate=30),
     "everything": dataclasses.replace(FLIPS, crop=(96, 96), scale=(0.5, 2.0), rotate=20),
+    "copy-paste": dataclasses.replace(FLIPS, copy_paste=0.7),
+    "mosaic": dataclasses.replace(FLIPS, crop=(160, 128), scale=(0.9, 1.6), mosaic=0.7),
+    "all of it": dataclasses.replace(
+        FLIPS, crop=(160, 160), scale=(0.8, 1.5), rotate=20, mosaic=0.5, copy_paste=0.7
+    ),
 }
 
 
@@ -47,25 +51,27 @@ def test_masks_and_boxes_lie_on_the_pixels(images: CocoDataset, kind: str) -> No
 def test_keypoints_lie_on_their_spots(tmp_path: Path, kind: str) -> None:
     """`left` is on white and `right` on black, and the other way round in a mirror image."""
     dataset = coloured(tmp_path, keypoints=True)
-    found = mirrored = 0
+    found = mirrored = covered = 0
     for loaded in loader(dataset, KINDS[kind], steps=20):
         batch, targets = loaded.batch, loaded.batch.targets
         assert targets is not None
         assert targets.keypoints is not None
         for row, slot in np.argwhere(targets.valid.numpy()):
             mirror = np.linalg.det(object_map(batch, row, slot)[:, :2]) < 0
-            colours, flags = ([0, 255], [1, 2]) if mirror else ([255, 0], [2, 1])
-            for point, colour, flag in zip(targets.keypoints[row, slot], colours, flags, strict=True):
-                if not point.any():
+            for point, colour in zip(
+                targets.keypoints[row, slot], (0, 255) if mirror else (255, 0), strict=True
+            ):
+                if point[2] < 2:  # not within the image, or covered
+                    covered += int(point[2])
                     continue
                 found, mirrored = found + 1, mirrored + int(mirror)
                 height, width = batch.sizes[row].tolist()
                 x, y = int(min(point[0], width - 1)), int(min(point[1], height - 1))
                 spot = batch.pixels[row, :, max(0, y - 1) : y + 2, max(0, x - 1) : x + 2].float()
                 assert (spot - colour).abs().amin(dim=(1, 2)).max() < 70
-                assert point[2] == flag
     assert found > 20
     assert 0 < mirrored < found
+    assert (covered > 0) == (KINDS[kind].copy_paste > 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

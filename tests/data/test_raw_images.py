@@ -147,13 +147,15 @@ def test_a_room() -> None:
     room = Room(np.zeros(2**16 + 5, np.uint8))
     images = [room.place(image) for image in (first, second)]
     assert all(np.shares_memory(image, room.memory) for image in images)
-    buffer = room.buffer(images)
+    buffer, starts = room.gathered(images[::-1] + images[1:])
+    assert starts == [12, 0, 12]
     assert buffer.size == 2**16
     assert np.shares_memory(buffer, room.memory)
     assert buffer[:18].tolist() == [*range(12), *[7] * 6]
     for small in (Room(np.zeros(13, np.uint8)), Room(np.zeros(40, np.uint8)), Room(None)):
         images = [small.place(image) for image in (first, second)]
-        other = small.buffer(images)
+        other, starts = small.gathered(images)
+        assert starts == [0, 12]
         assert not np.shares_memory(other, small.memory)
         np.testing.assert_array_equal(other, buffer)
 

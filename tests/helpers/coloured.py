@@ -20,7 +20,7 @@ BACKGROUND = (128, 128, 128)
 FILL = (70, 70, 70)
 COLOURS = [c for c in itertools.product((0, 128, 255), repeat=3) if len(set(c)) > 1]
 PER_IMAGE = 3
-FINE = 5  # odd: the middle is one of them; places that are looked at along a side of a pixel
+FINE = 3  # odd: the middle is one of them; places that are looked at along a side of a pixel
 TOLERANCE = 40  # in each channel: what interpolation leaves is nearer to the middle
 
 
@@ -57,7 +57,7 @@ def coloured(
                 left, right, level = x + w // 4, x + 3 * w // 4, y + h // 2
                 pixels[level - 3 : level + 3, left - 3 : left + 3] = 255
                 pixels[level - 3 : level + 3, right - 3 : right + 3] = 0
-                points = np.array([[left, level, 2], [right, level, 1]], np.float32)
+                points = np.array([[left, level, 2], [right, level, 2]], np.float32)
             box = (float(x), float(y), float(x + w), float(y + h))
             objects.append(ObjectRecord(index + 1, index, box, False, shape, float(mask.sum()), points))
         path = folder / f"{number}.png"
@@ -82,22 +82,25 @@ def check_agreement(batch: Batch, row: int) -> int:
     for slot in slots:
         inside = mask_of(batch, row, slot, at).reshape(height * FINE, width * FINE)
         # polygons and their bitmaps differ by half a pixel of the annotation
-        step = np.abs(object_map(batch, row, slot)[:, :2]).sum(axis=1).min()
+        step = np.sqrt(abs(np.linalg.det(object_map(batch, row, slot)[:, :2])))
         box = targets.boxes[row, slot].numpy()
         np.testing.assert_allclose(box, extent(inside) / FINE, atol=2 / FINE + 1 / step)
         inside = inside[FINE // 2 :: FINE, FINE // 2 :: FINE]
         index = int(targets.classes[row, slot])
-        by_class[index] = by_class.get(index, np.zeros_like(inside)) | inside
-    for index, colour in enumerate(COLOURS):
-        shown = (np.abs(pixels - colour) < TOLERANCE).all(axis=2)
-        mask = by_class.get(index)
-        if mask is None:  # what is smaller than a pixel is no object any more
-            assert shown.sum() <= 6, f"class {index}: {shown.sum()} pixels have the colour of no object"
-            continue
-        wrong, missing = shown & ~spread(mask, 3), ~shown & ~spread(~mask, 3)
-        assert wrong.sum() <= 6, f"class {index}: {wrong.sum()} pixels of its colour are not in its mask"
+        border = 2 + int(np.ceil(2 / step))  # where interpolation mixes colours
+        missing = ~near(pixels, index) & ~spread(~inside, border)
         assert not missing.any(), f"class {index}: {missing.sum()} pixels of its mask have another colour"
+        by_class[index] = by_class.get(index, np.zeros_like(inside)) | inside
+    for index in range(len(COLOURS)):
+        wrong = near(pixels, index) & ~spread(by_class.get(index, np.zeros((height, width), bool)), 3)
+        # what is smaller than a pixel is no object any more
+        assert wrong.sum() <= 6, f"class {index}: {wrong.sum()} pixels of its colour are not in its mask"
     return len(slots)
+
+
+def near(pixels: NDArray[np.int64], index: int) -> NDArray[np.bool_]:
+    """Which pixels have the colour of a class."""
+    return (np.abs(pixels - COLOURS[index]) < TOLERANCE).all(axis=2)
 
 
 def object_map(batch: Batch, row: int, slot: int) -> NDArray[np.float64]:
