@@ -125,4 +125,4 @@ def _library() -> ModuleType | None:
         import simplejpeg
     except ImportError:
         return None
-    return simplejpeg  # type: ignore[no-any-return]
+    return simplejpeg

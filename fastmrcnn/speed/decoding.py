@@ -25,6 +25,7 @@ from fastmrcnn.data.records import ImageRecord
 from fastmrcnn.data.slot_sizes import pixel_bytes, table_bytes
 from fastmrcnn.data.transforms import Augment, Size, resized_size
 from fastmrcnn.data.worker import LoadedBatch, TrainSamples
+from fastmrcnn.pixels import with_pixels
 from fastmrcnn.speed.markdown import table
 
 HEIGHT, WIDTH = 480, 640
@@ -86,8 +87,9 @@ def _measure(config: Config, dataset: CocoDataset, rounds: int) -> dict[str, Any
         DEVICE: load(True),
         ALONE: lambda: [decode_plain(path, MAX_PIXELS, memory) for path in paths],
     }
-    _check([usual(path, size) for path in paths], ways[WORKER]().batch.pixels, size)
-    _check_raw(paths, ways[DEVICE]())
+    expected = [usual(path, size) for path in paths]
+    for way in (WORKER, DEVICE):
+        _check(way, expected, with_pixels(ways[way]().batch).pixels, size)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
@@ -123,20 +125,10 @@ def usual(path: Path, size: Size) -> Tensor:
     return pixels.permute(2, 0, 1).contiguous().to(torch.float32).div(255)
 
 
-def _check(expected: Sequence[Tensor], pixels: Tensor, size: Size) -> None:
+def _check(way: str, expected: Sequence[Tensor], pixels: Tensor, size: Size) -> None:
     for one, other in zip(expected, pixels, strict=True):
         if not torch.equal((one * 255).round().to(torch.uint8), other[:, : size[0], : size[1]]):
-            raise RuntimeError("the loader's pixels are not those of Pillow")
-
-
-def _check_raw(paths: Sequence[Path], loaded: LoadedBatch) -> None:
-    raw = loaded.batch.raw
-    assert raw is not None
-    for path, start in zip(paths, raw.offset.tolist(), strict=True):
-        with Image.open(path) as image:
-            expected = np.asarray(image.convert("RGB")).ravel()
-        if not np.array_equal(raw.buffer[start : start + expected.size].numpy(), expected):
-            raise RuntimeError("the loader's decoded images are not those of Pillow")
+            raise RuntimeError(f"{way}: the pixels are not those of Pillow")
 
 
 def write_photographs(folder: Path, images: int, quality: int) -> CocoDataset:
