@@ -14,7 +14,9 @@ from tqdm import tqdm
 from fastmrcnn.config.schema import Config
 from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.files import to_write, write_text
+from fastmrcnn.speed.decoding import decoding_table, measure_decoding
 from fastmrcnn.speed.environment import environment
+from fastmrcnn.speed.handover import handover_table, measure_handover
 from fastmrcnn.speed.inference_rows import inference_table, measure_inference_apart
 from fastmrcnn.speed.judging import judging_table, measure_judging
 from fastmrcnn.speed.ladder import MASK_SLOTS, broken, climb_apart, kernel_table, ladder_table, takes_turns
@@ -89,6 +91,12 @@ def main(argv: list[str]) -> None:
         measure_inference_apart(workload, compiled=compiled, report=tell, keep=partial(keep, "inference"))
         print(inference_table(found["inference"]) + "\n")
     if arguments.loader:
+        tell("decoding")
+        keep("decoding", measure_decoding(config))
+        print(decoding_table(found["decoding"]) + "\n")
+        tell("handover")
+        keep("handover", measure_handover())
+        print(handover_table(found["handover"]) + "\n")
         tell("loader")
         keep("loader", measure_loading(config, device, workload.images, workload.steps))
         print(loading_table(found["loader"]) + "\n")
@@ -153,7 +161,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--loader",
         action="store_true",
-        help="also measure the step fed by the loader, from data.train or the embedded shapes",
+        help="also measure decoding on one core, the way of batches between processes, and the step fed by the "
+        "loader, from data.train or the embedded shapes",
     )
     parser.add_argument(
         "--evaluation", action="store_true", help="also measure COCO's evaluation of results that are made up"

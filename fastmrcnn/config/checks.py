@@ -49,6 +49,12 @@ def check_trainable(config: Config) -> None:
             "model.backbone.frozen_stages needs model.backbone.weights or model.weights; from random weights "
             "set it to 0"
         )
+    augment = config.data.augment
+    if config.data.train.proposals is not None and (augment.copy_paste or augment.mosaic):
+        problems.append(
+            "data.augment.copy_paste and data.augment.mosaic do not go with data.train.proposals, which has "
+            "those of single images; set both to 0"
+        )
     names: tuple[SplitName, ...] = ("train",) if config.data.val.annotations is None else ("train", "val")
     problems += [problem for name in names if (problem := proposals_problem(config, name))]
     if problems:

@@ -52,6 +52,38 @@ class AugmentConfig(Section):
     """Factor drawn from 1 - x .. 1 + x."""
     contrast: float = Field(0.0, ge=0, le=1)
     """Factor about the image's mean, drawn from 1 - x .. 1 + x."""
+    saturation: float = Field(0.0, ge=0, le=1)
+    """Factor of the distance to grey, drawn from 1 - x .. 1 + x."""
+    hue: float = Field(0.0, ge=0, le=0.5)
+    """Share of a whole turn of the colours about the axis of greys in YIQ, drawn from -x .. x."""
+    rotate: float = Field(0.0, ge=0, le=45)
+    """Degrees of a rotation about the centre, drawn from -x .. x. Corners turn out of the image; those that
+    turn in have the model's mean colour."""
+    crop: tuple[Positive, Positive] | None = None
+    """[height, width] of the part that is drawn of an image that is larger; an image that is smaller is left
+    whole. Every batch has this shape, in multiples of 32."""
+    scale: tuple[Side, Side] | None = None
+    """[least, most] of large-scale jitter, such as [0.1, 2.0]: an image is fitted into `crop`, scaled by a
+    factor drawn from these, and cropped. data.short_side then has no effect on training."""
+    copy_paste: float = Field(0.0, ge=0, le=1)
+    """Probability that objects of another training image are pasted in (arXiv 2012.07177, without blending);
+    that image is resized, flipped, ... as if it were a sample of its own."""
+    mosaic: float = Field(0.0, ge=0, le=1)
+    """Probability of a mosaic of four images about a point in the middle half of `crop`, each changed as if
+    its tile were the crop (YOLOv4, arXiv 2004.10934)."""
+    min_visible: float = Field(0.0, ge=0, le=1)
+    """Objects of which a crop, a rotation or another image leaves a smaller share are neither learnt nor
+    punished. Those of which nothing is left, or less than a pixel's width, are gone."""
+
+    @model_validator(mode="after")
+    def _check_together(self) -> AugmentConfig:
+        if self.scale is not None and self.crop is None:
+            raise ValueError("data.augment.scale needs data.augment.crop, such as [1024, 1024]")
+        if self.scale is not None and self.scale[0] > self.scale[1]:
+            raise ValueError("data.augment.scale: the first factor must not exceed the second")
+        if self.mosaic and (self.crop is None or min(self.crop) < 4):
+            raise ValueError("data.augment.mosaic needs data.augment.crop, such as [1024, 1024]")
+        return self
 
 
 class DataConfig(Section):
@@ -92,6 +124,11 @@ class DataConfig(Section):
     """Larger images are refused; the default is Pillow's own limit."""
     missing: Literal["error", "skip"] = "error"
     """Of images whose file is not there; skip: they are left out and counted."""
+    resize: Literal["auto", "device", "worker"] = "auto"
+    """Where images are resized, turned, flipped, cut, coloured and padded: by the loader's processes, which
+    then hand over whole batches, or by the device that trains, to which they hand what they decoded. The
+    pixels are the same; colours and parts of images can differ by a level or two. auto: device on CUDA,
+    worker on a CPU."""
     workers: int = Field(2, ge=0)
     """Loader processes; 0 loads in the training process."""
     max_broken: float = Field(0.01, ge=0, le=1)

@@ -99,6 +99,11 @@ def read_sets(
     return train_set, check_same_classes(train_set, val_set)
 
 
+def resizes_on_device(config: Config, on_gpu: bool) -> bool:
+    """Whether loaders hand over images as they are decoded."""
+    return config.data.resize == "device" or (config.data.resize == "auto" and on_gpu)
+
+
 def evaluation_loader(
     dataset: CocoDataset, config: Config, pin_memory: bool = False, share: Share = WHOLE
 ) -> EvalLoader:
@@ -113,8 +118,16 @@ def evaluation_loader(
         buckets=data.buckets,
         workers=data.workers,
         pin_memory=pin_memory,
+        raw=resizes_on_device(config, pin_memory),
         share=share,
     )
+
+
+def augment_options(config: Config) -> Augment:
+    """What may change in a training image; what no image covers gets the model's mean colour."""
+    mean = config.model.pixel_mean
+    red, green, blue = mean if config.model.channel_order == "rgb" else mean[::-1]
+    return Augment(**config.data.augment.model_dump(), fill=(round(red), round(green), round(blue)))
 
 
 def train_loader(
@@ -122,26 +135,27 @@ def train_loader(
 ) -> TrainLoader:
     """The batches from step `start` on, or a process's share of them."""
     # With the set's largest targets as lower limits, the batches of a bucket share one shape.
+    data, augment = config.data, augment_options(config)
     images = max(1, config.train.images // share.parts)
-    slots, mask_bytes = largest_targets(dataset, images)
+    slots, mask_bytes = largest_targets(dataset, images, augment.layers)
     polygons = config.model.mask_head.reads_polygons
-    data = config.data
     return TrainLoader(
         dataset,
         batch=config.train.images,
         short_sides=data.short_side,
         long_side_max=data.long_side_max,
         buckets=data.buckets,
-        augment=Augment(**data.augment.model_dump()),
+        augment=augment,
         seed=config.train.seed,
         start_step=start,
         steps=config.train.steps,
         workers=data.workers,
         max_objects=data.max_objects,
         pin_memory=pin_memory,
+        raw=resizes_on_device(config, pin_memory),
         min_slots=slots,
         min_mask_bytes=mask_bytes,
-        polygons=largest_polygons(dataset, images) if polygons else None,
+        polygons=largest_polygons(dataset, images * augment.layers) if polygons else None,
         max_broken=data.max_broken,
         share=share,
     )

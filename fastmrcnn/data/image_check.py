@@ -11,14 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from fastmrcnn.data.headers import Header, check_headers
 from fastmrcnn.data.image_files import find_files, require_files
-from fastmrcnn.data.images import (
-    FLOATING_POINT,
-    Header,
-    ImageError,
-    check_headers,
-    read_extent,
-)
+from fastmrcnn.data.images import FLOATING_POINT, ImageError, read_extent
 from fastmrcnn.data.pixel_range import (
     FULL,
     MAX_PIXELS,

@@ -85,7 +85,10 @@ class TrainSampler:
         self.buckets = list(buckets)
         self.batch, self.seed, self.start_step, self.steps = batch, seed, start_step, steps
         self.sides, self.rotate90 = len(short_sides), augment.rotate90
-        self.bucket_of = _bucket_table(records, short_sides, long_side_max, buckets, augment.rotate90 > 0)
+        if augment.crop is not None:  # whatever an image's size, the sample's is the crop's
+            self.bucket_of = _bucket_of_crop(len(records), len(short_sides), augment.crop, buckets)
+        else:
+            self.bucket_of = _bucket_table(records, short_sides, long_side_max, buckets, augment.rotate90 > 0)
 
     def __len__(self) -> int:
         return max(0, self.steps - self.start_step) * self.share.accumulate
@@ -157,6 +160,17 @@ def substitutes(images: int, seed: int, sample: int) -> Iterator[int]:
     and the sample's global index alone."""
     order = np.random.Generator(np.random.Philox(key=[seed, 2], counter=[0, sample, 0, 0]))
     yield from order.permutation(images).tolist()
+
+
+def _bucket_of_crop(images: int, sides: int, crop: Size, buckets: Sequence[Size]) -> NDArray[np.int64]:
+    """As `_bucket_table`, the same for all."""
+    bucket = smallest_bucket(crop, buckets)
+    if bucket is None:
+        raise UserError(
+            f"data.augment.crop={list(crop)} (height, width): no entry of data.buckets holds that; add one, or "
+            "set data.buckets=auto"
+        )
+    return np.full((images, sides, 2), list(buckets).index(bucket), np.int64)
 
 
 def _bucket_table(

@@ -14,11 +14,12 @@ from fastmrcnn.data.order import Floors
 from fastmrcnn.data.polygons import PolygonSizes
 
 
-def target_needs(dataset: CocoDataset, polygons: bool) -> NDArray[np.int64]:
+def target_needs(dataset: CocoDataset, polygons: bool, layers: int = 1) -> NDArray[np.int64]:
     """Of each image (n, 3): bytes of its objects' bitmaps at most, vertices and parts of its polygons.
 
     Args:
         polygons: whether those are wanted; else the last two are 0.
+        layers: most images that a sample may be put together from, of which the others may be any.
     """
     needs = np.zeros((len(dataset.records), len(Floors._fields)), np.int64)
     if dataset.masks:
@@ -29,7 +30,7 @@ def target_needs(dataset: CocoDataset, polygons: bool) -> NDArray[np.int64]:
                 if isinstance(item.segmentation, list) and not item.crowd:
                     row[1] += sum(len(polygon) // 2 for polygon in item.segmentation)
                     row[2] += len(item.segmentation)
-    return needs
+    return needs + (layers - 1) * needs.max(axis=0, initial=0)
 
 
 def _bitmap_bytes(dataset: CocoDataset) -> NDArray[np.int64]:

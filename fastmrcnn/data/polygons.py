@@ -48,16 +48,40 @@ def read_polygons(record: ImageRecord) -> ImagePolygons:
     )
 
 
+def select_polygons(image: ImagePolygons, keep: NDArray[np.int64], usable: Sequence[bool]) -> ImagePolygons:
+    """Those of some of an image's objects; none of one whose polygons are not usable."""
+    first = np.cumsum(image.parts) - image.parts
+    last_vertex = np.cumsum(image.lengths)
+    parts = [
+        range(first[i], first[i] + image.parts[i]) if use else range(0)
+        for i, use in zip(keep.tolist(), usable, strict=True)
+    ]
+    chosen = [part for some in parts for part in some]
+    vertices = [image.vertices[last_vertex[p] - image.lengths[p] : last_vertex[p]] for p in chosen]
+    return ImagePolygons(
+        vertices=np.concatenate([np.zeros((0, 2)), *vertices]),
+        lengths=image.lengths[np.array(chosen, np.int64)],
+        parts=np.array([len(some) for some in parts], np.int32),
+        longest=max((int(image.lengths[np.array(some, np.int64)].sum()) for some in parts), default=0),
+    )
+
+
+def join_polygons(images: Sequence[ImagePolygons]) -> ImagePolygons:
+    """Those of all objects of some images."""
+    vertices, lengths, parts, longest = zip(*images, strict=True)
+    return ImagePolygons(*map(np.concatenate, (vertices, lengths, parts)), longest=max(longest))
+
+
 def polygon_tables(
     images: Sequence[ImagePolygons],
-    to_input: Sequence[NDArray[np.float64]],
+    to_input: NDArray[np.float64],
     slots: int,
     least: PolygonSizes,
 ) -> PackedPolygons:
     """One table of the polygons of all images; every size is a power of two.
 
     Args:
-        to_input: (2, 3) of each image, annotation pixels to input pixels.
+        to_input: (N, 2, 3) annotation pixels to input pixels; or of each object (N, G, 2, 3).
         slots: G.
     """
     vertices = np.concatenate([image.vertices for image in images])
@@ -78,7 +102,7 @@ def polygon_tables(
         # an object without polygons starts at 0, so that the tables of equal batches are equal
         first_part=torch.from_numpy(np.where(parts > 0, before, 0).astype(np.int32)),
         parts=torch.from_numpy(parts),
-        to_input=torch.from_numpy(np.stack(to_input)),
+        to_input=torch.from_numpy(to_input),
         step=torch.arange(longest, dtype=torch.int32),
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastmrcnn.data.loader import dead_worker
+from fastmrcnn.data.transport import dead_worker
 from fastmrcnn.errors import UserError
 from fastmrcnn.group import LostError, lost_peer
 from fastmrcnn.training.console import how_to_go_on

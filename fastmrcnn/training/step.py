@@ -23,6 +23,7 @@ from fastmrcnn.model.convs import fuse_epilogues
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.model.subsample import SamplingKeys
 from fastmrcnn.model.sync_norm import synchronise_norms
+from fastmrcnn.pixels import with_pixels
 from fastmrcnn.structures import Batch, Counts, Losses, present, to_device, tree_map
 from fastmrcnn.training.compile_cache import keep_compile_cache
 from fastmrcnn.training.cuda_graph import (
@@ -154,12 +155,15 @@ class TrainingStep:
     def upload(self, batch: Sequence[Batch]) -> Sequence[Batch]: ...
     def upload(self, batch: Batch | Sequence[Batch]) -> Batch | Sequence[Batch]:
         """A batch of the loader on the step's device, for the next step; pinned, the host does not wait.
-        Several batches stay where they are, and follow one another within the step."""
-        return self._upload(batch) if isinstance(batch, Batch) else batch
+        Several batches stay where they are, and follow one another within the step; only those whose images
+        are still to be resized go to the device at once."""
+        if isinstance(batch, Batch):
+            return self._upload(batch)
+        return [one if one.raw is None else with_pixels(to_device(one, self.device)) for one in batch]
 
     def _upload(self, batch: Batch) -> Batch:
-        if self.staging is None or batch.pixels.device.type == self.device.type:
-            return to_device(batch, self.device)
+        if self.staging is None or batch.sizes.device.type == self.device.type:
+            return with_pixels(to_device(batch, self.device))
         return self.staging(batch)
 
     def draw_keys(self, batches: Sequence[Batch], step: int) -> list[SamplingKeys]:
