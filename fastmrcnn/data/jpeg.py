@@ -110,9 +110,11 @@ def _content(source: Path | bytes) -> bytes | None:
     if isinstance(source, bytes):
         return source if source.startswith(START) else None
     try:
-        with source.open("rb") as stream:
-            start = stream.read(len(START))
-            return start + stream.read() if start == START else None
+        with open(source, "rb", buffering=0) as stream:
+            if stream.read(len(START)) != START:
+                return None
+            stream.seek(0)
+            return stream.readall()
     except OSError:
         return None
 
@@ -123,4 +125,4 @@ def _library() -> ModuleType | None:
         import simplejpeg
     except ImportError:
         return None
-    return simplejpeg  # type: ignore[no-any-return]
+    return simplejpeg

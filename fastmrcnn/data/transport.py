@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -21,7 +21,11 @@ from fastmrcnn.errors import UserError
 PREFETCH = 4  # batches that each loader process works ahead
 SPARE = 4  # slots beyond those: one in use, one asked for, and the steps by which a GPU may lie behind
 
-Plans = Collection[BatchPlan]
+
+class Plans(Protocol):
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[BatchPlan]: ...
 
 
 class Handed(NamedTuple):

@@ -25,18 +25,20 @@ from fastmrcnn.data.records import ImageRecord
 from fastmrcnn.data.slot_sizes import pixel_bytes, table_bytes
 from fastmrcnn.data.transforms import Augment, Size, resized_size
 from fastmrcnn.data.worker import LoadedBatch, TrainSamples
+from fastmrcnn.pixels import with_pixels
 from fastmrcnn.speed.markdown import table
 
-HEIGHT, WIDTH, QUALITY = 480, 640, 90
-FALL = 0.35  # how fast fine texture is weaker than coarse: files of some 120 kB, about as large as COCO's
+HEIGHT, WIDTH = 480, 640
+QUALITIES = (75, 90)  # what most programs write, and what makes files about as large as COCO's
+FALL = 0.35  # how much weaker fine texture is than coarse: with it files are of some 75 and 120 kB
 USUAL = "Pillow: decode, resize, to-tensor"
 WORKER = "ours, data.resize=worker: decode, resize, pad"
 DEVICE = "ours, data.resize=device: decode"
 ALONE = "of that, simplejpeg itself"
 
 
-def measure_decoding(config: Config, images: int = 12, rounds: int = 8) -> dict[str, Any]:
-    """Images a second and core of each way, which take turns, by processor time.
+def measure_decoding(config: Config, images: int = 12, rounds: int = 6) -> list[dict[str, Any]]:
+    """Images a second and core of each way, which take turns, by processor time; for each quality.
 
     The images are textures of this program's own, photographs by their size as files, without objects. Ours
     are put into memory that is used again, as slots are. The usual way is torchvision's ToTensor: float32 in
@@ -49,8 +51,11 @@ def measure_decoding(config: Config, images: int = 12, rounds: int = 8) -> dict[
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory() as name:
-            dataset = write_photographs(Path(name), images)
-            return _measure(config, dataset, rounds)
+            folder = Path(name)
+            return [
+                {"quality": quality, **_measure(config, write_photographs(folder, images, quality), rounds)}
+                for quality in QUALITIES
+            ]
     finally:
         torch.set_num_threads(threads)
 
@@ -82,8 +87,9 @@ def _measure(config: Config, dataset: CocoDataset, rounds: int) -> dict[str, Any
         DEVICE: load(True),
         ALONE: lambda: [decode_plain(path, MAX_PIXELS, memory) for path in paths],
     }
-    _check([usual(path, size) for path in paths], ways[WORKER]().batch.pixels, size)
-    _check_raw(paths, ways[DEVICE]())
+    expected = [usual(path, size) for path in paths]
+    for way in (WORKER, DEVICE):
+        _check(way, expected, with_pixels(ways[way]().batch).pixels, size)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
@@ -95,7 +101,6 @@ def _measure(config: Config, dataset: CocoDataset, rounds: int) -> dict[str, Any
         "images": images,
         "height": HEIGHT,
         "width": WIDTH,
-        "quality": QUALITY,
         "resized": list(size),
         "kilobytes": float(np.mean([path.stat().st_size for path in paths])) / 1e3,
         "rounds": rounds,
@@ -120,29 +125,19 @@ def usual(path: Path, size: Size) -> Tensor:
     return pixels.permute(2, 0, 1).contiguous().to(torch.float32).div(255)
 
 
-def _check(expected: Sequence[Tensor], pixels: Tensor, size: Size) -> None:
+def _check(way: str, expected: Sequence[Tensor], pixels: Tensor, size: Size) -> None:
     for one, other in zip(expected, pixels, strict=True):
         if not torch.equal((one * 255).round().to(torch.uint8), other[:, : size[0], : size[1]]):
-            raise RuntimeError("the loader's pixels are not those of Pillow")
+            raise RuntimeError(f"{way}: the pixels are not those of Pillow")
 
 
-def _check_raw(paths: Sequence[Path], loaded: LoadedBatch) -> None:
-    raw = loaded.batch.raw
-    assert raw is not None
-    for path, start in zip(paths, raw.offset.tolist(), strict=True):
-        with Image.open(path) as image:
-            expected = np.asarray(image.convert("RGB")).ravel()
-        if not np.array_equal(raw.buffer[start : start + expected.size].numpy(), expected):
-            raise RuntimeError("the loader's decoded images are not those of Pillow")
-
-
-def write_photographs(folder: Path, images: int) -> CocoDataset:
+def write_photographs(folder: Path, images: int, quality: int) -> CocoDataset:
     """JPEGs of noise at all scales, fine texture weaker than coarse and colours weaker than brightness."""
     random = np.random.default_rng(0)
     records = []
     for number in range(images):
-        path = folder / f"{number}.jpg"
-        Image.fromarray(texture(random)).save(path, quality=QUALITY)
+        path = folder / f"{quality}-{number}.jpg"
+        Image.fromarray(texture(random)).save(path, quality=quality)
         records.append(ImageRecord(number, path, path.name, WIDTH, HEIGHT, [], folder / "set.json"))
     return CocoDataset(records, ["none"], [1], folder / "set.json")
 
@@ -158,12 +153,15 @@ def texture(random: np.random.Generator) -> NDArray[np.uint8]:
     return (whole / whole.std() * 55 + 120).clip(0, 255).astype(np.uint8)
 
 
-def decoding_table(found: dict[str, Any]) -> str:
-    what = f"{found['height']}x{found['width']} JPEG of {found['kilobytes']:.0f} kB"
-    to = "to " + "x".join(map(str, found["resized"]))
-    rows = [
-        [row["way"], f"{row['images_per_second']:.0f}", f"{row['ms']:.2f}", f"{row['ratio']:.1f}"]
-        for row in found["rows"]
-    ]
-    note = "" if found["simplejpeg"] else "\n\nsimplejpeg is not installed: Pillow decoded everywhere."
-    return table([f"{what}, {to}", "images/s of a core", "ms", "times Pillow"], rows) + note
+def decoding_table(found: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for one in found:
+        size = f"{one['height']}x{one['width']}, {one['kilobytes']:.0f} kB"
+        rows += [
+            [size, row["way"], f"{row['images_per_second']:.0f}", f"{row['ms']:.2f}", f"{row['ratio']:.1f}"]
+            for row in one["rows"]
+        ]
+    to = "x".join(map(str, found[0]["resized"]))
+    head = ["JPEG", f"one core, to {to}", "images/s", "ms an image", "times the usual"]
+    note = "" if found[0]["simplejpeg"] else "\n\nsimplejpeg is not installed: Pillow decoded for ours, too."
+    return table(head, rows) + note
