@@ -54,8 +54,8 @@ def resize_pad(
         if quarter[n] % 2:
             part = part.transpose(0, 1)
         if colour is not None:
-            total, count = part.sum(dtype=torch.int64), offset.new_tensor(part.numel())
-            part = _coloured(part, folded(colour[n], total, count))
+            levels = offset.new_tensor(part.numel())
+            part = _coloured(part, folded(colour[n], part.sum(dtype=torch.int64), levels))
         out[n, top : top + part.shape[0], left : left + part.shape[1]] = part
     return out.permute(0, 3, 1, 2)
 

@@ -1,13 +1,15 @@
 """Resize and pad in Triton: a program for each tile of the output, which is written once.
 
 Both passes of the resampling are in one program: it computes a row of the first one where the second needs
-it, again for each of its taps, which are two wherever an image grows. Only where a colour matrix asks for the
-mean level does a second kernel resize before, keeping sums alone.
+it, again for each of its taps, which are two wherever an image grows. Where a colour matrix asks for the mean
+level, the same kernel has run before and kept the sums of its tiles alone.
 """
 
 # mypy: disallow-untyped-defs=False
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -125,10 +127,11 @@ def compile_specs() -> list[CompileSpec]:
         flops = 8 * 2 * 3 * (taps[1] * source[0] * result[1] + taps[0] * result[0] * result[1])
         trips = taps[0] * taps[1] * result[1] / 1344  # of the average tile: those of padding make none
         for variant in variants:
-            sums, moves = variant == "sums", [None] * 4
+            sums = variant == "sums"
+            moves: tuple[Any, Any, Any, Any] = (None, None, None, None)
             if variant in ("all", "sums"):
                 colour = offset.new_empty((8, 3, 5 if sums else 4), dtype=torch.float32)
-                moves = [pair[:, 0], pair.to(torch.bool), pair, colour]
+                moves = (pair[:, 0], pair.to(torch.bool), pair, colour)
             width = 1343 if variant == "no words" else 1344
             out, launch = _launch(buffer, offset, pair, pair, pair.long(), *moves, 800, width, sums)
             moved = buffer.nbytes + out.nbytes
