@@ -1,8 +1,8 @@
 """Samples that are put together from several images: copy-paste and mosaic.
 
 Copy-paste is that of "Simple Copy-Paste is a Strong Data Augmentation Method" (arXiv 2012.07177), without
-blending; a mosaic is that of YOLOv4 (arXiv 2004.10934). Each object keeps the bitmap of its own annotation and
-has maps of its own; where something else is shown, pixels of that bitmap are erased.
+blending; a mosaic is that of YOLOv4 (arXiv 2004.10934). Each object keeps the bitmap of its own annotation
+and has maps of its own; where something else is shown, pixels of that bitmap are erased.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What is left of an image's objects where a part of it is cut off, turned away or covered.
 
-Bitmaps are asked in the pixels of the annotation, each at its centre or by its outline; they are not drawn anew.
+Bitmaps are asked in the pixels of the annotation, each at its centre or by its outline; none is drawn anew.
 """
 
 from __future__ import annotations
