@@ -33,6 +33,7 @@ _TURNS = {
 _SHORT_SIDE, _FLIP_H, _FLIP_V, _TURN, _TURN_WAY, _BRIGHTNESS, _CONTRAST = range(7)
 _SCALE, _CROP_X, _CROP_Y, _SATURATION, _HUE, _ROTATE = range(FIRST_DRAWS, 14)
 COMPOSE_DRAWS = slice(14, 22)  # what `compose.py` draws with
+PIPELINE_DRAW = 22  # what `pipeline.py` is seeded with
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Augment:
     copy_paste: float = 0.0
     mosaic: float = 0.0
     min_visible: float = 0.0
+    albumentations: str | None = None
+    """File of a pipeline that comes before all this; see `pipeline.py`."""
     fill: tuple[int, int, int] = (0, 0, 0)
     """RGB of what no image covers within the result: the corners of a rotated one, gaps of a mosaic."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -24,9 +25,21 @@ from fastmrcnn.data.collate import (
 from fastmrcnn.data.compose import Source, choice_of, compose, plan_composition
 from fastmrcnn.data.images import read_image
 from fastmrcnn.data.order import BatchPlan, substitutes
+from fastmrcnn.data.pipeline import BITS, Pipeline, PipelineError
 from fastmrcnn.data.polygons import PolygonSizes
 from fastmrcnn.data.records import ImageProposals
-from fastmrcnn.data.transforms import Augment, Plan, Size, Window, draws, plan_image, resize, resized_size
+from fastmrcnn.data.transforms import (
+    PIPELINE_DRAW,
+    Augment,
+    Plan,
+    Size,
+    Window,
+    draws,
+    jittered_size,
+    plan_image,
+    resize,
+    resized_size,
+)
 from fastmrcnn.errors import UserError
 from fastmrcnn.structures import Batch
 
@@ -137,11 +150,12 @@ class TrainSamples(Dataset[LoadedBatch | Failure]):
             short_sides,
             long_side_max,
             polygons=min_polygons is not None or augment.rotate > 0,  # outlines to be turned
-            original=augment.crop is not None or augment.composes,
+            original=augment.crop is not None or augment.composes or augment.albumentations is not None,
         )
         self.sizes = [(record.height, record.width) for record in dataset.records]
         self.short_sides, self.long_side_max = list(short_sides), long_side_max
         self.augment, self.seed = augment, seed
+        self.pipeline = None if augment.albumentations is None else Pipeline(augment.albumentations)
         self.min_slots, self.min_mask_bytes = min_slots, min_mask_bytes
         self.min_polygons = min_polygons
 
@@ -172,6 +186,8 @@ class TrainSamples(Dataset[LoadedBatch | Failure]):
         for candidate in itertools.chain([index], self._substitutes(index, number, bucket)):
             try:
                 return candidate, self._sample(candidate, number, left_out)
+            except PipelineError:
+                raise
             except UserError as error:
                 faults.append(str(error))
                 left_out[self.store.records[candidate].image_id] = faults[-1]
@@ -193,7 +209,9 @@ class TrainSamples(Dataset[LoadedBatch | Failure]):
 
     def _sample(self, index: int, number: int, left_out: dict[int, str]) -> Sample:
         sample = self._composed(index, number, left_out) if self.augment.composes else None
-        if sample is None:
+        if self.pipeline is not None:
+            sample = self._through(self.pipeline, index, number)
+        elif sample is None:
             sample = self._single(index, self._plan(index, number))
         return sample if self.min_polygons is not None else without_polygons(sample)
 
@@ -202,6 +220,22 @@ class TrainSamples(Dataset[LoadedBatch | Failure]):
         proposals, schema = self.store.proposed(index), self.store.schema
         least = self.augment.min_visible
         return make_sample(resized, plan, self.sizes[index], objects, schema, proposals, least)
+
+    def _through(self, pipeline: Pipeline, index: int, number: int) -> Sample:
+        """A sample of what the pipeline makes of an image."""
+        schema, numbers = self.store.schema, draws(self.seed, number)[0]
+        seed = int(numbers[PIPELINE_DRAW] * 2**BITS)
+        image, objects = self.store.resized(index, self.sizes[index]), self.store.objects(index)
+        pixels, objects = pipeline(image, objects, schema, seed)
+        size, plan = (pixels.shape[0], pixels.shape[1]), self._plan(index, number)
+        if size != self.sizes[index]:  # fits where the image as it was would have fitted
+            sides = (self.short_sides, self.long_side_max)
+            if self.augment.crop is None:
+                plan = replace(plan, resized=jittered_size(*size, plan.resized, 1.0))
+            else:
+                plan = plan_image(*size, numbers, *sides, self.augment)
+        resized, least = resize(pixels, plan.resized, plan.region), self.augment.min_visible
+        return make_sample(resized, plan, size, objects, schema, None, least)
 
     def _composed(self, index: int, number: int, left_out: dict[int, str]) -> Sample | None:
         """A sample of several images, if this is one. Where another image cannot be read, the sample's own

@@ -189,5 +189,5 @@ def test_configuration_is_refused_where_it_cannot_be_meant() -> None:
         },
         "x.yaml",
     )
-    with pytest.raises(UserError, match=r"do not go with data\.train\.proposals"):
+    with pytest.raises(UserError, match=r"copy_paste and data\.train\.proposals do not go"):
         check_trainable(config)
