@@ -1,8 +1,8 @@
 """A saved pipeline of Albumentations, run on an image as it is annotated, before what this program changes.
 
 Albumentations does not tell how it moves pixels, so bitmaps go through it like images: this is the one
-place where masks are resampled, in the resolution of the annotation and by the nearest pixel. Where a pipeline
-leaves an object's bitmap as it is, box, polygons and bitmap stay those of the annotation.
+place where masks are resampled, in the resolution of the annotation and by the nearest pixel. Where a
+pipeline leaves an object's bitmap as it is, box, polygons and bitmap stay those of the annotation.
 """
 
 from __future__ import annotations
