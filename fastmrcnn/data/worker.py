@@ -25,9 +25,9 @@ from fastmrcnn.data.collate import (
 from fastmrcnn.data.compose import Source, choice_of, compose, plan_composition
 from fastmrcnn.data.images import read_image
 from fastmrcnn.data.order import BatchPlan, substitutes
-from fastmrcnn.data.pipeline import BITS, Pipeline, PipelineError
 from fastmrcnn.data.polygons import PolygonSizes
 from fastmrcnn.data.records import ImageProposals
+from fastmrcnn.data.saved_pipeline import BITS, Pipeline, PipelineError
 from fastmrcnn.data.transforms import (
     PIPELINE_DRAW,
     Augment,
@@ -257,14 +257,14 @@ class TrainSamples(Dataset[LoadedBatch | Failure]):
             sources: list[Source] = []
             for layer in composition.layers:
                 try:
-                    resized = self.store.resized(layer.index, layer.plan.resized, layer.plan.region)
+                    resized = self.store.resized(layer.image, layer.plan.resized, layer.plan.region)
                 except UserError as error:
-                    if layer.index == index:
+                    if layer.image == index:
                         raise
-                    broken.add(layer.index)
-                    left_out[self.store.records[layer.index].image_id] = str(error)
+                    broken.add(layer.image)
+                    left_out[self.store.records[layer.image].image_id] = str(error)
                     break
-                sources.append(Source(resized, self.sizes[layer.index], self.store.objects(layer.index)))
+                sources.append(Source(resized, self.sizes[layer.image], self.store.objects(layer.image)))
             else:
                 break
         schema, augment = self.store.schema, self.augment

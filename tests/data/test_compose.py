@@ -104,9 +104,9 @@ def test_middles_of_mosaics_and_other_images(images: CocoDataset) -> None:
     assert np.mean([len(some) >= 4 for some in layers]) == pytest.approx(0.5, abs=0.058)  # 4 deviations
     assert np.mean([bool(some) and some[-1].pasted for some in layers]) == pytest.approx(0.25, abs=0.05)
     assert {len(some) for some in layers} == {0, 2, 4, 5}
-    others = [[layer.index - n % 8 for layer in some[1:]] for n, some in enumerate(layers)]
+    others = [[layer.image - n % 8 for layer in some[1:]] for n, some in enumerate(layers)]
     assert {step % 8 for some in others for step in some} == set(range(1, 8))
-    assert all(some[0].index == n % 8 for n, some in enumerate(layers) if some)
+    assert all(some[0].image == n % 8 for n, some in enumerate(layers) if some)
     covered = np.zeros((200, 100), int)
     for some in layers:
         for layer in some:

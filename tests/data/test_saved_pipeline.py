@@ -13,9 +13,10 @@ from coloured import FILL, check_agreement, coloured, extent
 
 from fastmrcnn.config.file import parse_config
 from fastmrcnn.data.coco import CocoDataset
-from fastmrcnn.data.collate import read_objects, split_crops
+from fastmrcnn.data.collate import read_objects
 from fastmrcnn.data.loader import TrainLoader
-from fastmrcnn.data.pipeline import Pipeline
+from fastmrcnn.data.object_tables import split_crops
+from fastmrcnn.data.saved_pipeline import Pipeline
 from fastmrcnn.data.transforms import Augment
 from fastmrcnn.errors import UserError
 

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmrcnn.data.collate import RasterisedObjects, select_objects, split_crops
+from fastmrcnn.data.collate import RasterisedObjects
 from fastmrcnn.data.keypoints import KeypointSchema
+from fastmrcnn.data.object_tables import select_objects, split_crops
 from fastmrcnn.errors import UserError
 
 BITS = 31  # of the seed of a sample
