@@ -68,13 +68,17 @@ def select_polygons(image: ImagePolygons, keep: NDArray[np.int64], usable: Seque
 
 def join_polygons(images: Sequence[ImagePolygons]) -> ImagePolygons:
     """Those of all objects of some images."""
-    vertices, lengths, parts, longest = zip(*images, strict=True)
-    return ImagePolygons(*map(np.concatenate, (vertices, lengths, parts)), longest=max(longest))
+    return ImagePolygons(
+        vertices=np.concatenate([image.vertices for image in images]),
+        lengths=np.concatenate([image.lengths for image in images]),
+        parts=np.concatenate([image.parts for image in images]),
+        longest=max(image.longest for image in images),
+    )
 
 
 def polygon_tables(
     images: Sequence[ImagePolygons],
-    to_input: NDArray[np.float64],
+    to_input: Sequence[NDArray[np.float64]] | NDArray[np.float64],
     slots: int,
     least: PolygonSizes,
 ) -> PackedPolygons:
@@ -102,7 +106,7 @@ def polygon_tables(
         # an object without polygons starts at 0, so that the tables of equal batches are equal
         first_part=torch.from_numpy(np.where(parts > 0, before, 0).astype(np.int32)),
         parts=torch.from_numpy(parts),
-        to_input=torch.from_numpy(to_input),
+        to_input=torch.from_numpy(np.stack(to_input)),
         step=torch.arange(longest, dtype=torch.int32),
     )
 
