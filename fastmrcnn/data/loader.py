@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from fastmrcnn.data.buckets import bucket_or_new, choose_buckets, resolve_buckets
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.collate import MIN_MASK_BYTES, MIN_SLOTS, collate, make_sample
+from fastmrcnn.data.flat_records import flat_records
 from fastmrcnn.data.order import BatchPlan, TrainSampler
 from fastmrcnn.data.polygons import PolygonSizes
 from fastmrcnn.data.processes import obey_parent_alone
@@ -77,22 +78,23 @@ class TrainLoader:
         polygons: PolygonSizes | None = None,
         max_broken: float = 0.0,
     ) -> None:
-        if not dataset.records:
+        flat = flat_records(dataset.records)
+        if not len(flat):
             raise UserError(f"{dataset.annotations}: no image to train on")
         if not short_sides or min(short_sides) <= 0:
             raise UserError(f"data.short_side: expected lengths above 0, got {list(short_sides)}")
-        for record in dataset.records:
-            if len(record.objects) > max_objects:
-                raise UserError(
-                    f"{dataset.annotations}: image {record.image_id} ({record.file_name}) has "
-                    f"{len(record.objects)} objects, more than data.max_objects = {max_objects}; raise it"
-                )
+        for index in np.flatnonzero(flat.object_counts > max_objects)[:1].tolist():
+            record = flat[index]
+            raise UserError(
+                f"{dataset.annotations}: image {record.image_id} ({record.file_name}) has "
+                f"{len(record.objects)} objects, more than data.max_objects = {max_objects}; raise it"
+            )
         augment = augment or Augment()
-        sizes = [(record.height, record.width) for record in dataset.records]
+        sizes = [(height, width) for height, width in flat.sizes.tolist()]
         turns = augment.rotate90 > 0
         self.buckets = resolve_buckets(buckets, sizes, short_sides, long_side_max, turns=turns)
         self.sampler = TrainSampler(
-            dataset.records,
+            flat,
             batch=batch,
             short_sides=short_sides,
             long_side_max=long_side_max,
@@ -102,7 +104,7 @@ class TrainLoader:
             start_step=start_step,
             steps=steps,
         )
-        self.images, self.max_broken = len(dataset.records), max_broken
+        self.images, self.max_broken = len(flat), max_broken
         samples = TrainSamples(
             dataset, short_sides, long_side_max, augment, seed, min_slots, min_mask_bytes, polygons
         )
@@ -149,9 +151,9 @@ class EvalLoader:
         workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        sizes = [(record.height, record.width) for record in dataset.records]
+        sizes = [(height, width) for height, width in flat_records(dataset.records).sizes.tolist()]
         self.buckets = resolve_buckets(buckets, sizes, [short_side], long_side_max)
-        self.plans = _plan_evaluation(dataset, batch, short_side, long_side_max, self.buckets)
+        self.plans = _plan_evaluation(sizes, batch, short_side, long_side_max, self.buckets)
         samples = EvalSamples(dataset, batch, short_side, long_side_max)
         self.loader = _data_loader(samples, self.plans, workers, pin_memory)
 
@@ -214,26 +216,23 @@ def largest_targets(dataset: CocoDataset, batch: int) -> tuple[int, int]:
     are taken to stay within 6 standard deviations of their mean, and within `batch` times the largest
     image; the second alone would make COCO's batches several times larger than they need be.
     """
-    areas = np.array(
-        [
-            sum((o.box[2] - o.box[0] + 2) * (o.box[3] - o.box[1] + 2) for o in record.objects if not o.crowd)
-            for record in dataset.records
-        ]
-    )
+    records = flat_records(dataset.records)
+    boxes, crowd = records.objects["box"], records.objects["crowd"]
+    areas = records.per_image(np.where(crowd, 0, np.prod(boxes[:, 2:] - boxes[:, :2] + 2, 1)))
     usual = batch * areas.mean() + 6 * math.sqrt(batch) * areas.std()
-    slots = max(len(record.objects) for record in dataset.records)
+    slots = int(records.object_counts.max())
     if not dataset.masks:
         return max(slots, MIN_SLOTS), MIN_MASK_BYTES
     return max(slots, MIN_SLOTS), max(int(min(usual, batch * areas.max())), MIN_MASK_BYTES)
 
 
 def _plan_evaluation(
-    dataset: CocoDataset, batch: int, short_side: int, long_side_max: int, buckets: Sequence[Size]
+    sizes: Sequence[Size], batch: int, short_side: int, long_side_max: int, buckets: Sequence[Size]
 ) -> list[BatchPlan]:
     waiting: dict[Size, list[tuple[int, int]]] = {}
     plans = []
-    for index, record in enumerate(dataset.records):
-        bucket = bucket_or_new(resized_size(record.height, record.width, short_side, long_side_max), buckets)
+    for index, size in enumerate(sizes):
+        bucket = bucket_or_new(resized_size(*size, short_side, long_side_max), buckets)
         waiting.setdefault(bucket, []).append((index, index))
         if len(waiting[bucket]) == batch:
             plans.append(BatchPlan(bucket, waiting.pop(bucket)))

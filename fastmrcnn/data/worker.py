@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -20,6 +22,7 @@ from fastmrcnn.data.collate import (
     read_objects,
     stack_input_to_image,
 )
+from fastmrcnn.data.flat_records import flat_records
 from fastmrcnn.data.images import read_image
 from fastmrcnn.data.order import BatchPlan, substitutes
 from fastmrcnn.data.polygons import PolygonSizes
@@ -58,14 +61,15 @@ class SampleStore:
         self.polygons = polygons
         self.schema, self.masks = dataset.keypoints, dataset.masks
         self.proposals, self.proposal_slots = dataset.proposals, dataset.proposal_slots
-        sizes = [
-            resized_size(record.height, record.width, side, long_side_max)
-            for record in dataset.records
+        flat = flat_records(dataset.records)
+        pixels = sum(
+            times * math.prod(resized_size(height, width, side, long_side_max))
+            for (height, width), times in Counter(map(tuple, flat.sizes.tolist())).items()
             for side in short_sides
-        ]
-        self.keep_pixels = 3 * sum(h * w for h, w in sizes) <= CACHE_BYTES
-        boxes = (o.box for record in dataset.records for o in record.objects)
-        self.keep_objects = sum((b[2] - b[0]) * (b[3] - b[1]) for b in boxes) <= CACHE_BYTES
+        )
+        self.keep_pixels = 3 * pixels <= CACHE_BYTES
+        boxes = flat.objects["box"]
+        self.keep_objects = bool(np.prod(boxes[:, 2:] - boxes[:, :2], 1).sum() <= CACHE_BYTES)
         self._pixels: dict[tuple[int, Size], NDArray[np.uint8]] = {}
         self._objects: dict[int, RasterisedObjects] = {}
         self._clipped: dict[int, str] = {}
