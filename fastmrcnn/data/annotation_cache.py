@@ -8,12 +8,13 @@ What depends on the images' files is not kept; they are looked at anew at every 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import importlib.metadata
 import json
 import os
-import tempfile
+import secrets
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -112,8 +113,9 @@ def read_kept(
         return contents, line
     remove_oldest(cache, path)
     # From here on the pages of the file, which all processes share, in place of memory of this one.
-    records = FlatRecords(arrays, folder, file)
-    return contents._replace(records=records), None
+    contents = contents._replace(records=FlatRecords(arrays, folder, file))
+    _give_back_memory()
+    return contents, None
 
 
 def name_of(file: Path, options: ContentOptions) -> str:
@@ -205,6 +207,13 @@ def _keep(path: Path, contents: Contents, folder: Path, problems: Problems) -> M
     return open_arrays(path)
 
 
+def _give_back_memory() -> None:
+    """Let go of what the C library holds for later. Loader processes are copies of this one, and would each
+    count a gigabyte that nobody uses."""
+    with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _parts(finding: Finding) -> list[Any]:
     return [
         finding.severity,
@@ -220,12 +229,12 @@ def _parts(finding: Finding) -> list[Any]:
 def _new_file(path: Path) -> Iterator[BinaryIO]:
     """As `files.replacing`, but under a name that no process of any machine has, since this folder may be one
     that many share; and what goes wrong is no error of the user's."""
-    descriptor, temporary = tempfile.mkstemp(TEMPORARY_SUFFIX, f".{path.name}.", path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
     try:
-        with open(descriptor, "wb") as stream:
+        with temporary.open("xb") as stream:
             yield stream
             stream.flush()
-            os.fsync(descriptor)
+            os.fsync(stream.fileno())
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):

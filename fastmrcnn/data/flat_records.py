@@ -155,10 +155,10 @@ class FlatRecords(Sequence[ImageRecord]):
     @property
     def paths(self) -> list[str]:
         """Of the images' files."""
-        root = os.fspath(self.folder)
+        within = os.path.join(self.folder, "")
         rows = range(len(self)) if self.rows is None else self.rows.tolist()
         return [
-            self.elsewhere[row] if row in self.elsewhere else os.path.join(root, name)
+            self.elsewhere.get(row) or (os.path.join(within, name) if os.path.isabs(name) else within + name)
             for row, name in zip(rows, self.file_names, strict=True)
         ]
 

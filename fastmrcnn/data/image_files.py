@@ -60,7 +60,11 @@ def find_files(names: Iterable[str], folder: Path) -> FoundFiles:
     paths: dict[str, str] = {}
     candidates: dict[str, str] = {}
     missing = []
+    within, inside = os.path.join(root, ""), listings.names(root)
     for name in dict.fromkeys(names):
+        if name in inside:  # most are, and a set may have a million
+            paths[name] = within + name
+            continue
         path = os.path.join(root, name)
         if listings.has(path):
             paths[name] = path
