@@ -13,22 +13,30 @@ from PIL import Image
 
 from fastmrcnn.data.coco import read_coco
 from fastmrcnn.speed.markdown import table
+from fastmrcnn.speed.starting import measure_starts
 
 HEIGHT, WIDTH, PER_IMAGE, POINTS, CLASSES = 480, 640, 7, 30, 7  # about COCO's
+MOST_JUDGED = 200_000  # annotations
 PIECE = 10_000  # annotations that are written at once
 
 
-def measure_reading(annotations: int = 100_000) -> dict[str, Any]:
+def measure_reading(annotations: int = 100_000, images: int | None = None) -> dict[str, Any]:
     """Processor seconds, on one core, in which `read_coco` reads a set of ellipses, for training (its numbers
-    are packed) and for evaluation (they are kept, too)."""
+    are packed) and for evaluation (they are kept, too); and of starts, as `measure_starts` has them.
+
+    Args:
+        images: as in `write_ellipses`.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        file = write_ellipses(folder, annotations)
+        file = write_ellipses(folder, annotations, images)
         found: dict[str, Any] = {"annotations": annotations, "megabytes": file.stat().st_size / 1e6}
-        for purpose, keep_tree in (("training", False), ("evaluation", True)):
+        # A set to judge by is small: of a million annotations the tree alone would be ten gigabytes.
+        for purpose in ("training", "evaluation") if annotations <= MOST_JUDGED else ():
             started = time.process_time()
-            read_coco(folder, file, keep_tree=keep_tree)
+            read_coco(folder, file, keep_tree=purpose == "evaluation")
             found[purpose] = time.process_time() - started
+        found |= measure_starts(folder, file)
     return found
 
 
@@ -94,5 +102,15 @@ def _ellipses(
 
 def reading_table(found: dict[str, Any]) -> str:
     size = f"{found['annotations']:,} annotations, {found['megabytes']:.0f} MB"
-    rows = [[f"{size}, for {purpose}", f"{found[purpose]:.2f}"] for purpose in ("training", "evaluation")]
+    names = {"training": f"{size}, for training", "evaluation": f"{size}, for evaluation"}
+    rows = [[name, f"{found[key]:.2f}"] for key, name in names.items() if key in found]
+    for key, what in (
+        ("first", f"the first start, {found['kept_mb']:.0f} MB kept"),
+        ("second", "the second"),
+    ):
+        one = found[key]
+        rows.append([f"{size}, {what}", f"{one['processor_s']:.2f} ({one['wall_s']:.2f} s by the clock)"])
+    rows.append(["making the loader", f"{found['second']['loader_s']:.2f}"])
+    if found["worker_mb"] is not None:
+        rows.append(["memory of a loader process beyond an empty one", f"{found['worker_mb']:.0f} MB"])
     return table(["reader", "seconds of one core"], rows)
