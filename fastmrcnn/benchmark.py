@@ -105,7 +105,8 @@ def main(argv: list[str]) -> None:
         print(scaling_table(found["scaling"]) + "\n")
     if arguments.reader:
         tell("reader")
-        keep("reader", measure_reading())
+        images, annotations = arguments.reader_size or (None, 100_000)
+        keep("reader", measure_reading(annotations, images))
         print(reading_table(found["reader"]) + "\n")
     if arguments.evaluation:
         tell("evaluation")
@@ -168,7 +169,16 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--evaluation", action="store_true", help="also measure COCO's evaluation of results that are made up"
     )
     parser.add_argument(
-        "--reader", action="store_true", help="also measure the reading of an annotation file that is made up"
+        "--reader",
+        action="store_true",
+        help="also measure the reading of an annotation file that is made up, and starts with it",
+    )
+    parser.add_argument(
+        "--reader-size",
+        type=int,
+        nargs=2,
+        metavar=("IMAGES", "ANNOTATIONS"),
+        help="of that file (default: 14286 100000)",
     )
     parser.add_argument(
         "--processes",
@@ -222,6 +232,9 @@ def make_workload(arguments: argparse.Namespace, config: Config, device: torch.d
     for option, value, least in (("--steps", steps, 1), ("--batch", images, 1), ("--shape", height, 32)):
         if value < least:
             raise UserError(f"{option} must be at least {least}, got {value}")
+    for value in arguments.reader_size or ():
+        if value < 1:
+            raise UserError(f"--reader-size must be at least 1, got {value}")
     if width < 32:
         raise UserError(f"--shape must be at least 32, got {width}")
     return Workload(config, device, (height, width), images, steps, seed=config.train.seed)

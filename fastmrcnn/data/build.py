@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from fastmrcnn.config.checks import SplitName
 from fastmrcnn.config.schema import Config
+from fastmrcnn.data.annotation_cache import AnnotationCache, usual_folder
 from fastmrcnn.data.coco import CocoDataset, read_coco
 from fastmrcnn.data.image_check import ImageOptions, shared_line
 from fastmrcnn.data.keypoints import KeypointOptions, choose_sigmas
@@ -34,6 +36,15 @@ def image_options(config: Config, choose_range: bool = False) -> ImageOptions:
     data = config.data
     given = None if data.pixel_range == "auto" else data.pixel_range
     return ImageOptions(given, choose_range and given is None, data.max_pixels, data.missing == "skip")
+
+
+def annotation_cache(config: Config) -> AnnotationCache | None:
+    """Where annotations are kept for the next start; None: nowhere."""
+    place = config.data.cache
+    if place == "off":
+        return None
+    folder = usual_folder() if place == "auto" else Path(place)
+    return None if folder is None else AnnotationCache(folder)
 
 
 def with_pixel_range(config: Config, dataset: CocoDataset) -> Config:
@@ -66,6 +77,7 @@ def read_split(config: Config, name: SplitName, choose_range: bool = False) -> C
         keep_group_classes=data.keep_group_classes,
         image_options=image_options(config, choose_range),
         key=f"data.{name}",
+        cache=annotation_cache(config),
     )
     if split.proposals is None:
         return dataset

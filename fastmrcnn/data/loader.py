@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from fastmrcnn.data.buckets import bucket_or_new, choose_buckets, resolve_buckets
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.collate import MIN_MASK_BYTES, MIN_SLOTS, collate, make_sample
+from fastmrcnn.data.flat_records import flat_records
 from fastmrcnn.data.order import WHOLE, BatchPlan, Share, TrainSampler
 from fastmrcnn.data.padding import target_needs
 from fastmrcnn.data.polygons import PolygonSizes
@@ -84,25 +85,26 @@ class TrainLoader:
         share: Share = WHOLE,
         raw: bool = False,
     ) -> None:
-        if not dataset.records:
+        flat = flat_records(dataset.records)
+        if not len(flat):
             raise UserError(f"{dataset.annotations}: no image to train on")
         if not short_sides or min(short_sides) <= 0:
             raise UserError(f"data.short_side: expected lengths above 0, got {list(short_sides)}")
-        for record in dataset.records:
-            if len(record.objects) > max_objects:
-                raise UserError(
-                    f"{dataset.annotations}: image {record.image_id} ({record.file_name}) has "
-                    f"{len(record.objects)} objects, more than data.max_objects = {max_objects}; raise it"
-                )
+        for index in np.flatnonzero(flat.object_counts > max_objects)[:1].tolist():
+            record = flat[index]
+            raise UserError(
+                f"{dataset.annotations}: image {record.image_id} ({record.file_name}) has "
+                f"{len(record.objects)} objects, more than data.max_objects = {max_objects}; raise it"
+            )
         augment = augment or Augment()
-        sizes = [(record.height, record.width) for record in dataset.records]
+        sizes = [(height, width) for height, width in flat.sizes.tolist()]
         turns = augment.rotate90 > 0
         if augment.crop is not None and buckets == "auto":
             self.buckets = [bucket_or_new(augment.crop, [])]
         else:
             self.buckets = resolve_buckets(buckets, sizes, short_sides, long_side_max, turns=turns)
         self.sampler = TrainSampler(
-            dataset.records,
+            flat,
             batch=batch,
             short_sides=short_sides,
             long_side_max=long_side_max,
@@ -115,7 +117,7 @@ class TrainLoader:
             needs=target_needs(dataset, polygons is not None, augment.layers) if share.size > 1 else None,
         )
         self.share = share
-        self.images, self.max_broken = len(dataset.records), max_broken
+        self.images, self.max_broken = len(flat), max_broken
         samples = TrainSamples(
             dataset, short_sides, long_side_max, augment, seed, min_slots, min_mask_bytes, polygons, raw
         )
@@ -174,9 +176,9 @@ class EvalLoader:
         raw: bool = False,
         share: Share = WHOLE,
     ) -> None:
-        sizes = [(record.height, record.width) for record in dataset.records]
+        sizes = [(height, width) for height, width in flat_records(dataset.records).sizes.tolist()]
         self.buckets = resolve_buckets(buckets, sizes, [short_side], long_side_max)
-        plans = _plan_evaluation(dataset, batch, short_side, long_side_max, self.buckets)
+        plans = _plan_evaluation(sizes, batch, short_side, long_side_max, self.buckets)
         self.plans = plans[share.rank :: share.size]
         samples = EvalSamples(dataset, batch, short_side, long_side_max, raw)
         room = pixel_bytes(dataset, batch, self.buckets, raw) + table_bytes(batch, dataset.proposal_slots, 0)
@@ -246,14 +248,11 @@ def largest_targets(dataset: CocoDataset, batch: int, layers: int = 1) -> tuple[
             stay within 6 standard deviations of their mean.
     """
     images = batch * layers
-    areas = np.array(
-        [
-            sum((o.box[2] - o.box[0] + 2) * (o.box[3] - o.box[1] + 2) for o in record.objects if not o.crowd)
-            for record in dataset.records
-        ]
-    )
+    records = flat_records(dataset.records)
+    boxes, crowd = records.objects["box"], records.objects["crowd"]
+    areas = records.per_image(np.where(crowd, 0, np.prod(boxes[:, 2:] - boxes[:, :2] + 2, 1)))
     usual = images * areas.mean() + 6 * math.sqrt(images) * areas.std()
-    counts = np.array([len(record.objects) for record in dataset.records])
+    counts = records.object_counts
     others = (layers - 1) * counts.mean() + 6 * math.sqrt(layers - 1) * counts.std()
     slots = int(counts.max() + min(others, (layers - 1) * counts.max()))
     if not dataset.masks:
@@ -262,12 +261,12 @@ def largest_targets(dataset: CocoDataset, batch: int, layers: int = 1) -> tuple[
 
 
 def _plan_evaluation(
-    dataset: CocoDataset, batch: int, short_side: int, long_side_max: int, buckets: Sequence[Size]
+    sizes: Sequence[Size], batch: int, short_side: int, long_side_max: int, buckets: Sequence[Size]
 ) -> list[BatchPlan]:
     waiting: dict[Size, list[tuple[int, int]]] = {}
     plans = []
-    for index, record in enumerate(dataset.records):
-        bucket = bucket_or_new(resized_size(record.height, record.width, short_side, long_side_max), buckets)
+    for index, size in enumerate(sizes):
+        bucket = bucket_or_new(resized_size(*size, short_side, long_side_max), buckets)
         waiting.setdefault(bucket, []).append((index, index))
         if len(waiting[bucket]) == batch:
             plans.append(BatchPlan(bucket, waiting.pop(bucket)))

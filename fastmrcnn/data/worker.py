@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,6 +25,7 @@ from fastmrcnn.data.collate import (
     without_polygons,
 )
 from fastmrcnn.data.compose import Source, choice_of, compose, plan_composition
+from fastmrcnn.data.flat_records import flat_records
 from fastmrcnn.data.images import read_image
 from fastmrcnn.data.order import BatchPlan, substitutes
 from fastmrcnn.data.padding import raised
@@ -85,17 +88,18 @@ class SampleStore:
         self.polygons = polygons
         self.schema, self.masks = dataset.keypoints, dataset.masks
         self.proposals, self.proposal_slots = dataset.proposals, dataset.proposal_slots
-        sizes = [
-            (record.height, record.width)
-            if original
-            else resized_size(record.height, record.width, side, long_side_max)
-            for record in dataset.records
-            for side in (short_sides[:1] if original else short_sides)
-        ]
+        flat = flat_records(dataset.records)
+        sides = [None] if original else short_sides
+        pixels = sum(
+            times
+            * math.prod((height, width) if side is None else resized_size(height, width, side, long_side_max))
+            for (height, width), times in Counter(map(tuple, flat.sizes.tolist())).items()
+            for side in sides
+        )
         self.original = original
-        self.keep_pixels = 3 * sum(h * w for h, w in sizes) <= CACHE_BYTES
-        boxes = (o.box for record in dataset.records for o in record.objects)
-        self.keep_objects = sum((b[2] - b[0]) * (b[3] - b[1]) for b in boxes) <= CACHE_BYTES
+        self.keep_pixels = 3 * pixels <= CACHE_BYTES
+        boxes = flat.objects["box"]
+        self.keep_objects = bool(np.prod(boxes[:, 2:] - boxes[:, :2], 1).sum() <= CACHE_BYTES)
         self._pixels: dict[tuple[int, Size | None], NDArray[np.uint8]] = {}
         self._objects: dict[int, RasterisedObjects] = {}
         self._clipped: dict[int, str] = {}
