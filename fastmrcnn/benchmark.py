@@ -162,8 +162,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--loader",
         action="store_true",
-        help="also measure decoding on one core, the way of batches between processes, and the step fed by the "
-        "loader, from data.train or the embedded shapes",
+        help="also measure decoding on one core, the way of batches between processes, and the step fed by "
+        "the loader, from data.train or the embedded shapes",
     )
     parser.add_argument(
         "--evaluation", action="store_true", help="also measure COCO's evaluation of results that are made up"

@@ -9,6 +9,7 @@ import numpy as np
 
 from fastmrcnn.data.buckets import power_of_two
 from fastmrcnn.data.coco import CocoDataset
+from fastmrcnn.data.flat_records import flat_records
 from fastmrcnn.data.polygons import PolygonSizes
 from fastmrcnn.data.raw_images import MIN_BYTES, MOST_PIXELS
 from fastmrcnn.data.transforms import Size
@@ -17,9 +18,9 @@ from fastmrcnn.data.transforms import Size
 def pixel_bytes(dataset: CocoDataset, batch: int, buckets: Sequence[Size], raw: bool) -> int:
     """Of a batch's images: padded, or raw ones, which hardly ever need more."""
     padded = 3 * batch * max(height * width for height, width in buckets)
-    if not raw or not dataset.records:
+    if not raw or not len(dataset.records):
         return padded
-    areas = np.array([3.0 * record.height * record.width for record in dataset.records])
+    areas = 3 * flat_records(dataset.records).sizes.astype(np.float64).prod(axis=1)
     usual = batch * areas.mean() + 6 * math.sqrt(batch) * areas.std()
     most = min(usual, batch * areas.max(), MOST_PIXELS * padded)
     return power_of_two(max(int(most), MIN_BYTES))

@@ -183,7 +183,7 @@ class TrainSamples:
             or augment.composes
             or augment.albumentations is not None,
         )
-        self.sizes = [(record.height, record.width) for record in dataset.records]
+        self.sizes = [(height, width) for height, width in flat_records(dataset.records).sizes.tolist()]
         self.short_sides, self.long_side_max = list(short_sides), long_side_max
         self.augment, self.seed = augment, seed
         self.pipeline = None if augment.albumentations is None else Pipeline(augment.albumentations)

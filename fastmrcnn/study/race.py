@@ -146,7 +146,7 @@ def torchvision(track: Course, tuned: bool) -> tuple[Step, Judge]:
     config = track.config
     torch.manual_seed(config.train.seed)
     model = build_peer(config, track.card).train()
-    batches: Iterator[Any] = Examples(track.train_set, config.train.seed).batches(config.train.batch)
+    batches: Iterator[Any] = Examples(track.train_set, config.train.seed).batches(config.train.images)
     numbers = itertools.count()
     judged: nn.Module = model
     advance: Callable[[torch.Tensor, int, float], None]
@@ -165,8 +165,8 @@ def torchvision(track: Course, tuned: bool) -> tuple[Step, Judge]:
     else:
         parameters = [p for p in model.parameters() if p.requires_grad]
         sgd = torch.optim.SGD(parameters, lr=0.0, momentum=MOMENTUM, weight_decay=DECAY)
-        full = RATE * config.train.batch / RATE_BATCH
-        warm_up = min(WARM_UP, max(1, len(track.train_set.records) // config.train.batch - 1))
+        full = RATE * config.train.images / RATE_BATCH
+        warm_up = min(WARM_UP, max(1, len(track.train_set.records) // config.train.images - 1))
 
         def advance(loss: torch.Tensor, number: int, share: float) -> None:
             done = min(1.0, number / warm_up)
@@ -191,7 +191,7 @@ def torchvision(track: Course, tuned: bool) -> tuple[Step, Judge]:
 def rate(config: Config, number: int, share: float) -> float:
     """The recipe's learning rate where this share of the time has passed: warm-up by steps, then a cosine."""
     optim = config.optim
-    full = optim.lr * config.train.batch / optim.reference_batch
+    full = optim.lr * config.train.images / optim.reference_batch
     value = full * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
     if number < optim.warmup_steps:
         done = number / optim.warmup_steps
@@ -235,7 +235,7 @@ def run(
         "seed": seed,
         "recipe": TRACKS[name],
         "settings": list(extra),
-        "batch": track.config.train.batch,
+        "batch": track.config.train.images,
         "threads": torch.get_num_threads(),
         "marks": [mark._asdict() for mark in marks],
         "environment": environment(torch.device("cpu")),
