@@ -22,6 +22,7 @@ from fastmrcnn.speed.loading import loading_table, measure_loading
 from fastmrcnn.speed.markdown import origin
 from fastmrcnn.speed.profile import profile_step, profile_table
 from fastmrcnn.speed.reading import measure_reading, reading_table
+from fastmrcnn.speed.scaling import check_devices, measure_scaling, scaling_table
 from fastmrcnn.speed.schedule import cuda_schedule, schedule_tables
 from fastmrcnn.speed.step_workload import (
     RECIPE,
@@ -47,6 +48,8 @@ def main(argv: list[str]) -> None:
     if names == ["help"]:
         print("\n".join(row.name for row in all_rows(device)))
         return
+    if arguments.processes is not None:
+        check_devices(arguments.processes, device)
     rows = choose_rows(names, config, device)
     workload = make_workload(arguments, config, device)
     found: dict[str, Any] = {
@@ -89,6 +92,9 @@ def main(argv: list[str]) -> None:
         tell("loader")
         keep("loader", measure_loading(config, device, workload.images, workload.steps))
         print(loading_table(found["loader"]) + "\n")
+    if arguments.processes is not None:
+        keep("scaling", measure_scaling(workload, arguments.processes, report=tell))
+        print(scaling_table(found["scaling"]) + "\n")
     if arguments.reader:
         tell("reader")
         keep("reader", measure_reading())
@@ -154,6 +160,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--reader", action="store_true", help="also measure the reading of an annotation file that is made up"
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="also measure the step in one process and in N, each with a GPU (or, on a CPU, its part of the "
+        "cores) and --batch images",
     )
     parser.add_argument(
         "--schedule",

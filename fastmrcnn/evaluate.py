@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import math
 from pathlib import Path
@@ -16,13 +17,21 @@ from fastmrcnn.data.same_classes import align_classes
 from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.evaluation.run import RESULTS, run_evaluation
 from fastmrcnn.files import make_folder, new_run_folder, to_write, write_json
+from fastmrcnn.group import Group, first_speaks, group_of_environment, joined
+from fastmrcnn.training.sharing import own_device
 from fastmrcnn.weights.card import ModelCard
 from fastmrcnn.weights.checkpoint import find_checkpoint
 from fastmrcnn.weights.sources import is_url
-from fastmrcnn.weights.trained import load_overridden, load_recipe
+from fastmrcnn.weights.trained import TrainedModel, load_overridden, load_recipe
 
 
 def main(argv: list[str]) -> None:
+    group = group_of_environment()
+    with first_speaks(group), joined(group):
+        evaluate(group.lead(lambda: parse_arguments(argv)), group)
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser("evaluate", "COCO's average precision of a checkpoint: boxes, masks, keypoints.")
     parser.add_argument(
         "--checkpoint",
@@ -42,22 +51,33 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_intermixed_args(argv)
     if (arguments.checkpoint is None) == (arguments.config is None):
         raise UserError("give either --checkpoint or --config (a recipe with model.weights)")
-    if arguments.config is None:
-        trained = load_overridden(arguments.checkpoint, arguments.device, arguments.overrides)
-    else:
-        trained = load_recipe(arguments.config, arguments.device, arguments.overrides)
+    return arguments
+
+
+def evaluate(arguments: argparse.Namespace, group: Group) -> None:
+    def load() -> TrainedModel:
+        device = own_device(arguments.device, group)
+        if arguments.config is None:
+            return load_overridden(arguments.checkpoint, device, arguments.overrides)
+        return load_recipe(arguments.config, device, arguments.overrides)
+
+    trained = group.each(load)
     config = trained.card.config
-    dataset = read_validation_set(trained.card, arguments.checkpoint or arguments.config)
+    source = arguments.checkpoint or arguments.config
+    dataset = group.each(lambda: read_validation_set(trained.card, source))
     print(*dataset.summary(), sep="\n")
     if config.runtime.threads is not None:
         torch.set_num_threads(config.runtime.threads)
-    folder = evaluation_folder(arguments.checkpoint, arguments.output, config.output)
+    folder = group.lead(lambda: evaluation_folder(arguments.checkpoint, arguments.output, config.output))
     try:
-        values = run_evaluation(trained.model, dataset, config, output=folder)
-        write_json(folder / "metrics.json", {k: v if math.isfinite(v) else None for k, v in values.items()})
+        values = run_evaluation(trained.model, dataset, config, output=folder, group=group)
+        if group.leads:
+            known = {k: v if math.isfinite(v) else None for k, v in values.items()}
+            write_json(folder / "metrics.json", known)
     except BaseException:
         with contextlib.suppress(OSError):
-            folder.rmdir()  # only if nothing has been written
+            if group.leads:
+                folder.rmdir()  # only if nothing has been written
         raise
     print(f"\nResults, metrics and pictures are in {folder}")
 

@@ -8,8 +8,9 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -23,7 +24,8 @@ from fastmrcnn.data.pixel_range import clipped_line
 from fastmrcnn.device import busy_machine, choose_device, choose_precision, set_up_cuda
 from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.evaluation.run import run_evaluation
-from fastmrcnn.files import write_text
+from fastmrcnn.files import expanded, write_text
+from fastmrcnn.group import ALONE, Group, first_speaks, group_of_environment, joined, tell
 from fastmrcnn.structures import Batch
 from fastmrcnn.training.console import describe, describe_start, list_left_out, mask_slot_advice, print_next
 from fastmrcnn.training.curves import plot_losses
@@ -31,51 +33,98 @@ from fastmrcnn.training.dry_run import dry_run
 from fastmrcnn.training.execution import choose_execution
 from fastmrcnn.training.metrics import Metrics
 from fastmrcnn.training.optim import learning_rate
+from fastmrcnn.training.restart import begun_before, launch_of_environment, mark
 from fastmrcnn.training.run import discarding_unstarted, prepare_run, run_folder_of
 from fastmrcnn.training.saving import BadLossError, Saver, saving_first, tell_stop
+from fastmrcnn.training.sharing import own_device, share_of
 from fastmrcnn.training.step import TrainingStep
 from fastmrcnn.training.stopping import Requests
+from fastmrcnn.training.together import apart, steps_of, stopping_together
 from fastmrcnn.weights.card import ModelCard, read_card
 from fastmrcnn.weights.checkpoint import find_checkpoint, read_checkpoint, require_optimizer, restore
 from fastmrcnn.weights.start import load_start, new_model
 
 
+class Beginning(NamedTuple):
+    """What a run begins with: of several processes the first one decides it for all."""
+
+    config: Config
+    folder: Path | None = None  # of a run that goes on
+    state: dict[str, Any] | None = None  # its checkpoint
+    before: ModelCard | None = None
+
+
 def main(argv: list[str]) -> None:
-    arguments = parse_arguments(argv)
-    state, folder, before = None, None, None
-    with Requests() as requests:
+    group = group_of_environment()
+    with first_speaks(group), joined(group), Requests() as requests:
+        arguments = group.lead(lambda: parse_arguments(argv))
+        folder = None
         try:
-            if arguments.resume is not None:
-                if arguments.config is not None:
-                    raise UserError(
-                        "--resume goes on with the run's own configuration; leave out --config, and give "
-                        "what is to change as key=value"
-                    )
-                checkpoint = find_checkpoint(arguments.resume)
-                folder = run_folder_of(checkpoint)
-                state = read_checkpoint(checkpoint)
-                require_optimizer(state)
-                before = read_card(state, checkpoint)
-                config = load_config(overrides=arguments.overrides, base=state["config"])
-                if config.model.weights not in (None, before.config.model.weights):
-                    raise UserError(
-                        "model.weights starts a new run and goes with --config; --resume goes on with the "
-                        "weights of the checkpoint"
-                    )
-            else:
-                config = starting_config(arguments.config, arguments.overrides)
-            check_trainable(config)
+            config, folder, state, before = group.lead(lambda: begin(arguments, group))
             if arguments.dry_run:
                 check_only(config, before)
                 return
-            config, folder, train_set, val_set = prepare_run(config, folder, before)
-            with discarding_unstarted(folder, new=state is None):
-                write_text(folder / "config.yaml", dump_config(config))
+            config, folder, train_set, val_set = prepare_run(config, folder, before, group)
+            with discarding_unstarted(folder, new=state is None and group.leads):
+                if group.leads:
+                    write_text(folder / "config.yaml", dump_config(config))
+                    mark(folder, launch_of_environment())
                 for line in train_set.summary() + (val_set.summary() if val_set else []):
                     print(line)
-                train(config, folder, train_set, val_set, state, requests)
+                train(config, folder, train_set, val_set, state, requests, group)
         except KeyboardInterrupt as stop:
-            raise SystemExit(tell_stop(stop, folder)) from None
+            tell(group, stop)
+            raise SystemExit(tell_stop(stop, folder, speaks=group.leads)) from None
+
+
+def begin(arguments: argparse.Namespace, group: Group = ALONE) -> Beginning:
+    """What the command line asks for; or, when torchrun starts it again, the run that it was at.
+
+    Raises:
+        UserError: it does not go together.
+    """
+    launch = launch_of_environment()
+    if arguments.resume is None:
+        config = starting_config(arguments.config, arguments.overrides)
+        restarted = begun_before(launch, expanded(config.output))
+        if restarted is None:
+            check_trainable(config)
+            check_processes(config, arguments, group)
+            return Beginning(config)
+        overrides = []  # the checkpoint's configuration has them
+        checkpoint = find_checkpoint(restarted)
+    else:
+        if arguments.config is not None:
+            raise UserError(
+                "--resume goes on with the run's own configuration; leave out --config, and give "
+                "what is to change as key=value"
+            )
+        overrides = arguments.overrides
+        checkpoint = find_checkpoint(arguments.resume)
+        restarted = begun_before(launch, run_folder_of(checkpoint).parent)
+        if restarted is not None:
+            checkpoint = find_checkpoint(restarted)
+    if restarted is not None:
+        print(f"Started again by torchrun: going on from {checkpoint}")
+    state = read_checkpoint(checkpoint)
+    require_optimizer(state)
+    before = read_card(state, checkpoint)
+    config = load_config(overrides=overrides, base=state["config"])
+    if config.model.weights not in (None, before.config.model.weights):
+        raise UserError(
+            "model.weights starts a new run and goes with --config; --resume goes on with the "
+            "weights of the checkpoint"
+        )
+    check_trainable(config)
+    check_processes(config, arguments, group)
+    return Beginning(config, run_folder_of(checkpoint), state, before)
+
+
+def check_processes(config: Config, arguments: argparse.Namespace, group: Group) -> None:
+    """UserError if the run cannot be one of so many processes."""
+    share_of(config, group)
+    if arguments.dry_run and group.size > 1:
+        raise UserError("--dry-run estimates the cost in one process; start it without torchrun")
 
 
 def check_only(config: Config, before: ModelCard | None = None) -> None:
@@ -113,16 +162,19 @@ def train(
     val_set: CocoDataset | None,
     state: dict[str, Any] | None = None,
     requests: Requests | None = None,
+    group: Group = ALONE,
 ) -> dict[str, float]:
     """Train to `config.train.steps`, from `state` if given; returns the metrics of the last evaluation.
 
     Args:
         requests: what signals ask for; None: Ctrl-C alone stops the run.
+        group: the processes of the run, all of which call this.
     Raises:
         UserError, Stopped: as `saving_first`.
     """
     requests = requests or Requests()
-    device = choose_device(config.runtime.device)
+    share = share_of(config, group)
+    device = group.each(lambda: choose_device(own_device(config.runtime.device, group)))
     set_up_cuda(device)
     precision = choose_precision(config.runtime.precision, device)
     if config.runtime.threads is not None:
@@ -131,12 +183,22 @@ def train(
     torch.manual_seed(config.train.seed)
     model = new_model(card, device)
     if state is None:
-        load_start(model, card)
-    execution = choose_execution(config, device)
-    make_step = TrainingStep(model, config.optim, precision, execution, seed=config.train.seed)
+        group.lead(partial(load_start, model, card))  # the others get its weights by `align`
+    execution = group.each(partial(choose_execution, config, device))
+    make_step = TrainingStep(
+        model,
+        config.optim,
+        precision,
+        execution,
+        seed=config.train.seed,
+        group=group,
+        accumulate=share.accumulate,
+    )
     update, ema = make_step.update, make_step.ema
-    start = restored(state, make_step, config) if state is not None else 0
-    print(f"On {device}: {precision.name}, {execution.description}.")
+    start = 0 if state is None else group.each(partial(restored, state, make_step, config))
+    make_step.align()
+    processes = "" if group.size == 1 else f"{group.size} processes, the first one on "
+    print(f"On {processes}{device}: {precision.name}, {execution.description}.")
     for line in describe_start(model, config, make_step.optimizer):
         print(line)
     busy = busy_machine(device)
@@ -144,9 +206,13 @@ def train(
         print(busy)
 
     steps, batch_size, log_every = config.train.steps, config.train.batch, config.train.log_every
-    loader = train_loader(train_set, config, start, pin_memory=device.type == "cuda")
-    metrics = Metrics(folder, start, state["extra"].get("metrics") if state is not None else None)
-    saver = Saver(folder, make_step, card, metrics, keep=config.train.keep_checkpoints, start=start)
+    pinned = device.type == "cuda"
+    loader = group.each(partial(train_loader, train_set, config, start, pin_memory=pinned, share=share))
+    carried = state["extra"].get("metrics") if state is not None else None
+    metrics = group.each(partial(Metrics, folder, start, carried, writes=group.leads))
+    metrics.evaluated = group.lead(lambda: metrics.evaluated)
+    keep = config.train.keep_checkpoints
+    saver = Saver(folder, make_step, card, metrics, keep=keep, start=start, writes=group.leads)
     recent: deque[tuple[int, list[int]]] = deque(maxlen=log_every)
     left_out: dict[int, str] = {}
     clipped: dict[int, str] = {}
@@ -155,8 +221,12 @@ def train(
     def evaluate(done: int, pictures: int) -> dict[str, float]:
         assert val_set is not None
         judged = model if ema is None else ema.model
-        judged.eval()
-        found = run_evaluation(judged, val_set, config, output=folder / "evaluation", pictures=pictures)
+        with apart(group, requests):
+            make_step.align()
+            judged.eval()
+            found = run_evaluation(
+                judged, val_set, config, output=folder / "evaluation", pictures=pictures, group=group
+            )
         model.train()
         with requests.held():
             metrics.write({"iteration": done - 1, **found})
@@ -169,21 +239,28 @@ def train(
             return False
         return done % every == 0 and done - 1 not in metrics.evaluated
 
-    bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, desc="train")
-    with saving_first(saver, requests), contextlib.closing(metrics), contextlib.closing(bar):
+    bar = tqdm(
+        total=steps, initial=start, unit="step", dynamic_ncols=True, desc="train", disable=not group.leads
+    )
+    with (
+        saving_first(saver, requests),
+        stopping_together(group, requests),
+        contextlib.closing(metrics),
+        contextlib.closing(bar),
+    ):
         if is_due(start):
             result = evaluate(start, pictures=0)
         fetched = time.perf_counter()
-        for step, loaded in enumerate(loader, start=start):
+        for step, loaded in enumerate(steps_of(loader, group, requests, share), start=start):
             data_time = time.perf_counter() - fetched
-            batch = make_step.upload(loaded.batch)
+            batch = make_step.upload(loaded.batches[0] if share.accumulate == 1 else loaded.batches)
             recent.append((step, loaded.image_ids))
             for fault in loaded.left_out.values():
                 tqdm.write(f"left out, others stand in for it: {fault}")
             left_out |= loaded.left_out
             clipped |= loaded.clipped
             if execution.compiled or execution.cuda_graphs:
-                prepare_shapes(make_step, batch, loader.buckets, first=step == start)
+                prepare_shapes(make_step, batch, loader.buckets, group, first=step == start)
             with requests.held():  # from here to its checkpoint a step is whole
                 lr = learning_rate(config.optim, step, steps, batch_size)
                 losses, counts = make_step(batch, step, lr)
@@ -194,12 +271,14 @@ def train(
                 # Read before saving too, so that a checkpoint is never of a run that has gone wrong unseen.
                 if done % log_every == 0 or save_now:
                     row, bad_step = metrics.read(step, update.first_bad_step, lr, steps - done)
-                    check_loss(bad_step, recent)
+                    check_loss(bad_step, recent, group)
                     bar.set_postfix_str(describe(row))
                 paused = time.perf_counter()
-                if requests.save:  # rare, so the host may wait for the device
-                    requests.save = False
-                    check_loss(int(update.first_bad_step), recent)
+                if loaded.save or (
+                    requests.save and group.size == 1
+                ):  # rare: the host may wait for the device
+                    requests.save = requests.save and group.size > 1
+                    check_loss(int(update.first_bad_step), recent, group)
                     tqdm.write(f"saved, as SIGUSR1 asked: {saver.save()}")
                 elif save_now:
                     saver.save()
@@ -216,10 +295,13 @@ def train(
             print(advice)
         if left_out:
             print(list_left_out(left_out))
+        for notes in group.gather(clipped):
+            clipped |= notes
         if clipped:
             print(clipped_line(clipped.values()))
-        plot_losses(folder / "metrics.json", folder / "losses.png")
-        print_next(folder, saver.path, config, val_set)
+        if group.leads:
+            plot_losses(folder / "metrics.json", folder / "losses.png")
+            print_next(folder, saver.path, config, val_set)
     return result
 
 
@@ -239,29 +321,40 @@ def restored(state: dict[str, Any], make_step: TrainingStep, config: Config) -> 
 
 
 def prepare_shapes(
-    make_step: TrainingStep, batch: Batch, buckets: Sequence[tuple[int, int]], first: bool
+    make_step: TrainingStep,
+    batch: Batch | Sequence[Batch],
+    buckets: Sequence[tuple[int, int]],
+    group: Group,
+    *,
+    first: bool,
 ) -> None:
-    """Compile for every bucket before the first step; later, say so when a batch needs a compilation."""
-    if not make_step.is_new(batch):
+    """Compile for every bucket before the first step; later, say so when a batch needs a compilation.
+
+    Processes compile together, since what they compile sums over all of them.
+    """
+    (new,) = group.most([make_step.is_new(batch)])
+    if not new:
         return
     started = time.perf_counter()
-    _, _, height, width = batch.pixels.shape
+    one = batch if isinstance(batch, Batch) else batch[0]
+    _, _, height, width = one.pixels.shape
     make_step.warm_up(batch, buckets if first else [(height, width)])
     seconds = time.perf_counter() - started
     if first:
         tqdm.write(f"Compiled for {len(buckets)} padded shape(s) in {seconds:.0f} s.")
         return
-    objects = 0 if batch.targets is None else batch.targets.valid.shape[1]
+    objects = 0 if one.targets is None else one.targets.valid.shape[1]
     tqdm.write(
         f"Compiled anew in {seconds:.0f} s for a batch of {height}x{width} with {objects} slots for objects: "
         "it has more objects, or larger ones, than any before"
     )
 
 
-def check_loss(bad_step: int, recent: deque[tuple[int, list[int]]]) -> None:
-    """BadLossError, which names the images, if there is a bad step (else -1)."""
+def check_loss(bad_step: int, recent: deque[tuple[int, list[int]]], group: Group) -> None:
+    """BadLossError, which names the images of all processes, if there is a bad step (else -1)."""
     if bad_step >= 0:
-        raise BadLossError(bad_step, next((ids for step, ids in recent if step == bad_step), []))
+        own = next((ids for step, ids in recent if step == bad_step), [])
+        group.end(BadLossError(bad_step, [image_id for ids in group.gather(own) for image_id in ids]))
 
 
 if __name__ == "__main__":

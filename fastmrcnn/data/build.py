@@ -11,6 +11,7 @@ from fastmrcnn.data.coco import CocoDataset, read_coco
 from fastmrcnn.data.image_check import ImageOptions, shared_line
 from fastmrcnn.data.keypoints import KeypointOptions, choose_sigmas
 from fastmrcnn.data.loader import EvalLoader, TrainLoader, largest_targets
+from fastmrcnn.data.order import WHOLE, Share
 from fastmrcnn.data.polygons import largest_polygons
 from fastmrcnn.data.proposals import attach_proposals
 from fastmrcnn.data.same_classes import check_same_classes
@@ -98,8 +99,11 @@ def read_sets(
     return train_set, check_same_classes(train_set, val_set)
 
 
-def evaluation_loader(dataset: CocoDataset, config: Config, pin_memory: bool = False) -> EvalLoader:
-    """All images of a set, resized and padded as the configuration says for evaluation."""
+def evaluation_loader(
+    dataset: CocoDataset, config: Config, pin_memory: bool = False, share: Share = WHOLE
+) -> EvalLoader:
+    """All images of a set, or a process's share, resized and padded as the configuration says for
+    evaluation."""
     data = config.data
     return EvalLoader(
         dataset,
@@ -109,12 +113,17 @@ def evaluation_loader(dataset: CocoDataset, config: Config, pin_memory: bool = F
         buckets=data.buckets,
         workers=data.workers,
         pin_memory=pin_memory,
+        share=share,
     )
 
 
-def train_loader(dataset: CocoDataset, config: Config, start: int, pin_memory: bool) -> TrainLoader:
+def train_loader(
+    dataset: CocoDataset, config: Config, start: int, pin_memory: bool, share: Share = WHOLE
+) -> TrainLoader:
+    """The batches from step `start` on, or a process's share of them."""
     # With the set's largest targets as lower limits, the batches of a bucket share one shape.
-    slots, mask_bytes = largest_targets(dataset, config.train.batch)
+    images = max(1, config.train.batch // share.parts)
+    slots, mask_bytes = largest_targets(dataset, images)
     polygons = config.model.mask_head.reads_polygons
     data = config.data
     return TrainLoader(
@@ -132,6 +141,7 @@ def train_loader(dataset: CocoDataset, config: Config, start: int, pin_memory: b
         pin_memory=pin_memory,
         min_slots=slots,
         min_mask_bytes=mask_bytes,
-        polygons=largest_polygons(dataset, config.train.batch) if polygons else None,
+        polygons=largest_polygons(dataset, images) if polygons else None,
         max_broken=data.max_broken,
+        share=share,
     )

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from fastmrcnn.data.buckets import bucket_or_new, choose_buckets, resolve_buckets
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.collate import MIN_MASK_BYTES, MIN_SLOTS, collate, make_sample
-from fastmrcnn.data.order import BatchPlan, TrainSampler
+from fastmrcnn.data.order import WHOLE, BatchPlan, Share, TrainSampler
+from fastmrcnn.data.padding import target_needs
 from fastmrcnn.data.polygons import PolygonSizes
 from fastmrcnn.data.processes import obey_parent_alone
 from fastmrcnn.data.transforms import Augment, Plan, Size, resize, resized_size
@@ -37,7 +38,8 @@ class TrainLoader:
     """Batches of the global steps start_step .. steps - 1, each a function of the seed and its step.
 
     An image that cannot be read is left out: another, which seed and sample decide, stands in for it. The
-    first batch that met it has its fault in `left_out`.
+    first batch that met it has its fault in `left_out`. With a share the batches are this process's
+    micro-batches, `share.accumulate` of them a step.
 
     Args:
         dataset: from `read_coco`.
@@ -51,10 +53,12 @@ class TrainLoader:
             (`largest_targets`) every batch of a bucket has one shape.
         polygons: give the batches the objects' polygons, in tables of at least these sizes (as those of
             `largest_polygons`); None: leave them out.
-        max_broken: largest share of the images that may be left out.
+        max_broken: largest share of the images that may be left out. Of several processes each sees only its
+            own; who knows of all calls `check_left_out`.
+        share: of this process.
     Raises:
-        UserError: an image fits into no bucket, or has too many objects; while iterating, more images
-            than `max_broken` allows cannot be read.
+        UserError: an image fits into no bucket, or has too many objects; `batch` cannot be shared out; while
+            iterating, more images than `max_broken` allows cannot be read.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class TrainLoader:
         min_mask_bytes: int = MIN_MASK_BYTES,
         polygons: PolygonSizes | None = None,
         max_broken: float = 0.0,
+        share: Share = WHOLE,
     ) -> None:
         if not dataset.records:
             raise UserError(f"{dataset.annotations}: no image to train on")
@@ -101,7 +106,10 @@ class TrainLoader:
             seed=seed,
             start_step=start_step,
             steps=steps,
+            share=share,
+            needs=target_needs(dataset, polygons is not None) if share.size > 1 else None,
         )
+        self.share = share
         self.images, self.max_broken = len(dataset.records), max_broken
         samples = TrainSamples(
             dataset, short_sides, long_side_max, augment, seed, min_slots, min_mask_bytes, polygons
@@ -116,11 +124,12 @@ class TrainLoader:
         for loaded in _unwrap(self.loader):
             new = {image_id: fault for image_id, fault in loaded.left_out.items() if image_id not in left_out}
             left_out |= new.keys()
-            if new:
-                self._check_left_out(len(left_out), next(iter(new.values())))
+            if new and self.share.size == 1:
+                self.check_left_out(len(left_out), next(iter(new.values())))
             yield loaded._replace(left_out=new)
 
-    def _check_left_out(self, broken: int, fault: str) -> None:
+    def check_left_out(self, broken: int, fault: str) -> None:
+        """UserError if so many images that cannot be read are too many; `fault` is that of the last one."""
         if broken <= self.max_broken * self.images:
             return
         share = math.ceil(1000 * broken / self.images) / 1000
@@ -136,6 +145,10 @@ class EvalLoader:
 
     The last batch of a bucket is filled up by repeating its last image; `LoadedBatch.real` counts the
     others. An image that fits into no bucket gets one of its own.
+
+    Args:
+        share: of several processes each takes every so many-th batch, so that a batch is the same whoever
+            takes it, and each image is in one.
     """
 
     def __init__(
@@ -148,10 +161,12 @@ class EvalLoader:
         buckets: Sequence[Size] | Literal["auto"] = "auto",
         workers: int = 0,
         pin_memory: bool = False,
+        share: Share = WHOLE,
     ) -> None:
         sizes = [(record.height, record.width) for record in dataset.records]
         self.buckets = resolve_buckets(buckets, sizes, [short_side], long_side_max)
-        self.plans = _plan_evaluation(dataset, batch, short_side, long_side_max, self.buckets)
+        plans = _plan_evaluation(dataset, batch, short_side, long_side_max, self.buckets)
+        self.plans = plans[share.rank :: share.size]
         samples = EvalSamples(dataset, batch, short_side, long_side_max)
         self.loader = _data_loader(samples, self.plans, workers, pin_memory)
 

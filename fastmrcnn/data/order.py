@@ -14,9 +14,39 @@ from fastmrcnn.data.transforms import Augment, Size, choose_side, choose_turns, 
 from fastmrcnn.errors import UserError
 
 
+class Floors(NamedTuple):
+    """Lower limits of the padded sizes of targets, for equal shapes; also what a batch needs of each."""
+
+    mask_bytes: int = 0
+    vertices: int = 0
+    parts: int = 0
+
+
 class BatchPlan(NamedTuple):
     bucket: Size
     samples: list[tuple[int, int]]  # (index into the records, global sample index)
+    floors: Floors = Floors()
+
+
+class Share(NamedTuple):
+    """Which images of a step are one process's.
+
+    With `accumulate` the step's images are made into as many micro-batches, one after the other, and each is
+    dealt out to the processes: `rank` has, of micro-batch k, the images from (k * size + rank) * n on; n is
+    batch / (size * accumulate).
+    """
+
+    rank: int = 0
+    size: int = 1
+    accumulate: int = 1
+
+    @property
+    def parts(self) -> int:
+        """Into which the images of a step are divided."""
+        return self.size * self.accumulate
+
+
+WHOLE = Share()
 
 
 class TrainSampler:
@@ -25,6 +55,13 @@ class TrainSampler:
     Sample i of the endless sequence is an image of permutation i // n, drawn from the seed. Each
     sample queues for its bucket; a full queue becomes the next batch, and what is left in a queue
     waits for the epochs to come. So no image is lost, and batches have one shape.
+
+    Of each step it gives this process's share, as one plan for each micro-batch. What the targets of a step
+    need is computed for all shares, so that all processes pad to the same shapes.
+
+    Args:
+        share: of this process.
+        needs: (n, 3) what each image needs of `Floors`; None: shares are padded by themselves.
     """
 
     def __init__(
@@ -39,14 +76,19 @@ class TrainSampler:
         seed: int,
         start_step: int,
         steps: int,
+        share: Share = WHOLE,
+        needs: NDArray[np.int64] | None = None,
     ) -> None:
+        if batch % share.parts:
+            raise UserError(cannot_divide(batch, share))
+        self.share, self.needs = share, needs
         self.buckets = list(buckets)
         self.batch, self.seed, self.start_step, self.steps = batch, seed, start_step, steps
         self.sides, self.rotate90 = len(short_sides), augment.rotate90
         self.bucket_of = _bucket_table(records, short_sides, long_side_max, buckets, augment.rotate90 > 0)
 
     def __len__(self) -> int:
-        return max(0, self.steps - self.start_step)
+        return max(0, self.steps - self.start_step) * self.share.accumulate
 
     def __iter__(self) -> Iterator[BatchPlan]:
         waiting = [np.empty((0, 2), np.int64) for _ in self.buckets]
@@ -64,9 +106,19 @@ class TrainSampler:
             # a batch is ready when its last sample comes
             for _, number, group in sorted(ready, key=lambda entry: entry[0])[: self.steps - step]:
                 if step >= self.start_step:
-                    yield BatchPlan(self.buckets[number], [(int(i), int(g)) for i, g in group])
+                    yield from self._shares(self.buckets[number], group)
                 step += 1
             epoch += 1
+
+    def _shares(self, bucket: Size, group: NDArray[np.int64]) -> Iterator[BatchPlan]:
+        """This process's micro-batches of a step, whose samples (batch, 2) are given."""
+        rank, size, _ = self.share
+        parts = group.reshape(self.share.parts, -1, 2)
+        floors = Floors()
+        if self.needs is not None:
+            floors = Floors(*self.needs[parts[:, :, 0]].sum(axis=1).max(axis=0).tolist())
+        for part in parts[rank::size]:
+            yield BatchPlan(bucket, [(int(i), int(g)) for i, g in part], floors)
 
     def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Samples (n, 2) of an epoch, and the bucket (n,) of each."""
@@ -77,6 +129,27 @@ class TrainSampler:
         turned = choose_turns(numbers, self.rotate90) % 2
         bucket = self.bucket_of[image, choose_side(numbers, self.sides), turned]
         return np.stack([image, epoch * images + np.arange(images)], axis=1), bucket
+
+
+def cannot_divide(batch: int, share: Share) -> str:
+    """The line on a batch that is no multiple of its shares: which numbers of processes would do."""
+    accumulate = share.accumulate
+    sizes = [size for size in range(1, batch + 1) if batch % (size * accumulate) == 0]
+    text = f"train.batch={batch} images a step cannot be shared out evenly to {share.size} processes"
+    if share.size == 1:
+        text = f"train.batch={batch} images a step"
+    if accumulate > 1:
+        text += (
+            f" in train.accumulate={accumulate} turns each"
+            if share.size > 1
+            else (f" cannot be taken in train.accumulate={accumulate} equal turns")
+        )
+    if not sizes:
+        return f"{text}; make train.batch a multiple of {share.parts}"
+    return (
+        f"{text}; it can with {', '.join(map(str, sizes))} process{'' if sizes == [1] else 'es'}, or make "
+        f"train.batch a multiple of {share.parts}"
+    )
 
 
 def substitutes(images: int, seed: int, sample: int) -> Iterator[int]:

@@ -22,6 +22,7 @@ from fastmrcnn.data.collate import (
 )
 from fastmrcnn.data.images import read_image
 from fastmrcnn.data.order import BatchPlan, substitutes
+from fastmrcnn.data.padding import raised
 from fastmrcnn.data.polygons import PolygonSizes
 from fastmrcnn.data.records import ImageProposals
 from fastmrcnn.data.transforms import Augment, Plan, Size, draws, plan_image, resize, resized_size
@@ -131,9 +132,9 @@ class TrainSamples(Dataset[LoadedBatch | Failure]):
             samples,
             plan.bucket,
             min_slots=self.min_slots,
-            min_mask_bytes=self.min_mask_bytes,
+            min_mask_bytes=max(self.min_mask_bytes, plan.floors.mask_bytes),
             proposal_slots=self.store.proposal_slots,
-            min_polygons=self.min_polygons,
+            min_polygons=raised(self.min_polygons, plan.floors),
         )
         ids = [self.store.records[index].image_id for index, _ in read]
         return _loaded(batch, samples, ids, left_out, self.store.take_clipped())

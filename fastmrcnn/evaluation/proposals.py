@@ -19,8 +19,9 @@ from fastmrcnn.detection.fetch import Fetched
 from fastmrcnn.detection.objects import Objects, coco_boxes
 from fastmrcnn.detection.pipeline import in_turn
 from fastmrcnn.evaluation.coco import ground_truth, mean_known
-from fastmrcnn.evaluation.detections import detect
+from fastmrcnn.evaluation.detections import detect, of_all
 from fastmrcnn.evaluation.engines import new_judge
+from fastmrcnn.group import ALONE, Group
 from fastmrcnn.model.mask_rcnn import MaskRCNN, as_detections
 from fastmrcnn.structures import Batch, Detections
 
@@ -33,35 +34,45 @@ def collect_proposals(
     config: Config,
     *,
     progress: bool = True,
+    group: Group = ALONE,
 ) -> dict[int, ImageProposals]:
     """Proposals of every image, in its own pixels, by image id.
 
     Args:
         model: in eval mode, with an RPN.
         config: its sections data, evaluate and runtime are used.
+        group: the processes that share out the images; the first one gets the proposals of all, the others
+            none.
     """
 
     def propose(batch: Batch) -> Detections:
         return as_detections(model.propose(model.features(batch), batch))
 
-    found: dict[int, ImageProposals] = {}
-    clipped: dict[int, str] = {}
-
     def finish(begun: tuple[LoadedBatch, Fetched]) -> tuple[LoadedBatch, list[Objects]]:
         loaded, fetched = begun
         return loaded, fetched.objects()
 
-    bar = tqdm(total=len(dataset), unit="img", desc="propose", disable=not progress)
-    with bar, contextlib.closing(in_turn(detect(model, dataset, config, propose), finish, 1)) as finished:
-        for loaded, each in finished:
-            clipped |= loaded.clipped
-            for image_id, one in zip(loaded.image_ids, each, strict=True):
-                assert one.scores is not None, "what was found has them"
-                found[image_id] = ImageProposals(one.boxes, one.scores)
-            bar.update(loaded.real)
+    def own() -> list[tuple[dict[int, ImageProposals], dict[int, str]]]:
+        """By batch: proposals, and notes on values that were clipped."""
+        batches = []
+        silent = not progress or not group.leads
+        bar = tqdm(total=len(dataset), unit="img", desc="propose", disable=silent)
+        detections = detect(model, dataset, config, propose, group)
+        with bar, contextlib.closing(in_turn(detections, finish, 1)) as finished:
+            for loaded, each in finished:
+                found = {}
+                for image_id, one in zip(loaded.image_ids, each, strict=True):
+                    assert one.scores is not None, "what was found has them"
+                    found[image_id] = ImageProposals(one.boxes, one.scores)
+                batches.append((found, loaded.clipped))
+                bar.update(min(loaded.real * group.size, len(dataset) - bar.n))
+        return batches
+
+    batches = of_all(group.each(own), group)
+    clipped = {image_id: note for _, notes in batches for image_id, note in notes.items()}
     if clipped:
         tqdm.write(clipped_line(clipped.values()))
-    return found
+    return {image_id: one for found, _ in batches for image_id, one in found.items()}
 
 
 def proposal_recall(

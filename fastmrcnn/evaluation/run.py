@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import nn
@@ -27,9 +28,10 @@ from fastmrcnn.detection.fetch import Fetched
 from fastmrcnn.detection.objects import Objects, coco_results, encoded, pasted
 from fastmrcnn.detection.pipeline import cores, in_turn
 from fastmrcnn.evaluation.coco import MAX_DETS, evaluate_coco, ground_truth
-from fastmrcnn.evaluation.detections import detect
+from fastmrcnn.evaluation.detections import detect, of_all
 from fastmrcnn.evaluation.proposals import collect_proposals, proposal_recall
 from fastmrcnn.files import make_folder, write_json
+from fastmrcnn.group import ALONE, Group
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 
 RESULTS = "coco_instances_results.json"
@@ -44,16 +46,21 @@ def run_evaluation(
     output: Path,
     pictures: int | None = None,
     progress: bool = True,
+    group: Group = ALONE,
 ) -> dict[str, float]:
     """Detect in all images of a set, write the results as COCO JSON, judge them, draw some.
 
+    Several processes share out the images. The first one gets what the others found, and judges and writes
+    what it would alone.
+
     Args:
-        model: in eval mode, its classes those of `dataset`.
+        model: in eval mode, its classes those of `dataset`; the same on all processes.
         config: its sections data, evaluate, model and runtime are used.
         output: folder for coco_instances_results.json, and pictures/ with ground truth beside
             predictions; made if it is not there. What an earlier evaluation wrote is replaced.
         pictures: how many to draw; None: `evaluate.pictures`.
         progress: show a progress bar and COCO's tables.
+        group: the processes, all of which call this and get its result.
     Returns:
         As `judge_results`, or as `proposal_recall` of a model that is an RPN alone, whose proposals go to
         proposals.npz instead; and "candidates_cut" if class scores were cut before NMS.
@@ -62,35 +69,76 @@ def run_evaluation(
     """
     if not config.model.box_head.enabled:
         assert isinstance(model, MaskRCNN)
-        proposals = collect_proposals(model, dataset, config, progress=progress)
-        make_folder(output)
-        write_proposals(output / "proposals.npz", proposals)
-        return proposal_recall(dataset, proposals, show=progress)
+        proposals = collect_proposals(model, dataset, config, progress=progress, group=group)
+
+        def recall() -> dict[str, float]:
+            make_folder(output)
+            write_proposals(output / "proposals.npz", proposals)
+            return proposal_recall(dataset, proposals, show=progress)
+
+        return group.lead(recall)
     chosen = choose_pictures(dataset, config.evaluate.pictures if pictures is None else pictures)
-    threshold, offset = config.model.mask_head.threshold, config.data.keypoint_offset
     sigmas = config.evaluate.oks_sigmas
     if dataset.num_keypoints is not None:
         choose_sigmas(dataset.num_keypoints, sigmas)  # a mistake in them is told at once
-    results: list[dict[str, Any]] = []
-    kept: dict[int, Objects] = {}
-    clipped: dict[int, str] = {}
-    cut = 0
+    own = group.each(partial(_detected, model, dataset, config, chosen, progress, group))
+    batches = of_all(own, group)
+    return group.lead(partial(_judged, batches, dataset, config, output, chosen, progress))
 
-    def finish(begun: tuple[LoadedBatch, Fetched]) -> tuple[LoadedBatch, list[Objects], list[Any], int]:
+
+class FoundInBatch(NamedTuple):
+    """What came of a batch."""
+
+    entries: list[dict[str, Any]]  # COCO's
+    kept: dict[int, Objects]  # of the images that are drawn, by id
+    clipped: dict[int, str]
+    cut: int
+
+
+def _detected(
+    model: nn.Module,
+    dataset: CocoDataset,
+    config: Config,
+    chosen: Mapping[int, ImageRecord],
+    progress: bool,
+    group: Group,
+) -> list[FoundInBatch]:
+    """In this process's images. The bar is the first one's, and counts for all."""
+    threshold, offset = config.model.mask_head.threshold, config.data.keypoint_offset
+
+    def finish(begun: tuple[LoadedBatch, Fetched]) -> tuple[int, FoundInBatch]:
         """On the host, while the model is at work on the next batch."""
         loaded, fetched = begun
         found = encoded(fetched.objects(), threshold)
         entries = coco_results(found, loaded.image_ids, dataset.category_ids, threshold, offset)
-        return loaded, found, entries, int(fetched.cut.sum())
+        kept = {k: one for k, one in zip(loaded.image_ids, found, strict=True) if k in chosen}
+        return loaded.real, FoundInBatch(entries, kept, loaded.clipped, int(fetched.cut.sum()))
 
-    bar = tqdm(total=len(dataset), unit="img", desc="evaluate", dynamic_ncols=True, disable=not progress)
-    with bar, contextlib.closing(in_turn(detect(model, dataset, config), finish, threads=1)) as finished:
-        for loaded, found, entries, number in finished:
-            cut += number
-            clipped |= loaded.clipped
-            results += entries
-            kept |= {k: one for k, one in zip(loaded.image_ids, found, strict=True) if k in chosen}
-            bar.update(loaded.real)
+    batches = []
+    silent = not progress or not group.leads
+    bar = tqdm(total=len(dataset), unit="img", desc="evaluate", dynamic_ncols=True, disable=silent)
+    detections = detect(model, dataset, config, group=group)
+    with bar, contextlib.closing(in_turn(detections, finish, threads=1)) as finished:
+        for real, found in finished:
+            batches.append(found)
+            bar.update(min(real * group.size, len(dataset) - bar.n))
+    return batches
+
+
+def _judged(
+    batches: Sequence[FoundInBatch],
+    dataset: CocoDataset,
+    config: Config,
+    output: Path,
+    chosen: Mapping[int, ImageRecord],
+    progress: bool,
+) -> dict[str, float]:
+    """Write, judge and draw what was found in all batches."""
+    threshold = config.model.mask_head.threshold
+    results = [entry for batch in batches for entry in batch.entries]
+    kept = {image_id: one for batch in batches for image_id, one in batch.kept.items()}
+    clipped = {image_id: note for batch in batches for image_id, note in batch.clipped.items()}
+    cut = sum(batch.cut for batch in batches)
     make_folder(output)
     write_json(output / RESULTS, results)
     values = judge_results(dataset, results, config, show=progress)

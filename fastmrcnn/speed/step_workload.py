@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -99,9 +99,16 @@ def on_disk(workload: Workload) -> Iterator[Path]:
         yield file
 
 
-def read_workload(file: Path) -> Workload:
-    """What `on_disk` wrote; sets up its device."""
+def read_workload(file: Path, device: str | None = None) -> Workload:
+    """What `on_disk` wrote; sets up its device.
+
+    Args:
+        device: another one, as `runtime.device` has it.
+    """
     workload: Workload = torch.load(file, mmap=True, weights_only=False)  # of our own making
+    if device is not None:
+        config = changed(workload.config, "runtime.device", device)
+        return replace(workload, config=config, device=set_up_device(config))
     set_up_device(workload.config)
     return workload
 

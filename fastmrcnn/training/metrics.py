@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -25,21 +25,26 @@ class Metrics:
         folder: of the run.
         start_step: lines at or beyond this step, from a run that was cut off, are dropped.
         carried: what a checkpoint kept of a row that was not full, from `carried()`.
+        writes: false: only gather, as all processes of a run but the first do.
     Raises:
         UserError: the folder cannot be written to.
     """
 
-    def __init__(self, folder: Path, start_step: int = 0, carried: dict[str, Any] | None = None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(
+        self,
+        folder: Path,
+        start_step: int = 0,
+        carried: dict[str, Any] | None = None,
+        *,
+        writes: bool = True,
+    ) -> None:
         self.path = folder / "metrics.json"
         self.evaluated: set[int] = set()
         """Steps of the rows of evaluations."""
-        kept = self._drop_from(start_step)
+        self._file: TextIO | None = None
+        self._board: Any = None
+        kept = self._open(start_step) if writes else []
         self.evaluated |= {row["iteration"] for row in kept if "total_loss" not in row}
-        with self._writing():
-            self._file = self.path.open("a", encoding="utf-8")
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
         self._unwritten: list[dict[str, Any]] = []
         self._names: list[str] = []
         self._sums: Tensor | None = None
@@ -52,6 +57,16 @@ class Metrics:
         self._since = time.perf_counter()
         if carried:
             self._take_up(carried, kept)
+
+    def _open(self, start_step: int) -> list[dict[str, Any]]:
+        """The rows that stay."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        kept = self._drop_from(start_step)
+        with self._writing():
+            self._file = self.path.open("a", encoding="utf-8")
+            self._board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=start_step)
+        return kept
 
     def _drop_from(self, step: int) -> list[dict[str, Any]]:
         """The rows that stay."""
@@ -142,6 +157,10 @@ class Metrics:
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a line; `iteration` must be in it. What is not finite becomes null."""
+        if "total_loss" not in row and self._file is None:
+            self.evaluated.add(row["iteration"])
+        if self._file is None:
+            return
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._unwritten.append(clean)
         with self._writing():
@@ -171,6 +190,8 @@ class Metrics:
 
     def close(self) -> None:
         for stream in (self._file, self._board):
+            if stream is None:
+                continue
             with contextlib.suppress(OSError):  # each row has been flushed, or its failure told
                 stream.close()
 

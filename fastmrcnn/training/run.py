@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from fastmrcnn.config.schema import Config
 from fastmrcnn.data.build import read_sets, with_pixel_range
@@ -16,21 +19,66 @@ from fastmrcnn.data.same_classes import align_classes, class_faults, match_class
 from fastmrcnn.data.shapes import write_shapes
 from fastmrcnn.errors import UserError
 from fastmrcnn.files import new_run_folder
+from fastmrcnn.group import ALONE, Group
 from fastmrcnn.weights.card import ModelCard
 
 
 def prepare_run(
-    config: Config, folder: Path | None, before: ModelCard | None = None
+    config: Config, folder: Path | None, before: ModelCard | None = None, group: Group = ALONE
 ) -> tuple[Config, Path, CocoDataset, CocoDataset | None]:
     """The run's folder, training and validation set, and the configuration with what was decided on them.
 
     A new folder is made if none is given, and only once the data that was asked for is known to be
-    there. The embedded set is drawn into the folder.
+    there. The embedded set is drawn into the folder. Of several processes the first one decides, and the
+    others read the sets after it.
 
     Args:
         before: of the checkpoint that the run goes on from, whose class numbers stay.
+    Raises:
+        UserError: the data has mistakes; or processes found different sets under the same paths.
     """
     settle = None if before is None else partial(with_classes_of, before)
+    if group.size == 1:
+        return _prepare(config, folder, before, settle)
+    own: list[tuple[CocoDataset, CocoDataset | None]] = []
+
+    def first() -> tuple[Config, Path]:
+        decided, place, train_set, val_set = _prepare(config, folder, before, settle)
+        own.append((train_set, val_set))
+        return decided, place
+
+    config, place = group.lead(first)
+
+    def read() -> tuple[CocoDataset, CocoDataset | None]:
+        return own[0] if own else read_sets(config, settle, choose_range=before is None)
+
+    with discarding_unstarted(place, new=folder is None and group.leads):
+        train_set, val_set = group.each(read)
+        check_same_sets(train_set, val_set, group)
+    return config, place, train_set, val_set
+
+
+def check_same_sets(train_set: CocoDataset, val_set: CocoDataset | None, group: Group) -> None:
+    """UserError, on all processes, if they have read different images."""
+    for dataset in (train_set, *([] if val_set is None else [val_set])):
+        ids = np.array([record.image_id for record in dataset.records], np.int64)
+        found = group.gather((len(ids), zlib.crc32(ids.tobytes()), dataset.class_names))
+        other = next((rank for rank, one in enumerate(found) if one != found[0]), None)
+        if other is not None:
+            group.end(
+                UserError(
+                    f"{dataset.annotations}: process {other} reads {found[other][0]} images there, the first "
+                    f"one {found[0][0]}, or not the same ones; give all machines the same files"
+                )
+            )
+
+
+def _prepare(
+    config: Config,
+    folder: Path | None,
+    before: ModelCard | None,
+    settle: Callable[[CocoDataset], CocoDataset] | None,
+) -> tuple[Config, Path, CocoDataset, CocoDataset | None]:
     if not config.data.shapes:
         # A run that began without a range of values goes on without one.
         train_set, val_set = read_sets(config, settle, choose_range=before is None)

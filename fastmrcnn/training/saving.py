@@ -12,6 +12,7 @@ import torch
 
 from fastmrcnn.data.loader import dead_worker
 from fastmrcnn.errors import UserError
+from fastmrcnn.group import LostError, lost_peer
 from fastmrcnn.training.console import how_to_go_on
 from fastmrcnn.training.metrics import Metrics
 from fastmrcnn.training.step import TrainingStep
@@ -37,6 +38,7 @@ class Saver:
         folder: of the run.
         keep: how many checkpoints stay.
         start: steps that were done, and saved, before.
+        writes: false: it only counts, as in all processes of a run but the first.
     """
 
     def __init__(
@@ -48,7 +50,9 @@ class Saver:
         *,
         keep: int,
         start: int,
+        writes: bool = True,
     ) -> None:
+        self.writes = writes
         self.folder, self.make_step, self.card, self.metrics = folder, make_step, card, metrics
         self.keep = keep
         self.done = start
@@ -62,6 +66,9 @@ class Saver:
     def save(self, step: int | None = None) -> Path:
         """Write a checkpoint of the first `step` steps; None: of all that are done."""
         step = self.done if step is None else step
+        if not self.writes:
+            self.saved = step
+            return self.folder
         gathered = self.metrics.carried() if step == self.done else {}
         ema = self.make_step.ema
         try:
@@ -86,6 +93,8 @@ class Saver:
         """Save the last whole step unless it is saved, whatever has happened; returns what came of it, for
         the middle of a message."""
         update = self.make_step.update
+        if not self.writes:
+            return ""
         if update.phase == "update":
             return f"it came in the middle of an update, so {self._lost()}; "
         if self.done == self.saved:
@@ -120,6 +129,8 @@ def saving_first(saver: Saver, requests: Requests) -> Iterator[None]:
         yield
     except BaseException as error:
         requests.hold()
+        if isinstance(error, SystemExit):  # the first process knows why, and saves
+            raise
         stop = _stop_of(error, requests)
         note = "" if stop is not None and stop.at_once else saver.rescue()
         if stop is not None:
@@ -140,13 +151,16 @@ def saving_first(saver: Saver, requests: Requests) -> Iterator[None]:
         raise UserError(f"{reason}; {how}") from error
 
 
-def tell_stop(stop: KeyboardInterrupt, folder: Path | None) -> int:
+def tell_stop(stop: KeyboardInterrupt, folder: Path | None, *, speaks: bool = True) -> int:
     """Print the one line on which a run ends that was asked to; returns the exit code.
 
     Args:
         folder: of the run, as far as it has one.
+        speaks: false: print nothing.
     """
     number, by = signal_of(stop)
+    if not speaks:
+        return 128 + number
     note = stop.note if isinstance(stop, Stopped) else ""
     how = "nothing was begun" if folder is None else how_to_go_on(folder)
     with contextlib.suppress(OSError):
@@ -160,6 +174,8 @@ def reason_of(error: BaseException) -> str | None:
         return str(error)
     if (death := dead_worker(error)) is not None:
         return death
+    if (loss := lost_peer(error)) is not None:
+        return loss
     lines = str(error).strip().splitlines() or [""]
     # Of what a loader process raised torch tells the traceback, at whose end is what it was.
     said = lines[-1] if lines[0].startswith("Caught ") else lines[0]
@@ -184,6 +200,6 @@ def _stop_of(error: BaseException, requests: Requests) -> Stopped | None:
     if isinstance(error, KeyboardInterrupt):
         return Stopped(signal.SIGINT)
     # What a closing terminal or a dying process group breaks is not the reason.
-    if requests.stop is None or isinstance(error, UserError):
+    if requests.stop is None or (isinstance(error, UserError) and not isinstance(error, LostError)):
         return None
     return Stopped(requests.stop)

@@ -6,12 +6,14 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
 STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAVE = signal.SIGUSR1
+ECHO_S = 1.0  # a signal that comes again so soon is the same one
 
 
 class Stopped(KeyboardInterrupt):
@@ -42,6 +44,8 @@ class Requests:
     `held()` too. What is ignored when the block begins (as under nohup) stays ignored, and only in the main
     thread is anything changed.
 
+    Within `together()` nothing is raised but by a second signal: the processes of a run first agree.
+
     Args:
         kept: what is awaited within `held()`, for the line that says so.
     """
@@ -54,6 +58,8 @@ class Requests:
         self._before: dict[int, Any] = {}
         self._process = os.getpid()
         self._child_waits = self._installed = False
+        self._together, self._speaks = False, True
+        self._asked = 0.0  # when
 
     def __enter__(self) -> Requests:
         self._installed = threading.current_thread() is threading.main_thread()
@@ -77,11 +83,35 @@ class Requests:
             yield
         finally:
             self._held = False
-        if self.stop is not None:
+        if self.stop is not None and not self._together:
             raise Stopped(self.stop)
         if self._child_waits:
             self._child_waits = False
             self._before[signal.SIGCHLD](signal.SIGCHLD, None)
+
+    @contextlib.contextmanager
+    def together(self, *, speaks: bool) -> Iterator[None]:
+        """A block in which the caller asks for `stop` and raises what all processes of a run agree on.
+
+        Args:
+            speaks: whether this process says that it has heard.
+        """
+        self._together, self._speaks = True, speaks
+        try:
+            yield
+        finally:
+            self._together, self._speaks = False, True
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """A block within `together()` in which a signal acts on this process at once, as outside of it."""
+        before, self._together = self._together, False
+        try:
+            if before and self.stop is not None:  # it came since they agreed
+                raise Stopped(self.stop)
+            yield
+        finally:
+            self._together = before
 
     def hold(self) -> None:
         """As `held`, from now on."""
@@ -96,10 +126,15 @@ class Requests:
         if os.getpid() != self._process:  # a child that has not set its own yet
             return
         if self.stop is not None:
+            # A launcher passes on what a scheduler has sent to its processes too.
+            if self._together and time.monotonic() < self._asked + ECHO_S:
+                return
             raise Stopped(number, at_once=True)
-        self.stop = number
-        if not self._held:
+        self.stop, self._asked = number, time.monotonic()
+        if not self._held and not self._together:
             raise Stopped(number)
+        if not self._speaks:
+            return
         # Not print: this may have interrupted one.
         with contextlib.suppress(OSError):
             os.write(2, f"\nstopping as soon as {self._kept}; once more stops at once\n".encode())

@@ -12,6 +12,7 @@ import importlib.util
 import io
 import re
 import runpy
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ import yaml
 from arrows import write_arrows
 from pages import ROOT
 from tiny import TREE
+from torch.distributed.run import get_args_parser as launcher_parser
 
 from fastmrcnn import convert, train
 from fastmrcnn.config.checks import check_trainable, starting_config
@@ -121,6 +123,9 @@ class Performer:
             ("pip", "install"): check_installation,
             ("curl",): check_request,
             ("docker",): check_container,
+            ("torchrun",): check_launch,
+            ("srun",): check_launch,
+            ("export",): lambda words: None,  # of a script for a scheduler
             ("cp", "-r", "kernels"): self.copy_kernels,
             ("python3", "-m", "venv"): self.new_environment,
             (".",): self.enter_environment,
@@ -156,7 +161,8 @@ class Performer:
         self.main_of("fastmrcnn.convert")([*words, *recipe])
 
     def benchmark(self, words: list[str]) -> None:
-        if "--schedule" in words:  # needs a CUDA build of torch; a test of its own runs it
+        # One needs a CUDA build of torch, the other starts three processes; tests of their own run them.
+        if "--schedule" in words or "--processes" in words:
             check_options("fastmrcnn.benchmark", words)
             return
         small = ["--shape", "64", "64", "--batch", "1", "--steps", "1", "--mask-slots", "16", *TINY]
@@ -252,6 +258,25 @@ def check_container(words: list[str]) -> None:
         folder, inside, mode = words[words.index("-v") + 1].split(":")
         assert Path(folder).is_dir()
         assert (inside, mode) == ("/model", "ro")
+
+
+def check_launch(words: list[str]) -> None:
+    """What a launcher is to start: its own options are torchrun's, and those of the program the program's."""
+    if words[:2] == ["bash", "-c"]:
+        words = shlex.split(words[2].replace("\\\n", " "))
+        names = {word.partition("=")[0] for word in words if re.match(r"[A-Z_]+=", word)}
+        assert names == {"RANK", "LOCAL_RANK", "WORLD_SIZE"}
+        words = words[words.index("exec") + 1 :]
+        assert words[0] == "python"
+        program, own = words[2], words[3:]
+    else:
+        launcher = launcher_parser().parse_args(words[words[0] == "torchrun" :])
+        assert launcher.module
+        program, own = launcher.training_script, launcher.training_script_args
+    own = [word for word in own if word != "..."]
+    check_options(program, own)
+    if program == "fastmrcnn.train" and "--config" in own:
+        check_trainable(starting_config(own[own.index("--config") + 1], DATA))
 
 
 def check_installation(words: list[str]) -> None:
