@@ -150,6 +150,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
     assert_near(whole, run)
 
 
+@pytest.mark.slow
 def test_batches_that_are_gathered_to_a_step(data: TinyData, pair: Pair, tmp_path: Path) -> None:
     """Two processes, each with two batches of one image, take the images of one process's two of two."""
     changes = [*CHANGES, "train.batch=4", "train.accumulate=2", "train.evaluate_every=null", "data.workers=0"]
@@ -159,6 +160,7 @@ def test_batches_that_are_gathered_to_a_step(data: TinyData, pair: Pair, tmp_pat
     assert_near(alone, newest_run(tmp_path / "two"))
 
 
+@pytest.mark.slow
 def test_sigusr1_to_any_process_saves(data: TinyData, pair: Pair, tmp_path: Path) -> None:
     words = data.arguments(tmp_path, "train.steps=6", "train.checkpoint_every=6")
     ended = pair.call(send_at, Each((words, words)), Each((None, 2)), signal.SIGUSR1)
