@@ -126,8 +126,8 @@ def _measure(config: Config, dataset: CocoDataset, rounds: int) -> dict[str, Any
         ALONE: lambda: [decode_plain(path, MAX_PIXELS, memory) for path in paths],
     }
     expected = [usual(path, size) for path in paths]
-    for way in (WORKER, DEVICE):
-        _check(way, expected, with_pixels(ways[way]().batch).pixels, size)
+    for ours in (WORKER, DEVICE):
+        _check(ours, expected, with_pixels(ways[ours]().batch).pixels, size)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
