@@ -23,7 +23,7 @@ Parts = Generator[Tensor, None, T]
 that tensor is the sum over all processes."""
 
 
-class Share(NamedTuple):
+class Contribution(NamedTuple):
     """This process's part in the losses of a batch."""
 
     values: Tensor  # (k,) float32, its losses, to be differentiated
@@ -31,7 +31,7 @@ class Share(NamedTuple):
     sums: Tensor  # (2 k + c,) float64, to be summed: losses times divisors; what is counted in those; counts
 
 
-def share_of(losses: Losses, counts: Counts) -> Share:
+def contribution_of(losses: Losses, counts: Counts) -> Contribution:
     """
     Args:
         losses: k of them.
@@ -49,21 +49,21 @@ def share_of(losses: Losses, counts: Counts) -> Share:
     found = torch.stack([counted[name].double() for name in named])
     divisors = _divisor(found)
     others = [count.double().reshape(1) for count in present(counts).values()]
-    return Share(values, divisors, torch.cat([values.detach() * divisors, found, *others]))
+    return Contribution(values, divisors, torch.cat([values.detach() * divisors, found, *others]))
 
 
-def whole_of(share: Share, losses: Losses, counts: Counts) -> tuple[Tensor, Losses, Counts]:
-    """Once `share.sums` has been summed over the processes.
+def whole_of(own: Contribution, losses: Losses, counts: Counts) -> tuple[Tensor, Losses, Counts]:
+    """Once `own.sums` has been summed over the processes.
 
     Returns:
         what this process differentiates: its part of the loss of the whole batch; losses and counts of the
         whole batch.
     """
     names, others = list(present(losses)), present(counts)
-    sums, found, totals = share.sums.split([len(names), len(names), len(others)])
+    sums, found, totals = own.sums.split([len(names), len(names), len(others)])
     divisors = _divisor(found)
-    part = (share.values * (share.divisors / divisors).to(share.values.dtype)).sum()
-    means = (sums / divisors).to(share.values.dtype)
+    part = (own.values * (own.divisors / divisors).to(own.values.dtype)).sum()
+    means = (sums / divisors).to(own.values.dtype)
     whole = [total.to(count.dtype) for total, count in zip(totals.unbind(), others.values(), strict=True)]
     return (
         part,

@@ -13,7 +13,6 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from fastmrcnn.config.schema import OptimConfig
 from fastmrcnn.device import Precision
@@ -25,7 +24,7 @@ from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.model.subsample import SamplingKeys
 from fastmrcnn.model.sync_norm import synchronise_norms
 from fastmrcnn.pixels import with_pixels
-from fastmrcnn.structures import Batch, Counts, Losses, to_device, tree_map
+from fastmrcnn.structures import Batch, Counts, Losses, present, to_device, tree_map
 from fastmrcnn.training.compile_cache import keep_compile_cache
 from fastmrcnn.training.cuda_graph import (
     CudaParts,
@@ -40,10 +39,10 @@ from fastmrcnn.training.execution import Execution
 from fastmrcnn.training.flat_gradient import FlatGradient
 from fastmrcnn.training.optim import Ema, GatedStep, build_optimizer, set_rate
 from fastmrcnn.training.reduction import (
+    Contribution,
     Parts,
-    Share,
+    contribution_of,
     run_through,
-    share_of,
     sum_over_processes,
     whole_of,
 )
@@ -105,7 +104,7 @@ class TrainingStep:
         self.loss = torch.zeros((), device=self.device)  # of the batches so far, if there are several
         self.reduce = sum_over_processes
         forward = forward_of(model, self.device, precision)
-        self.forward = compiled(forward if group.size == 1 else with_share(forward), execution)
+        self.forward = compiled(forward if group.size == 1 else with_contribution(forward), execution)
         # A step that is not recorded reads a batch to its end: there is no room beside it for the next one.
         self.staging = Staging(self.device) if execution.cuda_graphs and self.device.type == "cuda" else None
         self.run: Callable[[Batch, SamplingKeys], Result] = self._run
@@ -139,7 +138,7 @@ class TrainingStep:
         keys = self.draw_keys(batches, step)
         if self.accumulate == 1:
             (batch,) = batches
-            return self.run(batch, keys[0])
+            return self.run(self._upload(batch), keys[0])
         assert self.gradient is not None
         self.update.before_forward()
         self.gradient.clear()
@@ -232,10 +231,10 @@ class TrainingStep:
         """The step with one batch; with several, a gradient of one."""
         if self.accumulate == 1:
             self.update.before_forward()
-        losses, counts, *share = self.forward(batch, keys)
-        if share:
-            yield share[0].sums
-            part, losses, counts = whole_of(share[0], losses, counts)
+        losses, counts, *own = self.forward(batch, keys)
+        if own:
+            yield own[0].sums
+            part, losses, counts = whole_of(own[0], losses, counts)
             loss = losses.total()
         else:
             part = loss = losses.total()
@@ -280,11 +279,10 @@ class TrainingStep:
 
 def _averaged(results: Sequence[Result]) -> Result:
     """Of the batches of a step: means of the losses, sums of the counts."""
-    losses, counts = zip(*results, strict=True)
-    return (
-        pytree.tree_map(lambda *values: torch.stack(values).mean(), *losses),
-        pytree.tree_map(lambda *values: torch.stack(values).sum(0), *counts),
-    )
+    losses, counts = (list(kind) for kind in zip(*results, strict=True))
+    means = {name: torch.stack([getattr(one, name) for one in losses]).mean() for name in present(losses[0])}
+    sums = {name: torch.stack([getattr(one, name) for one in counts]).sum() for name in present(counts[0])}
+    return Losses(**means), Counts(**sums)
 
 
 def whole_group() -> str:
@@ -295,14 +293,14 @@ def whole_group() -> str:
     return group.group_name
 
 
-def with_share(forward: Run) -> Callable[[Batch, SamplingKeys], tuple[Losses, Counts, Share]]:
+def with_contribution(forward: Run) -> Callable[[Batch, SamplingKeys], tuple[Losses, Counts, Contribution]]:
     """`forward`, and this process's part in its losses."""
 
-    def shared(batch: Batch, keys: SamplingKeys) -> tuple[Losses, Counts, Share]:
+    def contributing(batch: Batch, keys: SamplingKeys) -> tuple[Losses, Counts, Contribution]:
         losses, counts = forward(batch, keys)
-        return losses, counts, share_of(losses, counts)
+        return losses, counts, contribution_of(losses, counts)
 
-    return shared
+    return contributing
 
 
 def forward_of(model: MaskRCNN, device: torch.device, precision: Precision) -> Run:
