@@ -14,7 +14,7 @@ from tqdm import tqdm
 from fastmrcnn.config.schema import Config
 from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.files import to_write, write_text
-from fastmrcnn.speed.decoding import decoding_table, measure_decoding
+from fastmrcnn.speed.decoding import decoding_table, measure_decoding_apart
 from fastmrcnn.speed.environment import environment
 from fastmrcnn.speed.handover import handover_table, measure_handover
 from fastmrcnn.speed.inference_rows import inference_table, measure_inference_apart
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
         print(inference_table(found["inference"]) + "\n")
     if arguments.loader:
         tell("decoding")
-        keep("decoding", measure_decoding(config))
+        keep("decoding", measure_decoding_apart(config))
         print(decoding_table(found["decoding"]) + "\n")
         tell("handover")
         keep("handover", measure_handover())

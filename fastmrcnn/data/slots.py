@@ -12,6 +12,8 @@ A batch for which no slot is free goes the usual way.
 
 from __future__ import annotations
 
+import math
+import os
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -22,6 +24,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 ALIGNMENT = 64  # bytes
+_SHARED = "/dev/shm"  # where torch has shared memory on Linux
 
 
 class Place(NamedTuple):
@@ -48,11 +51,22 @@ class Mark(Protocol):
 def shared_block(slots: int, size: int) -> Tensor | None:
     """(slots, size) uint8 in shared memory, size rounded up; None where there is not so much."""
     size = -(-size // ALIGNMENT) * ALIGNMENT
+    if _free() < slots * size:  # torch would find out, but leave its file behind
+        return None
     try:
         storage = torch.UntypedStorage._new_shared(slots * size)
     except RuntimeError:  # the file system of shared memory is full, or small as in a container
         return None
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(slots, size)
+
+
+def _free() -> float:
+    """Bytes that the file system of shared memory has left; infinite where there is none, as on macOS."""
+    try:
+        left = os.statvfs(_SHARED)
+    except OSError:
+        return math.inf
+    return left.f_bavail * left.f_frsize
 
 
 class Slots:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,16 +27,52 @@ from fastmrcnn.data.records import ImageRecord
 from fastmrcnn.data.slot_sizes import pixel_bytes, table_bytes
 from fastmrcnn.data.transforms import Augment, Size, resized_size
 from fastmrcnn.data.worker import LoadedBatch, TrainSamples
+from fastmrcnn.errors import UserError
 from fastmrcnn.pixels import with_pixels
+from fastmrcnn.speed.apart import Apart, GoneError
 from fastmrcnn.speed.markdown import table
 
 HEIGHT, WIDTH = 480, 640
 QUALITIES = (75, 90)  # what most programs write, and what makes files about as large as COCO's
 FALL = 0.35  # how much weaker fine texture is than coarse: with it files are of some 75 and 120 kB
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 USUAL = "Pillow: decode, resize, to-tensor"
 WORKER = "ours, data.resize=worker: decode, resize, pad"
 DEVICE = "ours, data.resize=device: decode"
 ALONE = "of that, simplejpeg itself"
+
+
+class Decoding:
+    """`measure_decoding` for a process of its own."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        keep_memory()
+
+    def measure(self) -> list[dict[str, Any]]:
+        return measure_decoding(self.config)
+
+
+def measure_decoding_apart(config: Config) -> list[dict[str, Any]]:
+    """Raises UserError: what was raised there, or that the process died."""
+    try:
+        with Apart(Decoding, config) as apart:
+            found: list[dict[str, Any]] = apart.ask("measure")
+            return found
+    except GoneError as error:
+        raise UserError(f"decoding could not be measured: {error}") from None
+
+
+def keep_memory() -> None:
+    """Let glibc's malloc keep what is freed, for good.
+
+    Otherwise the usual way, whose float32 images have 10 MB, may get them from the system each time, page by
+    page, which on some machines takes as long as its work.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for option in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
+            mallopt(option, 2**30)
 
 
 def measure_decoding(config: Config, images: int = 12, rounds: int = 6) -> list[dict[str, Any]]:
@@ -88,8 +126,8 @@ def _measure(config: Config, dataset: CocoDataset, rounds: int) -> dict[str, Any
         ALONE: lambda: [decode_plain(path, MAX_PIXELS, memory) for path in paths],
     }
     expected = [usual(path, size) for path in paths]
-    for way in (WORKER, DEVICE):
-        _check(way, expected, with_pixels(ways[way]().batch).pixels, size)
+    for ours in (WORKER, DEVICE):
+        _check(ours, expected, with_pixels(ways[ours]().batch).pixels, size)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+import os
 from collections import deque
 from typing import Any
 
@@ -96,8 +97,16 @@ def test_what_is_too_large_is_not_put() -> None:
     assert put(memory, [torch.ones(250), torch.ones(1)]) is None
 
 
-def test_no_room_for_slots() -> None:
-    assert shared_block(1000, 2**50) is None
+def test_no_room_for_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(size: int) -> Any:
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    if os.path.isdir("/dev/shm"):
+        before = os.listdir("/dev/shm")
+        assert shared_block(1000, 2**50) is None
+        assert os.listdir("/dev/shm") == before
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
+    assert shared_block(1, 100) is None
 
 
 def place() -> Place:
