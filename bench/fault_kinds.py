@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -28,6 +29,7 @@ from breaking import (
     small_disk,
     temporary_files,
 )
+from PIL import Image
 
 from fastmrcnn.weights.checkpoint import find_checkpoint, read_checkpoint
 from fastmrcnn.weights.seal import fault_of
@@ -227,10 +229,16 @@ def broken_images(world: World, tries: int, draw: random.Random) -> str:
     for _ in range(tries):
         data = world.new_output()
         shutil.copytree(world.root / "data", data)
-        images = sorted((data / "train").iterdir())
-        for path in draw.sample(images, 2):
-            content = path.read_bytes()
-            path.write_bytes(content[: len(content) * 2 // 3])
+        annotations = data / "train.json"
+        tree = json.loads(annotations.read_text(encoding="utf-8"))
+        for entry in draw.sample(tree["images"], 2):  # JPEG, of which only the header is read beforehand
+            path = data / "train" / entry["file_name"]
+            entry["file_name"] = f"{path.stem}.jpg"
+            noise = Image.effect_noise((entry["width"], entry["height"]), 50).convert("RGB")
+            noise.save(path.with_suffix(".jpg"), quality=95)
+            content = path.with_suffix(".jpg").read_bytes()
+            path.with_suffix(".jpg").write_bytes(content[: len(content) * 2 // 3])
+        annotations.write_text(json.dumps(tree), encoding="utf-8")
         outputs = [world.new_output() for _ in range(3)]
         running = world.start(outputs[0], "data.max_broken=0.2", data=data)
         code = running.wait()

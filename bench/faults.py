@@ -39,11 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = [tried(fault, world, arguments.tries, arguments.seed) for fault in chosen(arguments.only)]
     print("\n" + markdown(rows))
     if arguments.record:
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        path = RESULTS / f"{platform.system().lower()}.json"
-        recorded = {**facts, "seed": arguments.seed, "results": rows}
-        path.write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")
-        print(f"\nwritten to {path}")
+        print(f"\nwritten to {record({**facts, 'seed': arguments.seed}, rows)}")
     return int(any(row["lost"] not in ("nothing", "") for row in rows))
 
 
@@ -52,7 +48,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], metavar="FAULT", help=f"of {', '.join(FAULTS)}")
     parser.add_argument("--tries", type=int, help="of each fault; default: 20 kills, of others what is usual")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and bits")
-    parser.add_argument("--record", action="store_true", help=f"write {RESULTS.name}/<system>.json")
+    parser.add_argument("--record", action="store_true", help=f"write results/{RESULTS.name}/<system>.json")
     arguments = parser.parse_args(argv)
     if unknown := [name for name in arguments.only if name not in FAULTS]:
         parser.error(f"unknown fault {', '.join(unknown)}; there are {', '.join(FAULTS)}")
@@ -79,6 +75,22 @@ def tried(fault: Fault, world: World, tries: int | None, seed: int) -> dict[str,
     row["seconds"] = round(time.perf_counter() - began, 1)
     print(f"{fault.words}: {row['lost'] or row['seen']} ({row['seconds']} s)", flush=True)
     return row
+
+
+def record(facts: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Path:
+    """Write the file of this system, onto what an earlier call of the same commit and versions wrote."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{platform.system().lower()}.json"
+    known = {row["fault"]: row for row in rows}
+    if path.exists():
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        kept = earlier.pop("results")
+        if earlier == facts:
+            known = {row["fault"]: row for row in kept} | known
+    order = [fault.words for fault in FAULTS.values()]
+    found = sorted(known.values(), key=lambda row: order.index(row["fault"]))
+    path.write_text(json.dumps({**facts, "results": found}, indent=1) + "\n", encoding="utf-8")
+    return path
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:

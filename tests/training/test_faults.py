@@ -107,6 +107,10 @@ def test_the_table_and_the_exit_code(
     recorded = json.loads(path.read_text())
     assert [row["tries"] for row in recorded["results"]] == [5, 0]
     assert recorded["versions"]["torch"] == torch.__version__
+    faults.main(["--only", "strange", "--seed", "7", "--record"])
+    faults.main(["--only", "good", "--tries", "6", "--seed", "7", "--record"])
+    assert [row["tries"] for row in json.loads(path.read_text())["results"]] == [6, 0]
+    capsys.readouterr()
     assert faults.main([]) == 1
     assert "| a bad | 2 | a step |  | " in capsys.readouterr().out
     with pytest.raises(SystemExit):

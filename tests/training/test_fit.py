@@ -17,7 +17,7 @@ from fastmrcnn.data.transforms import Size
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.training import fit
-from fastmrcnn.training.fit import Advice, advise, largest_fit, memory_line
+from fastmrcnn.training.fit import Advice, Trials, advise, largest_fit, memory_line
 from fastmrcnn.weights.checkpoint import read_checkpoint
 
 GB = 2**30
@@ -151,6 +151,30 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
         return seen
 
     return put_in
+
+
+def test_what_others_hold_is_not_charged_to_a_step() -> None:
+    class Held(Card):
+        def fresh(self) -> int:
+            return 4 * 6 + 1000
+
+        def peak(self) -> int:
+            return self.most + 1000
+
+    class Step:
+        def warm_up(self, batch: list[int], shapes: list[Size]) -> None:
+            if len(shapes) > 2:
+                raise torch.OutOfMemoryError
+            card.most = 4 * 6 + 10 * batch[0] * len(shapes)
+
+    card = Held(10_000)
+    make_step: Any = Step
+    batch_of: Any = lambda images: [images]  # noqa: E731
+    model: Any = torch.nn.Linear(2, 2)
+    trials = Trials(model, make_step, batch_of, card)
+    assert trials(3, SHAPE) == 24 + 30
+    assert trials(3, SHAPE, SHAPE) == 24 + 60
+    assert trials(3, SHAPE, SHAPE, SHAPE) is None
 
 
 @pytest.fixture(scope="module")
