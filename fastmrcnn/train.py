@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +21,40 @@ from fastmrcnn.config.schema import Config
 from fastmrcnn.data.build import train_loader
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.pixel_range import clipped_line
-from fastmrcnn.device import busy_machine, choose_device, choose_precision, set_up_cuda
+from fastmrcnn.device import (
+    busy_machine,
+    choose_device,
+    choose_precision,
+    is_undecided,
+    set_threads,
+    set_up_cuda,
+)
 from fastmrcnn.errors import Parser, UserError, run_main
-from fastmrcnn.evaluation.run import run_evaluation
+from fastmrcnn.evaluation.background import Evaluator, judge_snapshot
+from fastmrcnn.evaluation.run import metric_names, run_evaluation
 from fastmrcnn.files import write_text
 from fastmrcnn.structures import Batch
+from fastmrcnn.training.best import Best
 from fastmrcnn.training.console import describe, describe_start, list_left_out, mask_slot_advice, print_next
 from fastmrcnn.training.curves import plot_losses
 from fastmrcnn.training.dry_run import dry_run
+from fastmrcnn.training.evaluations import Evaluations, in_background
 from fastmrcnn.training.execution import choose_execution
 from fastmrcnn.training.metrics import Metrics
 from fastmrcnn.training.optim import learning_rate
-from fastmrcnn.training.run import discarding_unstarted, prepare_run, run_folder_of
+from fastmrcnn.training.precision import decide_precision
+from fastmrcnn.training.run import discarding_unstarted, keep_config, prepare_run, run_folder_of
 from fastmrcnn.training.saving import BadLossError, Saver, saving_first, tell_stop
 from fastmrcnn.training.step import TrainingStep
 from fastmrcnn.training.stopping import Requests
+from fastmrcnn.training.time_limit import time_limit_of, with_steps
 from fastmrcnn.weights.card import ModelCard, read_card
 from fastmrcnn.weights.checkpoint import find_checkpoint, read_checkpoint, require_optimizer, restore
 from fastmrcnn.weights.start import load_start, new_model
 
 
 def main(argv: list[str]) -> None:
-    arguments = parse_arguments(argv)
+    started, arguments = time.monotonic(), parse_arguments(argv)
     state, folder, before = None, None, None
     with Requests() as requests:
         try:
@@ -73,7 +86,7 @@ def main(argv: list[str]) -> None:
                 write_text(folder / "config.yaml", dump_config(config))
                 for line in train_set.summary() + (val_set.summary() if val_set else []):
                     print(line)
-                train(config, folder, train_set, val_set, state, requests)
+                train(config, folder, train_set, val_set, state, requests, started)
         except KeyboardInterrupt as stop:
             raise SystemExit(tell_stop(stop, folder)) from None
 
@@ -113,25 +126,36 @@ def train(
     val_set: CocoDataset | None,
     state: dict[str, Any] | None = None,
     requests: Requests | None = None,
+    started: float | None = None,
 ) -> dict[str, float]:
     """Train to `config.train.steps`, from `state` if given; returns the metrics of the last evaluation.
 
     Args:
         requests: what signals ask for; None: Ctrl-C alone stops the run.
+        started: by `time.monotonic`, of what `train.time_limit` holds to; None: now.
     Raises:
         UserError, Stopped: as `saving_first`.
     """
     requests = requests or Requests()
     device = choose_device(config.runtime.device)
     set_up_cuda(device)
-    precision = choose_precision(config.runtime.precision, device)
-    if config.runtime.threads is not None:
-        torch.set_num_threads(config.runtime.threads)
+    set_threads(config.runtime.threads)
+    images = 0 if val_set is None else len(val_set)
+    limit = time_limit_of(config, state, images, in_background(config, device.type == "cuda"), started)
+    if limit is not None:
+        config = limit.config
     card = ModelCard(config, train_set.class_names, train_set.category_ids, train_set.keypoints)
     torch.manual_seed(config.train.seed)
     model = new_model(card, device)
     if state is None:
         load_start(model, card)
+        if is_undecided(
+            config.runtime.precision, device, config.runtime.cpu_precision
+        ):  # a run that is resumed goes on as it began
+            config, line = decide_precision(config, train_set, model)
+            card = keep_config(folder, card, config)
+            print(line)
+    precision = choose_precision(config.runtime.precision, device, config.runtime.cpu_precision)
     execution = choose_execution(config, device)
     make_step = TrainingStep(model, config.optim, precision, execution, seed=config.train.seed)
     update, ema = make_step.update, make_step.ema
@@ -150,29 +174,37 @@ def train(
     recent: deque[tuple[int, list[int]]] = deque(maxlen=log_every)
     left_out: dict[int, str] = {}
     clipped: dict[int, str] = {}
-    result: dict[str, float] = {}
+    judged = model if ema is None else ema.model
 
-    def evaluate(done: int, pictures: int) -> dict[str, float]:
+    def evaluate(pictures: int = 0) -> dict[str, float]:
         assert val_set is not None
-        judged = model if ema is None else ema.model
+        began = time.perf_counter()
         judged.eval()
         found = run_evaluation(judged, val_set, config, output=folder / "evaluation", pictures=pictures)
         model.train()
-        with requests.held():
-            metrics.write({"iteration": done - 1, **found})
+        if limit is not None:
+            limit.evaluated(time.perf_counter() - began)
         return found
 
-    def is_due(done: int) -> bool:
-        """Whether an evaluation within the run follows so many steps. A run that was stopped may owe it."""
-        every = config.train.evaluate_every
-        if val_set is None or every is None or not 0 < done < steps:
-            return False
-        return done % every == 0 and done - 1 not in metrics.evaluated
-
+    evaluations = Evaluations(
+        config.train.evaluate_every if val_set is not None else None,
+        folder,
+        judged,
+        lambda: card,
+        metrics,
+        requests,
+        in_line=evaluate,
+        from_file=partial(from_file, val_set, folder, device),
+        background=background_of(config, val_set, folder, device),
+        best=best_of(config, val_set, folder, metrics),
+    )
+    if limit is not None:
+        saver.carry = lambda: {"time_limit": limit.carried()}
     bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, desc="train")
-    with saving_first(saver, requests), contextlib.closing(metrics), contextlib.closing(bar):
-        if is_due(start):
-            result = evaluate(start, pictures=0)
+    closing = contextlib.closing
+    with saving_first(saver, requests), closing(metrics), closing(bar), closing(evaluations):
+        evaluations.make_up(start, steps)
+        steps = evaluations.last_step(start, steps)
         fetched = time.perf_counter()
         for step, loaded in enumerate(loader, start=start):
             data_time = time.perf_counter() - fetched
@@ -203,13 +235,26 @@ def train(
                     tqdm.write(f"saved, as SIGUSR1 asked: {saver.save()}")
                 elif save_now:
                     saver.save()
-            if is_due(done):
-                result = evaluate(done, pictures=0)
+            saved = time.perf_counter()
+            evaluations.after(done, steps)
             fetched = time.perf_counter()
             metrics.exclude(fetched - paused)
+            steps = evaluations.last_step(done, steps)
+            if limit is not None:
+                limit.saved(saved - paused)
+                if limit.measuring or done % log_every == 0:
+                    int(update.first_bad_step)  # what is timed is to be done; rare, so the host may wait
+                    steps = min(steps, limit.after(done))
+            if steps != config.train.steps:
+                config = with_steps(config if limit is None else limit.config, steps)
+                card = saver.card = keep_config(folder, card, config)
+                bar.total = steps
+            if done >= steps:
+                break
         bar.close()
+        evaluations.wait()
         if val_set is not None and (start < steps or steps - 1 not in metrics.evaluated):
-            result = evaluate(steps, config.evaluate.pictures)
+            evaluations.take(steps, evaluate(config.evaluate.pictures))
         metrics.close()
         advice = mask_slot_advice(config, metrics.most_foreground, metrics.masks_dropped)
         if advice is not None:
@@ -219,8 +264,8 @@ def train(
         if clipped:
             print(clipped_line(clipped.values()))
         plot_losses(folder / "metrics.json", folder / "losses.png")
-        print_next(folder, saver.path, config, val_set)
-    return result
+        print_next(folder, saver.path, config, val_set, evaluations.describe_best())
+    return evaluations.last
 
 
 def restored(state: dict[str, Any], make_step: TrainingStep, config: Config) -> int:
@@ -236,6 +281,29 @@ def restored(state: dict[str, Any], make_step: TrainingStep, config: Config) -> 
         raise UserError(
             f"--resume goes on with the same model and optimizer, but {', '.join(changed)} changed: {error}"
         ) from None
+
+
+def background_of(
+    config: Config, val_set: CocoDataset | None, folder: Path, device: torch.device
+) -> Evaluator | None:
+    if val_set is None or not in_background(config, on_gpu=device.type == "cuda"):
+        return None
+    return Evaluator(val_set, folder / "evaluation", device, config.runtime.threads)
+
+
+def from_file(
+    val_set: CocoDataset | None, folder: Path, device: torch.device, snapshot: Path
+) -> dict[str, float]:
+    assert val_set is not None, "there are snapshots"
+    return judge_snapshot(snapshot, val_set, folder / "evaluation", device)
+
+
+def best_of(config: Config, val_set: CocoDataset | None, folder: Path, metrics: Metrics) -> Best | None:
+    metric, patience = config.train.keep_best, config.train.patience
+    if val_set is None or metric is None:
+        return None
+    known = metric_names(val_set, config)
+    return Best(metric, patience, folder / "checkpoints", metrics.evaluations, known)
 
 
 def prepare_shapes(

@@ -12,6 +12,7 @@ from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.worker import LoadedBatch
 from fastmrcnn.detection.fetch import Fetched
 from fastmrcnn.detection.run import Inference, device_of
+from fastmrcnn.device import detecting_precision
 from fastmrcnn.structures import Batch, Detections
 
 
@@ -27,7 +28,9 @@ def detect(
         part: what of the model detects; None: all of it.
     """
     runtime, threshold = config.runtime, config.model.mask_head.threshold
-    infer = Inference(model, runtime.precision, part=part, graphs=runtime.graphs == "auto")
-    for loaded in evaluation_loader(dataset, config, pin_memory=device_of(model).type == "cuda"):
+    device = device_of(model)
+    precision = detecting_precision(runtime.precision, device, runtime.cpu_precision)
+    infer = Inference(model, precision, part=part, graphs=runtime.graphs == "auto")
+    for loaded in evaluation_loader(dataset, config, pin_memory=device.type == "cuda"):
         found = infer(loaded.batch)
         yield loaded, Fetched(found, loaded.input_to_image, loaded.original_sizes, encode=threshold)

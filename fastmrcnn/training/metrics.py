@@ -36,7 +36,9 @@ class Metrics:
         self.evaluated: set[int] = set()
         """Steps of the rows of evaluations."""
         kept = self._drop_from(start_step)
-        self.evaluated |= {row["iteration"] for row in kept if "total_loss" not in row}
+        self.evaluations = [row for row in kept if "total_loss" not in row]
+        """Their rows, of the parts of the run before this one."""
+        self.evaluated |= {row["iteration"] for row in self.evaluations}
         with self._writing():
             self._file = self.path.open("a", encoding="utf-8")
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from fastmrcnn.config.file import dump_config
 from fastmrcnn.config.schema import Config
 from fastmrcnn.data.build import read_sets, with_pixel_range
 from fastmrcnn.data.coco import CocoDataset
@@ -15,7 +17,7 @@ from fastmrcnn.data.keypoints import check_same_keypoints
 from fastmrcnn.data.same_classes import align_classes, class_faults, match_classes
 from fastmrcnn.data.shapes import write_shapes
 from fastmrcnn.errors import UserError
-from fastmrcnn.files import new_run_folder
+from fastmrcnn.files import new_run_folder, write_text
 from fastmrcnn.weights.card import ModelCard
 
 
@@ -46,6 +48,12 @@ def prepare_run(
             tree["data"][split] |= {"images": str(images), "annotations": str(annotations)}
         config = Config.model_validate(tree)
         return config, folder, *read_sets(config, settle)
+
+
+def keep_config(folder: Path, card: ModelCard, config: Config) -> ModelCard:
+    """Write down what a run has decided for itself; returns the card with it."""
+    write_text(folder / "config.yaml", dump_config(config))
+    return replace(card, config=config)
 
 
 def with_classes_of(before: ModelCard, dataset: CocoDataset) -> CocoDataset:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,6 +58,8 @@ class Saver:
         """Steps in the last checkpoint; 0 if there is none."""
         self.path: Path | None = None
         """The last one that was written here."""
+        self.carry: Callable[[], dict[str, Any]] = dict
+        """What else a checkpoint is to carry, by name."""
         self._failed = False
 
     def save(self, step: int | None = None) -> Path:
@@ -73,7 +76,7 @@ class Saver:
                 scaler=self.make_step.update,
                 ema=None if ema is None else ema.model,
                 card=self.card,
-                extra={"metrics": gathered} if gathered else None,
+                extra={**self.carry(), **({"metrics": gathered} if gathered else {})},
                 keep=self.keep,
             )
         except Exception:
