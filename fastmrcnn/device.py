@@ -157,8 +157,9 @@ def try_both(
         for which, run in enumerate((fp32, bf16)):
             started = clock()
             run()
+            seconds = clock() - started
             if turn > 0:
-                best[which] = min(best[which], clock() - started)
+                best[which] = min(best[which], seconds)
     return Trial(*best)
 
 

@@ -34,7 +34,7 @@ from fastmrcnn.evaluation.background import Evaluator, judge_snapshot
 from fastmrcnn.evaluation.run import metric_names, run_evaluation
 from fastmrcnn.files import write_text
 from fastmrcnn.structures import Batch
-from fastmrcnn.training.best import Best
+from fastmrcnn.training.best import Best, check_metric
 from fastmrcnn.training.console import describe, describe_start, list_left_out, mask_slot_advice, print_next
 from fastmrcnn.training.curves import plot_losses
 from fastmrcnn.training.dry_run import dry_run
@@ -137,6 +137,8 @@ def train(
         UserError, Stopped: as `saving_first`.
     """
     requests = requests or Requests()
+    if config.train.keep_best is not None and val_set is not None:
+        check_metric(config.train.keep_best, metric_names(val_set, config))
     device = choose_device(config.runtime.device)
     set_up_cuda(device)
     set_threads(config.runtime.threads)
@@ -196,7 +198,7 @@ def train(
         in_line=evaluate,
         from_file=partial(from_file, val_set, folder, device),
         background=background_of(config, val_set, folder, device),
-        best=best_of(config, val_set, folder, metrics),
+        best=best_of(config, folder, metrics),
     )
     if limit is not None:
         saver.carry = lambda: {"time_limit": limit.carried()}
@@ -298,12 +300,11 @@ def from_file(
     return judge_snapshot(snapshot, val_set, folder / "evaluation", device)
 
 
-def best_of(config: Config, val_set: CocoDataset | None, folder: Path, metrics: Metrics) -> Best | None:
+def best_of(config: Config, folder: Path, metrics: Metrics) -> Best | None:
     metric, patience = config.train.keep_best, config.train.patience
-    if val_set is None or metric is None:
+    if metric is None:
         return None
-    known = metric_names(val_set, config)
-    return Best(metric, patience, folder / "checkpoints", metrics.evaluations, known)
+    return Best(metric, patience, folder / "checkpoints", metrics.evaluations)
 
 
 def prepare_shapes(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from fastmrcnn.errors import UserError
+from fastmrcnn.files import make_folder
 from fastmrcnn.weights.card import ModelCard
 from fastmrcnn.weights.checkpoint import judged_weights, pack, read_checkpoint, write_tensors
 
 BEST = "best.pt"
+
+
+def check_metric(metric: str, known: Sequence[str]) -> None:
+    """UserError if evaluations, which give numbers of the names that are known, do not give this one."""
+    if metric not in known:
+        raise UserError(
+            f"train.keep_best: evaluations of this model on data.val give no '{metric}'; they give "
+            f"{', '.join(known)}"
+        )
 
 
 class Best:
@@ -23,13 +34,10 @@ class Best:
     can start from it. Its `extra["best"]` has the metric, its value and all others of that evaluation.
 
     Args:
-        metric: one of `known`; more is better.
+        metric: its name, which `check_metric` has let pass; more is better.
         patience: evaluations without a better one after which it is `exhausted`; None: any number.
         folder: of the checkpoints.
         rows: of the evaluations before this part of the run, from metrics.json.
-        known: names that evaluations give.
-    Raises:
-        UserError: the metric is not one of them.
     """
 
     def __init__(
@@ -38,14 +46,7 @@ class Best:
         patience: int | None,
         folder: Path,
         rows: Iterable[Mapping[str, Any]],
-        known: Iterable[str],
     ) -> None:
-        known = list(known)
-        if metric not in known:
-            raise UserError(
-                f"train.keep_best: evaluations of this model on data.val give no '{metric}'; they give "
-                f"{', '.join(known)}"
-            )
         self.metric, self.patience, self.path = metric, patience, folder / BEST
         self.value: float | None = None
         self.step = 0
@@ -68,7 +69,10 @@ class Best:
         if not self._count(step, found[self.metric]):
             return False
         content = tree()
-        content["extra"] = {"best": {"metric": self.metric, "value": self.value, "metrics": dict(found)}}
+        # As in metrics.json: null where there was no object to find.
+        numbers = {name: value if math.isfinite(value) else None for name, value in found.items()}
+        content["extra"] = {"best": {"metric": self.metric, "value": self.value, "metrics": numbers}}
+        make_folder(self.path.parent)
         write_tensors(self.path, content)
         return True
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 
@@ -59,9 +58,8 @@ def with_cpu_precision(config: Config, name: str) -> Config:
 
 
 def describe_trial(trial: Trial, images: int) -> str:
-    """Both times in two places, and what follows from them."""
-    digits = max(0, 1 - math.floor(math.log10(max(trial.bf16, 1e-9))))
-    times = f"{trial.fp32:.{digits}f} s in fp32 and {trial.bf16:.{digits}f} s in bf16"
+    """Both times, and what follows from them."""
+    times = f"{trial.fp32:.3g} s in fp32 and {trial.bf16:.3g} s in bf16"
     chosen, other = ("bf16", "fp32") if trial.faster else ("fp32", "bf16")
     of = "an image" if images == 1 else f"{images} images"
     return (
