@@ -31,7 +31,8 @@ from fastmrcnn.device import (
 )
 from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.evaluation.background import Evaluator, judge_snapshot
-from fastmrcnn.evaluation.run import metric_names, run_evaluation
+from fastmrcnn.evaluation.metric_names import metric_names
+from fastmrcnn.evaluation.run import run_evaluation
 from fastmrcnn.files import write_text
 from fastmrcnn.structures import Batch
 from fastmrcnn.training.best import Best, check_metric

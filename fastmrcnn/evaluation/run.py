@@ -27,16 +27,9 @@ from fastmrcnn.detection.draw import draw_comparison, save_picture
 from fastmrcnn.detection.fetch import Fetched
 from fastmrcnn.detection.objects import Objects, coco_results, encoded, pasted
 from fastmrcnn.detection.pipeline import cores, in_turn
-from fastmrcnn.evaluation.coco import (
-    KEYPOINT_METRICS,
-    MAX_DETS,
-    METRICS,
-    class_labels,
-    evaluate_coco,
-    ground_truth,
-)
+from fastmrcnn.evaluation.coco import MAX_DETS, evaluate_coco, ground_truth
 from fastmrcnn.evaluation.detections import detect
-from fastmrcnn.evaluation.proposals import LIMITS, collect_proposals, proposal_recall
+from fastmrcnn.evaluation.proposals import collect_proposals, proposal_recall
 from fastmrcnn.files import make_folder, write_json
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 
@@ -169,24 +162,6 @@ def most_objects(truth: COCO, image_ids: Collection[int]) -> tuple[int, int]:
     entries = [e for e in truth.dataset["annotations"] if e["image_id"] in image_ids and not e["iscrowd"]]
     of_class = max(Counter((e["image_id"], e["category_id"]) for e in entries).values(), default=0)
     return of_class, max(Counter(e["image_id"] for e in entries).values(), default=0)
-
-
-def metric_names(dataset: CocoDataset, config: Config) -> list[str]:
-    """The names of the numbers that `run_evaluation` gives of this set, but for "candidates_cut"."""
-    if not config.model.box_head.enabled:
-        return [f"box_proposals/AR@{limit}" for limit in LIMITS]
-    truth = ground_truth(dataset, keypoints=config.model.keypoint_head.enabled)
-    labels = class_labels(truth)
-    of_class, _ = most_objects(truth, {record.image_id for record in dataset.records})
-    enough = min(of_class, config.model.box_head.detections)
-    names: list[str] = []
-    for kind in judged(config):
-        own = [*(KEYPOINT_METRICS if kind == "keypoints" else METRICS)]
-        own += [f"AP-{label}" for label in labels if len(labels) > 1]
-        names += [f"{kind}/{name}" for name in own]
-        if config.evaluate.max_dets is None and enough > MAX_DETS[kind]:
-            names += [f"{kind}@{enough}/{name}" for name in own]
-    return names
 
 
 def judged(config: Config) -> tuple[str, ...]:

@@ -91,4 +91,6 @@ def judging_table(found: dict[str, Any]) -> str:
         [f"{what}, evaluate.engine={engine}", f"{found[engine]:.1f}", f"{found[f'{engine}_processor']:.1f}"]
         for engine in ENGINES
     ]
-    return table(["evaluation", "seconds", "processor seconds"], rows) + ("" if found["same"] else "\nTheir numbers differ.")
+    return table(["evaluation", "seconds", "processor seconds"], rows) + (
+        "" if found["same"] else "\nTheir numbers differ."
+    )

@@ -15,7 +15,8 @@ from fastmrcnn import train
 from fastmrcnn.config.file import load_config
 from fastmrcnn.data.build import read_split
 from fastmrcnn.errors import UserError
-from fastmrcnn.evaluation.run import metric_names, run_evaluation
+from fastmrcnn.evaluation.metric_names import metric_names
+from fastmrcnn.evaluation.run import run_evaluation
 from fastmrcnn.training.best import Best, kept_metric
 from fastmrcnn.weights.checkpoint import find_checkpoint, read_checkpoint
 from fastmrcnn.weights.trained import load_trained
