@@ -191,9 +191,13 @@ class RuntimeConfig(Section):
     device: str = "auto"
     """auto: cuda if there is one, else cpu."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 on CUDA, fp32 on CPU. fp16 comes with a gradient scaler."""
+    """auto: bf16 on CUDA, on a CPU what cpu_precision says. fp16 comes with a gradient scaler."""
+    cpu_precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """What precision=auto means on a CPU. auto: bf16 if the CPU has AVX-512 BF16 or AMX and two steps at the
+    start of a run show that it is faster, else fp32; the run keeps the answer here, for --resume and for
+    detection on such a CPU."""
     threads: int | None = Field(None, gt=0)
-    """CPU threads; None: what torch chooses."""
+    """CPU threads; None: what torch chooses, but no more than a container may use."""
     graphs: Literal["auto", "off"] = "auto"
     """Replay detection as a CUDA graph for each padded shape that comes often. auto: on CUDA. Of training
     there is train.cuda_graphs."""
@@ -229,6 +233,14 @@ class TrainConfig(Section):
     """Older ones are removed."""
     evaluate_every: int | None = Field(None, gt=0)
     """Steps between evaluations; None: only after the last."""
+    keep_best: str | None = None
+    """A key of the evaluations in metrics.json, such as segm/AP. The weights for which it was highest are
+    kept as checkpoints/best.pt (the average, if optim.ema is set), without the optimizer's state."""
+    patience: int | None = Field(None, gt=0)
+    """The run ends when so many evaluations in a row have not raised keep_best."""
+    time_limit: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Hours, of all parts of a run that was resumed. It makes as many of its steps as fit, with the last
+    evaluation, and the schedule is shortened to them once the time of a step is known."""
 
     @field_validator("batch", mode="before")
     @classmethod
@@ -264,6 +276,9 @@ class EvaluateConfig(Section):
     oks_sigmas: list[Side] | None = None
     """How far each keypoint may be off, in units of the square root of its object's area; None: COCO's own
     for 17 keypoints, else 0.05 for each."""
+    background: Literal["auto", "on", "off"] = "auto"
+    """Whether evaluations within a run (train.evaluate_every) are made in a process of their own, while steps
+    go on. auto: where the run trains on a GPU. On a CPU both would share its cores."""
     engine: Literal["auto", "pycocotools"] = "auto"
     """What computes COCO's numbers. They are the same; auto takes a fraction of the time."""
 

@@ -108,7 +108,7 @@ def polygon_tables(
         # an object without polygons starts at 0, so that the tables of equal batches are equal
         first_part=torch.from_numpy(np.where(parts > 0, before, 0).astype(np.int32)),
         parts=torch.from_numpy(parts),
-        to_input=torch.from_numpy(np.stack(to_input)),
+        to_input=torch.from_numpy(np.stack(list(to_input))),
         step=torch.arange(longest, dtype=torch.int32),
     )
 

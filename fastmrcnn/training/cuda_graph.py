@@ -216,6 +216,7 @@ class CudaParts:
             self.pool = graph.pool()
             steps.append(graph.replay)
             if not done:
+                assert tensor is not None, "a part ends with a sum, or the run has ended"
                 steps.append(functools.partial(self.reduce, tensor))
 
         def replay() -> None:

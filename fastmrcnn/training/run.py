@@ -6,11 +6,13 @@ import contextlib
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from fastmrcnn.config.file import dump_config
 from fastmrcnn.config.schema import Config
 from fastmrcnn.data.build import read_sets, with_pixel_range
 from fastmrcnn.data.coco import CocoDataset
@@ -18,7 +20,7 @@ from fastmrcnn.data.keypoints import check_same_keypoints
 from fastmrcnn.data.same_classes import align_classes, class_faults, match_classes
 from fastmrcnn.data.shapes import write_shapes
 from fastmrcnn.errors import UserError
-from fastmrcnn.files import new_run_folder
+from fastmrcnn.files import new_run_folder, write_text
 from fastmrcnn.group import ALONE, Group
 from fastmrcnn.weights.card import ModelCard
 
@@ -94,6 +96,13 @@ def _prepare(
             tree["data"][split] |= {"images": str(images), "annotations": str(annotations)}
         config = Config.model_validate(tree)
         return config, folder, *read_sets(config, settle)
+
+
+def keep_config(folder: Path, card: ModelCard, config: Config, *, writes: bool = True) -> ModelCard:
+    """Write down what a run has decided for itself; returns the card with it."""
+    if writes:
+        write_text(folder / "config.yaml", dump_config(config))
+    return replace(card, config=config)
 
 
 def with_classes_of(before: ModelCard, dataset: CocoDataset) -> CocoDataset:

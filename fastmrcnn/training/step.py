@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
 from typing import Any, overload
 
 import torch
@@ -179,7 +180,7 @@ class TrainingStep:
                 images = own * self.group.size * self.accumulate
                 drawn[shapes] = self.model.draw_keys(batch, self.generator, images)
             first = (number * self.group.size + self.group.rank) * own
-            found.append(tree_map(lambda keys, at=first: keys[at : at + own], drawn[shapes]))
+            found.append(tree_map(itemgetter(slice(first, first + own)), drawn[shapes]))
         return found
 
     def warm_up(self, batch: Batch | Sequence[Batch], buckets: Sequence[tuple[int, int]]) -> None:
@@ -282,7 +283,7 @@ def _averaged(results: Sequence[Result]) -> Result:
     losses, counts = (list(kind) for kind in zip(*results, strict=True))
     means = {name: torch.stack([getattr(one, name) for one in losses]).mean() for name in present(losses[0])}
     sums = {name: torch.stack([getattr(one, name) for one in counts]).sum() for name in present(counts[0])}
-    return Losses(**means), Counts(**sums)
+    return Losses(**means), Counts(**sums)  # type: ignore[arg-type]
 
 
 def whole_group() -> str:
