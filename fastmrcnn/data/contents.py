@@ -269,7 +269,7 @@ def _place(
             Counter(),
             0,
             [],
-            ObjectColumns(np.zeros(0, np.int64), [], [], np.zeros((0, 4)), [], [], [], []),
+            ObjectColumns(np.zeros(0, np.int64), [], [], np.zeros((0, 4)), [], [], np.zeros((0, 4)), [], []),
         )
     records = [entry.record for entry in entries]
     shapes = [entry.shape for entry in entries]
@@ -325,6 +325,7 @@ def _place(
         inside[used],
         [entry.crowd for entry in learnt],
         areas[used].tolist(),
+        extents[used],
         [entry.shape for entry in learnt],
         [entry.points for entry in learnt],
     )

@@ -19,6 +19,7 @@ OBJECT = np.dtype(
         ("annotation_id", "<i8"),
         ("area", "<f8"),
         ("box", "<f8", (4,)),  # xyxy
+        ("bitmap_bytes", "<i8"),  # of its mask's window, at most; 0 without a mask
         ("first_part", "<i8"),
         ("parts", "<i4"),  # polygons of the object, or 1 for its RLE
         ("keypoints", "<i4"),  # row in the array of keypoints, or -1
@@ -94,6 +95,8 @@ class ObjectColumns(NamedTuple):
     """(m, 4) xyxy."""
     crowd: Sequence[bool]
     areas: Sequence[float]
+    extents: NDArray[np.float64]
+    """(m, 4) xyxy of the masks, as `mask_extents` gives them; NaN without a mask."""
     shapes: Sequence[Any]
     """Segmentations, as `ObjectRecord` has them."""
     keypoints: Sequence[NDArray[np.float32] | None]
@@ -114,6 +117,9 @@ def flatten(
     table["box"] = np.asarray(objects.boxes, np.float64).reshape(-1, 4)[order]
     table["class_index"] = np.array(objects.classes, np.int32)[order]
     table["crowd"] = np.array(objects.crowd, np.bool_)[order]
+    table["bitmap_bytes"] = bitmap_bytes(objects.extents, np.array(sizes).reshape(-1, 2)[objects.image])[
+        order
+    ]
     parts: list[NDArray[np.int64]] = []
     shapes, number = np.zeros(len(order), np.uint8), np.zeros(len(order), np.int32)
     for row, place in enumerate(places):
@@ -139,6 +145,20 @@ def flatten(
             "keypoints": np.stack(some).astype(np.float32) if some else np.zeros((0, 0, 3), np.float32),
         }
     )
+
+
+def bitmap_bytes(extents: NDArray[np.float64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(m,) bytes of the bitmaps of masks at most, each cut to its window. That of a polygon may reach a pixel
+    beyond its vertices.
+
+    Args:
+        extents: (m, 4) xyxy, NaN without a mask.
+        sizes: (m, 2) height and width of the images.
+    """
+    most = sizes[:, ::-1].astype(np.float64)
+    low = np.clip(np.floor(extents[:, :2]) - 1, 0, most)
+    high = np.clip(np.ceil(extents[:, 2:]) + 1, 0, most)
+    return np.nan_to_num(np.prod(high - low, axis=1)).astype(np.int64)
 
 
 def objects_of(

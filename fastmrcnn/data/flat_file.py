@@ -94,7 +94,7 @@ class MappedArrays:
     def verify(self) -> None:
         """Compare the checksums of all that is not read image by image; DamagedError if one is another."""
         for name, (_, _, check) in self._places.items():
-            if check is not None and zlib.crc32(np.ascontiguousarray(self._mapped[name])) != check:
+            if check is not None and zlib.crc32(_bytes_of(self._mapped[name])) != check:
                 raise DamagedError(f"its checksum of '{name}' is another")
 
     def _damaged(self, what: str) -> UserError:
@@ -140,7 +140,7 @@ def write_arrays(stream: BinaryIO, arrays: Arrays, about: dict[str, Any]) -> Non
     contents = {name: np.ascontiguousarray(arrays.whole(name), _DTYPES[name]) for name in DTYPES}
     contents[_CHECKS] = np.fromiter(_checks(arrays), np.uint32)
     described = {
-        name: {"shape": array.shape, "crc32": None if name in IN_BULK else zlib.crc32(array)}
+        name: {"shape": array.shape, "crc32": None if name in IN_BULK else zlib.crc32(_bytes_of(array))}
         for name, array in contents.items()
     }
     text = json.dumps({"arrays": described, "about": about}).encode()
@@ -149,7 +149,7 @@ def write_arrays(stream: BinaryIO, arrays: Arrays, about: dict[str, Any]) -> Non
     end = _HEAD.size + len(text)
     for array in contents.values():
         stream.write(bytes(-end % _ALIGNED))
-        stream.write(memoryview(array.reshape(-1)).cast("B") if array.size else b"")
+        stream.write(_bytes_of(array))
         end += -end % _ALIGNED + array.nbytes
 
 
@@ -192,5 +192,8 @@ def _checks(arrays: Arrays) -> Iterator[int]:
 
 
 def _check_of(words: NDArray[np.int64], keypoints: NDArray[np.float32]) -> int:
-    check = zlib.crc32(np.ascontiguousarray(words))
-    return zlib.crc32(np.ascontiguousarray(keypoints), check) if keypoints.size else check
+    return zlib.crc32(_bytes_of(keypoints), zlib.crc32(_bytes_of(words)))
+
+
+def _bytes_of(array: NDArray[Any]) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

@@ -11,6 +11,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from fastmrcnn.data.extents import mask_extents
 from fastmrcnn.data.flat import ODD_LETTERS, Arrays, ObjectColumns, Shapes, flatten, objects_of, stretches
 from fastmrcnn.data.pixel_range import AS_IT_IS, Reading
 from fastmrcnn.data.records import ImageRecord, ObjectRecord
@@ -129,7 +130,7 @@ class FlatRecords(Sequence[ImageRecord]):
 
     def per_image(self, values: NDArray[Any]) -> NDArray[np.float64]:
         """(n,) sums of a value (m,) of each object."""
-        return np.bincount(self.image_of, weights=values, minlength=len(self))
+        return np.bincount(self.image_of, weights=values, minlength=len(self)).astype(np.float64)
 
     def part_lengths(self, objects: NDArray[Any]) -> NDArray[np.int64]:
         """Words of each part of the objects' masks: coordinates of a polygon, runs of an RLE."""
@@ -236,6 +237,7 @@ def flat_records(records: Sequence[ImageRecord]) -> FlatRecords:
         np.array([item.box for item in objects], np.float64),
         [item.crowd for item in objects],
         [item.area for item in objects],
+        _extents([item.segmentation or None for item in objects], records, counts),
         [item.segmentation for item in objects],
         [item.keypoints for item in objects],
     )
@@ -253,3 +255,11 @@ def flat_records(records: Sequence[ImageRecord]) -> FlatRecords:
         elsewhere={row: os.fspath(record.path) for row, record in enumerate(records)},
         reading=AS_IT_IS if first is None else first.reading,
     )
+
+
+def _extents(
+    shapes: Sequence[Any], records: Sequence[ImageRecord], counts: Sequence[int]
+) -> NDArray[np.float64]:
+    heights = np.repeat([record.height for record in records], counts).astype(np.int64)
+    widths = np.repeat([record.width for record in records], counts).astype(np.int64)
+    return mask_extents(shapes, heights.tolist(), widths.tolist())[0]

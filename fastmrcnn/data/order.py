@@ -101,7 +101,8 @@ def _bucket_table(
     table = np.zeros((len(first), len(short_sides), 2), np.int64)
     for row in np.argsort(first).tolist():  # by the first image of each size, which errors name
         for column, side in enumerate(short_sides):
-            height, width = resized_size(*sizes[first[row]].tolist(), side, long_side_max)
+            height, width = sizes[first[row]].tolist()
+            height, width = resized_size(height, width, side, long_side_max)
             for turned, way in enumerate([(height, width), (width, height) if turns else (height, width)]):
                 bucket = smallest_bucket(way, buckets)
                 if bucket is None:

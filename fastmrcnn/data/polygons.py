@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fastmrcnn.data.buckets import power_of_two
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.flat import POLYGONS
-from fastmrcnn.data.flat_records import flat_records
+from fastmrcnn.data.flat_records import FlatRecords, flat_records
 from fastmrcnn.data.records import ImageRecord, ObjectRecord
 from fastmrcnn.structures import PackedPolygons
 
@@ -88,17 +88,7 @@ def polygon_tables(
 def largest_polygons(dataset: CocoDataset, batch: int) -> PolygonSizes:
     """Limits that hardly any batch of the set exceeds: within 6 standard deviations of the mean batch, and
     within `batch` times the largest image."""
-    records = flat_records(dataset.records)
-    objects = records.objects
-    learnt = (objects["shape"] == POLYGONS) & ~objects["crowd"]
-    of_object = np.zeros(len(objects), np.int64)
-    lengths = records.part_lengths(objects[learnt]) // 2
-    # no polygon is without vertices, so that none of the stretches is empty
-    first = np.cumsum(objects["parts"][learnt]) - objects["parts"][learnt]
-    of_object[learnt] = np.add.reduceat(lengths, first) if len(lengths) else 0
-    vertices = records.per_image(of_object).astype(np.int64)
-    parts = records.per_image(np.where(learnt, objects["parts"], 0)).astype(np.int64)
-    longest = int(of_object.max(initial=0))
+    vertices, parts, longest = polygon_counts(flat_records(dataset.records))
     least = PolygonSizes()
 
     def usual(counts: NDArray[np.int64]) -> int:
@@ -108,6 +98,21 @@ def largest_polygons(dataset: CocoDataset, batch: int) -> PolygonSizes:
     return PolygonSizes(
         max(usual(vertices), least.vertices), max(usual(parts), least.parts), max(longest, least.longest)
     )
+
+
+def polygon_counts(records: FlatRecords) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+    """Vertices (n,) and polygons (n,) that there are to learn from in each image, and the most vertices of an
+    object."""
+    objects = records.objects
+    learnt = (objects["shape"] == POLYGONS) & ~objects["crowd"]
+    of_object = np.zeros(len(objects), np.int64)
+    lengths = records.part_lengths(objects[learnt]) // 2
+    # an object of this kind has a polygon, so that none of the stretches is empty
+    first = np.cumsum(objects["parts"][learnt]) - objects["parts"][learnt]
+    of_object[learnt] = np.add.reduceat(lengths, first) if len(lengths) else 0
+    vertices = records.per_image(of_object).astype(np.int64)
+    parts = records.per_image(np.where(learnt, objects["parts"], 0)).astype(np.int64)
+    return vertices, parts, int(of_object.max(initial=0))
 
 
 def _polygons(item: ObjectRecord) -> list[NDArray[np.float64]]:

@@ -14,6 +14,7 @@ from pycocotools import mask as coco_mask
 
 from fastmrcnn.data.flat import POLYGONS
 from fastmrcnn.data.flat_records import FlatRecords, flat_records
+from fastmrcnn.data.masks import bitmap
 from fastmrcnn.data.records import ImageRecord, ObjectRecord
 
 HEIGHT, WIDTH = 40, 60
@@ -99,6 +100,24 @@ def test_columns_are_those_of_the_records() -> None:
         polygons = after.objects[after.objects["shape"] == POLYGONS]
         lengths = [len(p) for one in items if isinstance(one.segmentation, list) for p in one.segmentation]
         assert after.part_lengths(polygons).tolist() == lengths
+
+
+def test_no_bitmap_has_more_bytes_than_are_said() -> None:
+    random = np.random.default_rng(2)
+    low = random.uniform(-20, 60, (60, 1, 2))
+    polygons = [[one.ravel()] for one in low + random.uniform(0, 30, (60, 5, 2))]
+    shapes = [*polygons, *map(compressed, range(1, 12)), None]
+    image = ImageRecord(
+        1, Path("a.png"), "a.png", WIDTH, HEIGHT, list(map(item, range(72), shapes)), Path("x")
+    )
+    most = flat_records([image]).objects["bitmap_bytes"].tolist()
+    used = [bitmap(shape, HEIGHT, WIDTH)[0].size for shape in shapes]
+    assert all(one <= other for one, other in zip(used, most, strict=True))
+    # and hardly more: two pixels on each side, unless a part of the polygon that is outside was counted
+    sides = [bitmap(shape, HEIGHT, WIDTH)[1][2:] for shape in shapes[60:]]
+    near = [(w + 4) * (h + 4) if w else 0 for w, h in sides]
+    assert all(one <= other for one, other in zip(most[60:], near, strict=True))
+    assert sum(most[:60]) < 2 * sum(used[:60])
 
 
 def test_other_places_classes_and_ways_to_read() -> None:
