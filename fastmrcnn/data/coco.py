@@ -194,7 +194,7 @@ def read_coco(
         raise UserError(
             f"{file}: no image has an object to learn{why}; give {key}.annotations a file with objects"
         )
-    if require_objects and schema is not None and not kept.labelled_keypoints.any():
+    if require_objects and schema is not None and (kept.objects["keypoints"] < 0).all():
         raise UserError(
             f"{file}: no keypoint is labelled (visibility 1 or 2); give {key}.annotations a file with "
             "keypoints, or train without (model.keypoint_head.enabled=false)"

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -307,9 +308,8 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(
     assert not kept(tmp_path)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="processes that begin at once are forked")
 def test_many_processes_at_once(tmp_path: Path) -> None:
-    if "fork" not in multiprocessing.get_all_start_methods():
-        pytest.skip("processes that begin at once are forked")
     file, cache = write(tmp_path, valid()), keeping(tmp_path)
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(6), context.SimpleQueue()
