@@ -26,6 +26,8 @@ from fastmrcnn.data.coco import CocoDataset, read_coco
 from fastmrcnn.data.flat import ArraysInMemory
 from fastmrcnn.data.flat_file import DamagedError, MappedArrays, open_arrays
 from fastmrcnn.data.keypoints import KeypointOptions
+from fastmrcnn.data.loader import TrainLoader
+from fastmrcnn.data.shapes import write_shapes
 from fastmrcnn.errors import UserError
 
 OPTIONS: list[dict[str, Any]] = [
@@ -232,6 +234,33 @@ def test_a_file_that_is_cut_while_it_is_read(tmp_path: Path) -> None:
     os.truncate(path, places["words"][0])
     with pytest.raises(UserError, match=r"it has become shorter\); it has been removed"):
         list(dataset.records[0].objects)
+
+
+def test_training_leaves_out_what_a_flipped_bit_concerns(tmp_path: Path) -> None:
+    """All else is still what was written, and the next start writes the file anew."""
+    paths = write_shapes(tmp_path, seed=3, train=6, val=1, size=48)
+    given, cache = (paths["train_images"], paths["train_annotations"]), keeping(tmp_path)
+    dataset = read_coco(*given, cache=cache)
+    [path] = kept(tmp_path)
+    places = dataset.records.arrays._places  # type: ignore[attr-defined]
+    with path.open("r+b") as stream:
+        stream.seek(places["words"][0])
+        byte = stream.read(1)[0]
+        stream.seek(places["words"][0])
+        stream.write(bytes([byte ^ 4]))
+    options: dict[str, Any] = {"batch": 2, "short_sides": [48], "long_side_max": 48, "steps": 6}
+    left_out: dict[int, str] = {}
+    for loaded in TrainLoader(dataset, max_broken=0.5, **options):
+        left_out |= loaded.left_out
+    first = next(record.image_id for record in dataset.records if record.objects)
+    assert list(left_out) == [first]
+    assert (
+        f"{path}: kept annotations are damaged (its checksum of image {first} is another)" in left_out[first]
+    )
+    with pytest.raises(UserError, match="kept annotations are damaged"):
+        list(TrainLoader(dataset, **options))
+    assert everything(read_coco(*given, cache=cache)) == everything(read_coco(*given))
+    assert kept(tmp_path) == [path]
 
 
 def test_pickled_it_is_a_path(tmp_path: Path) -> None:
