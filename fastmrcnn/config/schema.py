@@ -92,9 +92,9 @@ class DataConfig(Section):
     """Larger images are refused; the default is Pillow's own limit."""
     missing: Literal["error", "skip"] = "error"
     """Of images whose file is not there; skip: they are left out and counted."""
-    cache: Literal["auto", "off"] | FilePath = "auto"
+    cache: FilePath = "auto"
     """Folder in which what was read of annotation files of 2 MB and more is kept for the next start, up to
-    20 GB. auto: ~/.cache/fastmrcnn/annotations, or where XDG_CACHE_HOME says."""
+    20 GB; off: nowhere. auto: ~/.cache/fastmrcnn/annotations, or where XDG_CACHE_HOME says."""
     workers: int = Field(2, ge=0)
     """Loader processes; 0 loads in the training process."""
     max_broken: float = Field(0.01, ge=0, le=1)
