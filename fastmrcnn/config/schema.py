@@ -137,9 +137,9 @@ class DataConfig(Section):
     then hand over whole batches, or by the device that trains, to which they hand what they decoded. The
     pixels are the same; colours and parts of images can differ by a level or two. auto: device on CUDA,
     worker on a CPU."""
-    cache: Literal["auto", "off"] | FilePath = "auto"
+    cache: FilePath = "auto"
     """Folder in which what was read of annotation files of 2 MB and more is kept for the next start, up to
-    20 GB. auto: ~/.cache/fastmrcnn/annotations, or where XDG_CACHE_HOME says."""
+    20 GB; off: nowhere. auto: ~/.cache/fastmrcnn/annotations, or where XDG_CACHE_HOME says."""
     workers: int = Field(2, ge=0)
     """Loader processes; 0 loads in the training process."""
     max_broken: float = Field(0.01, ge=0, le=1)

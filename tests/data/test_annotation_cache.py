@@ -98,7 +98,7 @@ def test_so_it_is_with_mistakes(tmp_path_factory: pytest.TempPathFactory, tree: 
 
 
 @pytest.mark.slow
-@quiet(max_examples=2000)
+@quiet(max_examples=1000)
 @given(mistakes())
 def test_so_it_is_with_many_mistakes(tmp_path_factory: pytest.TempPathFactory, tree: Any) -> None:
     check(shared(tmp_path_factory), tree)
