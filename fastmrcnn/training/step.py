@@ -279,8 +279,10 @@ def _averaged(results: Sequence[Result]) -> Result:
     """Of the batches of a step: means of the losses, sums of the counts."""
     losses, counts = (list(kind) for kind in zip(*results, strict=True))
     means = {name: torch.stack([getattr(one, name) for one in losses]).mean() for name in present(losses[0])}
-    sums = {name: torch.stack([getattr(one, name) for one in counts]).sum() for name in present(counts[0])}
-    return Losses()._replace(**means), Counts()._replace(**sums)
+    sums: dict[str, Any] = {
+        name: torch.stack([getattr(one, name) for one in counts]).sum() for name in present(counts[0])
+    }
+    return Losses(**means), Counts(**sums)
 
 
 def _rows(tensor: Tensor, rows: slice) -> Tensor:
