@@ -118,7 +118,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> CocoDataset:
 
 
 def test_all_processes_pad_to_the_same_shapes(shapes: CocoDataset) -> None:
-    """With a few objects in some images and a hundred in others, where each would come to sizes of its own."""
+    """With few objects in some images and a hundred in others, where each would come to sizes of its own."""
     crowded = [
         replace(record, objects=list(record.objects) * (1 if index % 3 else 41))
         for index, record in enumerate(shapes.records)
