@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from nosync import NoSync
@@ -100,3 +102,24 @@ def test_bf16_maps_are_summed_in_float32() -> None:
     mean = x.float().mean((0, 2, 3))
     began = norms(torch.float32)[1].running_mean
     torch.testing.assert_close(own.running_mean, 0.9 * began + 0.1 * mean, rtol=1e-5, atol=1e-6)
+
+
+def test_compiled_it_has_the_same_gradients(tmp_path: Path) -> None:
+    """In a group of one, whose sums are the operators that a graph holds. A compiler may compute anew in the
+    backward pass what the forward pass made of the running mean, which is another one by then."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/it", rank=0, world_size=1)
+    try:
+        group = torch.distributed.group.WORLD
+        assert group is not None
+        x, goal = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4)
+        found = []
+        for compiled in (False, True):
+            norm, _ = norms(torch.float32)
+            synchronise_norms(norm, group.group_name)
+            run = torch.compile(norm, backend="aot_eager", fullgraph=True) if compiled else norm
+            (run(x) * goal).sum().backward()
+            found.append([norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var])
+        torch.testing.assert_close(*found)
+    finally:
+        torch.distributed.destroy_process_group()
+        torch._dynamo.reset()
