@@ -118,19 +118,19 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> CocoDataset:
 
 
 def test_all_processes_pad_to_the_same_shapes(shapes: CocoDataset) -> None:
-    """With one object in some images and hundreds in others, where each would come to sizes of its own."""
-    records = [
-        record if number % 3 else replace(record, objects=list(record.objects) * 41)
-        for number, record in enumerate(shapes.records)
+    """With few objects in some images and a hundred in others, where each would come to sizes of its own."""
+    crowded = [
+        replace(record, objects=list(record.objects) * (1 if index % 3 else 41))
+        for index, record in enumerate(shapes.records)
     ]
-    crowded = replace(shapes, records=records)
-    alone: set[Any] = set()
+    shapes = replace(shapes, records=crowded)
+    alike = []
     for floors in (True, False):
-        shapes_of = []
+        of_processes = []
         for rank in range(4):
             options: dict[str, Any] = {"short_sides": [64], "long_side_max": 64, "steps": 6}
             own = TrainLoader(
-                crowded, batch=4, polygons=PolygonSizes(), min_slots=128, share=Share(rank, 4), **options
+                shapes, batch=4, polygons=PolygonSizes(), min_slots=128, share=Share(rank, 4), **options
             )
             if not floors:
                 own.sampler.needs = None
@@ -139,9 +139,9 @@ def test_all_processes_pad_to_the_same_shapes(shapes: CocoDataset) -> None:
                 sizes: list[Any] = []
                 tree_map(lambda tensor, into=sizes: into.append(tuple(tensor.shape)), loaded.batch)
                 found.append(tuple(sizes))
-            shapes_of.append(found)
-        alone.add(all(len(set(step)) == 1 for step in zip(*shapes_of, strict=True)))
-    assert alone == {True, False}  # without the floors they differ
+            of_processes.append(found)
+        alike.append(all(len(set(step)) == 1 for step in zip(*of_processes, strict=True)))
+    assert alike == [True, False]  # without the floors they differ
 
 
 def test_what_targets_need_is_an_upper_bound(shapes: CocoDataset) -> None:
