@@ -6,6 +6,8 @@ import contextlib
 import itertools
 import json
 import os
+import random
+import re
 import shutil
 import signal
 import subprocess
@@ -213,6 +215,31 @@ def saved_step(run: Path) -> int:
     fault = fault_of(file)
     assert fault is None, f"{file.name} {fault}"
     return int(file.stem.removeprefix("step_"))
+
+
+def steps_shown(running: Running) -> int:
+    """By the progress bar."""
+    shown = re.findall(rf"(\d+)/{STEPS} \[", running.text())
+    return int(shown[-1]) if shown else 0
+
+
+def trained_a_while(
+    world: World, output: Path, draw: random.Random, *changes: str, wait: float = 0.5
+) -> Running:
+    """A run that has saved, or made steps, and goes on for a random while."""
+    running = world.start(output, *changes)
+    wait_for(world, running, output, draw, wait)
+    return running
+
+
+def wait_for(world: World, running: Running, output: Path, draw: random.Random, wait: float = 0.5) -> None:
+    def trains() -> bool:
+        checkpoints = list(output.glob("run_*/checkpoints/last_checkpoint"))
+        return bool(checkpoints) or steps_shown(running) > EVERY
+
+    assert running.until(trains), f"it ended before it was broken: {running.last()}"
+    time.sleep(draw.uniform(0, wait))
+    assert running.process.poll() is None, "it ended before it was broken; it needs more steps"
 
 
 def temporary_files(output: Path) -> list[Path]:

@@ -1,17 +1,14 @@
-"""What can go wrong with a run. Each function makes it go wrong and judges what is left."""
+"""What can go wrong with a run, all in a table. Here is what befalls its processes and its numbers."""
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
-import shutil
 import signal
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,19 +17,18 @@ from breaking import (
     PLANTED,
     STEPS,
     NotTriedError,
-    Running,
     World,
-    read_only,
     run_in,
     same_run,
     saved_step,
-    small_disk,
+    steps_shown,
     temporary_files,
+    trained_a_while,
+    wait_for,
 )
-from PIL import Image
+from fault_files import broken_images, flipped, full_disk, read_only_folder, truncated
 
-from fastmrcnn.weights.checkpoint import find_checkpoint, read_checkpoint
-from fastmrcnn.weights.seal import fault_of
+from fastmrcnn.weights.checkpoint import read_checkpoint
 
 Act = Callable[[World, int, random.Random], str]
 
@@ -79,51 +75,12 @@ def killed(world: World, tries: int, draw: random.Random) -> str:
     )
 
 
-def steps_shown(running: Running) -> int:
-    """By the progress bar."""
-    shown = re.findall(rf"(\d+)/{STEPS} \[", running.text())
-    return int(shown[-1]) if shown else 0
-
-
-def truncated(world: World, tries: int, draw: random.Random) -> str:
-    def damage(content: bytearray) -> bytearray:
-        return content[: draw.randrange(len(content))]
-
-    return _damaged(world, tries, damage)
-
-
-def flipped(world: World, tries: int, draw: random.Random) -> str:
-    def damage(content: bytearray) -> bytearray:
-        bit = draw.randrange(8 * len(content))
-        content[bit // 8] ^= 1 << bit % 8
-        return content
-
-    return _damaged(world, tries, damage)
-
-
-def _damaged(world: World, tries: int, damage: Callable[[bytearray], bytearray], looks: int = 50) -> str:
-    """Damage the newest checkpoint: look at it often, and go on from it a few times."""
-    newest = find_checkpoint(world.whole)
-    content = newest.read_bytes()
-    copy = world.root / newest.name
-    for number in range(looks):
-        copy.write_bytes(damage(bytearray(content)))
-        assert fault_of(copy) is not None, f"damage number {number} was not seen"
-    for _ in range(tries):
-        run = world.copy(world.whole)
-        find_checkpoint(run).write_bytes(damage(bytearray(content)))
-        said = world.goes_on(run)
-        assert f"{newest.name} is " in said, "the damage was not said"
-        assert "Going on from the one before, " in said, "the one before was not named"
-    return f"seen {looks} of {looks} times; the run went on from the one before and said so, the same bits"
-
-
 def asked_to_stop(world: World, tries: int, draw: random.Random) -> str:
     kinds = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
     for number in range(tries):
         kind, expected = kinds[number % len(kinds)]
         output = world.new_output()
-        running = _trained_a_while(world, output, draw)
+        running = trained_a_while(world, output, draw)
         os.kill(running.pid, kind)
         code = running.wait()
         assert code == expected, f"{kind.name} gave the exit code {code}: {running.last()}"
@@ -138,7 +95,7 @@ def asked_to_stop(world: World, tries: int, draw: random.Random) -> str:
 def asked_twice(world: World, tries: int, draw: random.Random) -> str:
     for _ in range(tries):
         output = world.new_output()
-        running = _trained_a_while(world, output, draw)
+        running = trained_a_while(world, output, draw)
         began = time.monotonic()
         os.kill(running.pid, signal.SIGTERM)
         time.sleep(0.02)
@@ -156,7 +113,7 @@ def asked_twice(world: World, tries: int, draw: random.Random) -> str:
 def asked_to_save(world: World, tries: int, draw: random.Random) -> str:
     for _ in range(tries):
         output = world.new_output()
-        running = _trained_a_while(world, output, draw)
+        running = trained_a_while(world, output, draw)
         os.kill(running.pid, signal.SIGUSR1)
         code = running.wait()
         assert code == 0, f"the exit code was {code}: {running.last()}"
@@ -168,7 +125,7 @@ def asked_to_save(world: World, tries: int, draw: random.Random) -> str:
 def worker_killed(world: World, tries: int, draw: random.Random) -> str:
     for _ in range(tries):
         output = world.new_output()
-        running = _trained_a_while(world, output, draw, "data.workers=2", wait=0.3)
+        running = trained_a_while(world, output, draw, "data.workers=2", wait=0.3)
         children = running.children()
         if not children:
             running.kill()
@@ -180,84 +137,6 @@ def worker_killed(world: World, tries: int, draw: random.Random) -> str:
         assert "go on from step_" in running.last(), running.last()
         world.goes_on(run_in(output))
     return "one line, the step saved; the same bits"
-
-
-def full_disk(world: World, tries: int, draw: random.Random) -> str:
-    size = find_checkpoint(world.whole).stat().st_size
-    for _ in range(tries):
-        output = world.new_output()
-        with small_disk(output, int(draw.uniform(1.2, 2.9) * size)) as enlarge:
-            running = world.start(output)
-            code = running.wait()
-            assert code == 2, f"the exit code was {code}: {running.last()}"
-            assert "No space left on device" in running.last(), running.last()
-            run = run_in(output)
-            saved = saved_step(run)
-            assert saved > 0, "no checkpoint is left"
-            assert f"go on from step_{saved:07d}.pt" in running.last(), running.last()
-            assert not temporary_files(output), "half a file is left"
-            enlarge(16 * size)
-            world.goes_on(run)
-    return "one line with the last good checkpoint, no half file; with more room the same bits"
-
-
-def read_only_folder(world: World, tries: int, draw: random.Random) -> str:
-    for _ in range(tries):
-        output = world.new_output()
-        output.mkdir()
-        with read_only(output):
-            running = world.start(output)
-            code = running.wait()
-        assert code == 2, f"the exit code was {code}: {running.last()}"
-        assert "cannot hold a run" in running.last(), running.last()
-        assert not list(output.iterdir()), "something was written"
-        running = _trained_a_while(world, output, draw)
-        run = run_in(output)
-        with read_only(run / "checkpoints"):
-            saved = saved_step(run)
-            code = running.wait()
-            assert code == 2, f"the exit code was {code}: {running.last()}"
-            assert "cannot be written" in running.last(), running.last()
-            assert f"go on from step_{saved:07d}.pt" in running.last(), running.last()
-        assert not temporary_files(output), "half a file is left"
-        world.goes_on(run)
-    return "one line before the first step, or with the last good checkpoint; the same bits"
-
-
-def broken_images(world: World, tries: int, draw: random.Random) -> str:
-    """Of one that cannot be decoded: with others in its place, and more of them than may be."""
-    for _ in range(tries):
-        data = world.new_output()
-        shutil.copytree(world.root / "data", data)
-        annotations = data / "train.json"
-        tree = json.loads(annotations.read_text(encoding="utf-8"))
-        for entry in draw.sample(tree["images"], 2):  # JPEG, of which only the header is read beforehand
-            path = data / "train" / entry["file_name"]
-            entry["file_name"] = f"{path.stem}.jpg"
-            noise = Image.effect_noise((entry["width"], entry["height"]), 50).convert("RGB")
-            noise.save(path.with_suffix(".jpg"), quality=95)
-            content = path.with_suffix(".jpg").read_bytes()
-            path.with_suffix(".jpg").write_bytes(content[: len(content) * 2 // 3])
-        annotations.write_text(json.dumps(tree), encoding="utf-8")
-        outputs = [world.new_output() for _ in range(3)]
-        running = world.start(outputs[0], "data.max_broken=0.2", data=data)
-        code = running.wait()
-        assert code == 0, f"the exit code was {code}: {running.last()}"
-        assert "2 training images could not be read and did not count:" in running.text(), (
-            "they are not listed"
-        )
-        running = world.start(outputs[1], "data.max_broken=0.2", "data.workers=1", data=data)
-        _wait_for(world, running, outputs[1], draw)
-        os.kill(running.pid, signal.SIGTERM)
-        running.wait()
-        world.goes_on(run_in(outputs[1]), run_in(outputs[0]))
-        running = world.start(outputs[2], "data.max_broken=0.1", data=data)
-        code = running.wait()
-        assert code == 2, f"the exit code was {code}: {running.last()}"
-        assert "data.max_broken=0.167 or more" in running.last(), running.last()
-    return (
-        "named, listed, others in their place, the same ones after a resume; more than may be: saved, exit 2"
-    )
 
 
 def mistake(world: World, tries: int, draw: random.Random) -> str:
@@ -309,7 +188,7 @@ def rank_killed(world: World, tries: int, draw: random.Random) -> str:
     for _ in range(tries):
         output = world.new_output()
         running = world.start(output, launcher=launcher)
-        _wait_for(world, running, output, draw)
+        wait_for(world, running, output, draw)
         ranks = running.children()
         assert len(ranks) >= 2, f"torchrun has {len(ranks)} processes"
         os.kill(draw.choice(ranks), signal.SIGKILL)
@@ -334,25 +213,6 @@ def out_of_memory(world: World, tries: int, draw: random.Random) -> str:
         assert code == 2, f"the exit code was {code}: {running.last()}"
         assert re.search(r"train\.batch=\d+ fits", running.last()), running.last()
     return "one line before the first step says which batch fits"
-
-
-def _trained_a_while(
-    world: World, output: Path, draw: random.Random, *changes: str, wait: float = 0.5
-) -> Running:
-    """A run that has saved, or made steps, and goes on for a random while."""
-    running = world.start(output, *changes)
-    _wait_for(world, running, output, draw, wait)
-    return running
-
-
-def _wait_for(world: World, running: Running, output: Path, draw: random.Random, wait: float = 0.5) -> None:
-    def trains() -> bool:
-        checkpoints = list(output.glob("run_*/checkpoints/last_checkpoint"))
-        return bool(checkpoints) or steps_shown(running) > EVERY
-
-    assert running.until(trains), f"it ended before it was broken: {running.last()}"
-    time.sleep(draw.uniform(0, wait))
-    assert running.process.poll() is None, "it ended before it was broken; it needs more steps"
 
 
 FAULTS: dict[str, Fault] = {

@@ -78,18 +78,20 @@ def tried(fault: Fault, world: World, tries: int | None, seed: int) -> dict[str,
 
 
 def record(facts: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Path:
-    """Write the file of this system, onto what an earlier call of the same commit and versions wrote."""
+    """Write the file of this system, onto what earlier calls with the same versions and seed wrote. Each row
+    has its commit."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{platform.system().lower()}.json"
-    known = {row["fault"]: row for row in rows}
+    same = {key: value for key, value in facts.items() if key != "commit"}
+    known = {row["fault"]: {**row, "commit": facts["commit"]} for row in rows}
     if path.exists():
         earlier = json.loads(path.read_text(encoding="utf-8"))
         kept = earlier.pop("results")
-        if earlier == facts:
+        if earlier == same:
             known = {row["fault"]: row for row in kept} | known
     order = [fault.words for fault in FAULTS.values()]
     found = sorted(known.values(), key=lambda row: order.index(row["fault"]))
-    path.write_text(json.dumps({**facts, "results": found}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({**same, "results": found}, indent=1) + "\n", encoding="utf-8")
     return path
 
 

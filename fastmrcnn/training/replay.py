@@ -151,7 +151,7 @@ def _told(record: Record | None, what: str) -> str:
         return f"{what}."
     origin = record.origin()
     if origin.number < 0:
-        return f"{what}: {origin.name} were not before the first operation: {origin.result}."
+        return f"{what}; what is not finite stood in {origin.name} from the start: {origin.result}."
     backward = f", in the backward pass ({origin.backward}) of what is" if origin.backward else ""
     place = f"{backward} in {origin.place.module}" if origin.place.module else backward
     line = f", at {origin.place.line}" if origin.place.line else ""

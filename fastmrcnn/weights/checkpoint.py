@@ -6,8 +6,6 @@ from a stranger runs no code. `checkpoints/last_checkpoint` holds the name of th
 
 from __future__ import annotations
 
-import contextlib
-import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from importlib import metadata
@@ -21,14 +19,12 @@ from fastmrcnn.errors import UserError
 from fastmrcnn.files import TEMPORARY_SUFFIX, expanded, replacing, write_text
 from fastmrcnn.weights.archives import objects_in, refuse_code
 from fastmrcnn.weights.card import ModelCard
-from fastmrcnn.weights.seal import Sealing, fault_of, written_checksum
-from fastmrcnn.weights.sources import read_weights
+from fastmrcnn.weights.seal import Sealing
 from fastmrcnn.weights.states import copy_state
+from fastmrcnn.weights.whole import FORMAT, is_checkpoint, newest_whole, read_whole, steps_in
 
-FORMAT = "fastmrcnn checkpoint"
 FORMAT_VERSION = 1
 LAST = "last_checkpoint"
-_NAME = r"step_(\d+)\.pt"
 _KEYS = ("step", "model", "optimizer", "scaler", "ema", "config", "class_names", "category_ids", "extra")
 
 
@@ -83,7 +79,7 @@ def save_checkpoint(
     write_tensors(path, payload)
     write_text(folder / LAST, path.name + "\n")
 
-    steps = _steps(folder)
+    steps = steps_in(folder)
     for old in sorted(s for s in steps if s <= step)[:-keep]:
         steps[old].unlink(missing_ok=True)
     return path
@@ -150,7 +146,7 @@ def find_checkpoint(path: str | Path) -> Path:
             name = (folder / LAST).read_text(encoding="utf-8", errors="replace").strip()
             if name and Path(name).name == name and (folder / name).is_file():
                 return folder / name
-            there = ", ".join(sorted(file.name for file in _steps(folder).values())) or "none"
+            there = ", ".join(sorted(file.name for file in steps_in(folder).values())) or "none"
             raise UserError(
                 f"{folder / LAST}: names '{name}', which is not there; checkpoints there: {there}"
             )
@@ -182,26 +178,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def find_whole_checkpoint(path: str | Path) -> tuple[Path, list[str]]:
-    """As `find_checkpoint`, but of a folder the newest one that is whole.
-
-    Returns:
-        The file; and a line for each newer one that is damaged, which tells how.
+    """As `find_checkpoint`, but of a folder the newest one that is whole, as `newest_whole` gives it.
 
     Raises:
-        UserError: there is none, or the file that `path` names is damaged.
+        UserError: there is none. A file that `path` names is given as it is: reading it tells what is wrong.
     """
     newest = find_checkpoint(path)
-    if expanded(path).is_file():
-        return newest, []  # what was named is not exchanged: reading it tells what is wrong
-    faults: list[str] = []
-    for file in (newest, *_earlier(newest)):
-        fault = _fault_of(file)
-        if fault is None:
-            if not faults:
-                return file, []
-            return file, [*faults, f"Going on from the one before, {file.name}."]
-        faults.append(f"{file} {fault}.")
-    raise UserError(f"{newest.parent}: no checkpoint there is whole: {' '.join(faults)}")
+    return (newest, []) if expanded(path).is_file() else newest_whole(newest)
 
 
 def checkpoint_of_step(path: str | Path, step: int) -> tuple[Path | None, list[int]]:
@@ -210,62 +193,8 @@ def checkpoint_of_step(path: str | Path, step: int) -> tuple[Path | None, list[i
     Raises:
         UserError: as `find_checkpoint`.
     """
-    there = _steps(find_checkpoint(path).parent)
+    there = steps_in(find_checkpoint(path).parent)
     return there.get(step), sorted(there)
-
-
-def read_whole(file: Path) -> Any:
-    """What stands in a file of weights, as `read_weights`, once its seal, if it has one, has been checked.
-
-    Raises:
-        UserError: as `read_weights`; or a checkpoint of ours is damaged, and which one before it is whole.
-    """
-    if _is_sealed(file) and (fault := _fault_of(file)) is not None:
-        raise _damaged(file, fault)
-    named_ours = re.fullmatch(_NAME, file.name) is not None
-    try:
-        tree = read_weights(file)
-    except UserError:
-        # Whatever the reader took offence at: it does not know that the file was whole once.
-        if named_ours and (fault := _fault_of(file)) is not None:
-            raise _damaged(file, fault) from None
-        raise
-    if (named_ours or is_checkpoint(tree)) and (fault := _fault_of(file)) is not None:
-        raise _damaged(file, fault)
-    return tree
-
-
-def _damaged(file: Path, fault: str) -> UserError:
-    whole = next((other for other in _earlier(file) if _fault_of(other) is None), None)
-    if whole is None:
-        return UserError(f"{file}: {fault}; copy it again, there is no whole one before it in its folder")
-    return UserError(f"{file}: {fault}; copy it again, or take the one before it, {whole}, which is whole")
-
-
-def _earlier(file: Path) -> list[Path]:
-    """The checkpoints of earlier steps beside it, the newest first."""
-    steps = _steps(file.parent)
-    match = re.fullmatch(_NAME, file.name)
-    before = int(match[1]) if match else 0
-    return [steps[step] for step in sorted(steps, reverse=True) if step < before]
-
-
-def _is_sealed(file: Path) -> bool:
-    with contextlib.suppress(OSError):
-        return written_checksum(file) is not None
-    return False
-
-
-def _fault_of(file: Path) -> str | None:
-    try:
-        return fault_of(file)
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-
-
-def is_checkpoint(tree: Any) -> bool:
-    """Whether what was read from a file is a checkpoint of ours, whole or not."""
-    return isinstance(tree, dict) and tree.get("format") == FORMAT
 
 
 def check_format(tree: dict[str, Any], file: Path) -> dict[str, Any]:
@@ -342,11 +271,6 @@ def restore(
 
 def _called(checkpoint: Mapping[str, Any]) -> str:
     return f"checkpoint of step {checkpoint['step']}"
-
-
-def _steps(folder: Path) -> dict[int, Path]:
-    found = ((re.fullmatch(_NAME, file.name), file) for file in folder.iterdir())
-    return {int(match[1]): file for match, file in found if match}
 
 
 def _require_plain(value: Any, place: str) -> None:

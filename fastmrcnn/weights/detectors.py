@@ -16,16 +16,11 @@ from fastmrcnn.errors import UserError
 from fastmrcnn.files import expanded
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.weights.card import ModelCard, read_card
-from fastmrcnn.weights.checkpoint import (
-    check_format,
-    find_checkpoint,
-    is_checkpoint,
-    judged_weights,
-    read_whole,
-)
+from fastmrcnn.weights.checkpoint import check_format, find_checkpoint, judged_weights
 from fastmrcnn.weights.peers.programs import Imported, import_state, with_statistics
 from fastmrcnn.weights.sources import find_weights, is_url
 from fastmrcnn.weights.states import as_state, has_statistics, with_counters
+from fastmrcnn.weights.whole import is_checkpoint, read_whole
 
 SPARE = "torchvision_rows"  # in a checkpoint's extra: what the way back to torchvision needs
 

@@ -19,13 +19,7 @@ from fastmrcnn.files import expanded
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.weights.card import ModelCard, read_card
-from fastmrcnn.weights.checkpoint import (
-    check_format,
-    find_checkpoint,
-    is_checkpoint,
-    judged_weights,
-    read_whole,
-)
+from fastmrcnn.weights.checkpoint import check_format, find_checkpoint, judged_weights
 from fastmrcnn.weights.detectors import WeightsFile, open_weights, prepared, require_constants
 from fastmrcnn.weights.exported import ExportedModel, is_exported, load_exported
 from fastmrcnn.weights.peers.class_rows import class_count, keypoint_count
@@ -33,6 +27,7 @@ from fastmrcnn.weights.peers.classes import ClassTable, known_classes, numbered_
 from fastmrcnn.weights.peers.programs import Imported
 from fastmrcnn.weights.sources import is_url
 from fastmrcnn.weights.states import as_state, copy_state
+from fastmrcnn.weights.whole import is_checkpoint, read_whole
 from fastmrcnn.weights.zoo import architecture_of, published_recipe
 
 Trained = TypeVar("Trained", bound="TrainedModel")

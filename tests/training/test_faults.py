@@ -10,12 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import breaking
-import fault_kinds
+import fault_files
 import faults
 import pytest
 import torch
-from breaking import NotTriedError, same_run, saved_step
-from fault_kinds import Fault, steps_shown
+from breaking import NotTriedError, same_run, saved_step, steps_shown
+from fault_kinds import Fault
 from tiny import TinyData
 
 from fastmrcnn.weights.checkpoint import find_checkpoint, read_checkpoint
@@ -69,9 +69,9 @@ def test_the_last_checkpoint_must_be_whole(run: Path, tmp_path: Path) -> None:
 
 def test_damage_that_is_not_seen_is_told(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world: Any = SimpleNamespace(whole=run, root=tmp_path)
-    monkeypatch.setattr(fault_kinds, "fault_of", lambda path: None)
+    monkeypatch.setattr(fault_files, "fault_of", lambda path: None)
     with pytest.raises(AssertionError, match="damage number 0 was not seen"):
-        fault_kinds.flipped(world, 1, random.Random(0))
+        fault_files.flipped(world, 1, random.Random(0))
 
 
 def test_steps_are_read_from_the_bar() -> None:

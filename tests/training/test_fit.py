@@ -15,9 +15,12 @@ from tiny import TinyData, assert_same_state, newest_run, record, refusal
 from fastmrcnn.config.file import load_config
 from fastmrcnn.data.transforms import Size
 from fastmrcnn.errors import UserError
+from fastmrcnn.group import Group
+from fastmrcnn.model.build import build_model
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.training import fit
-from fastmrcnn.training.fit import Advice, Trials, advise, largest_fit, memory_line
+from fastmrcnn.training.fit import Advice, Trials, advise, largest_fit, memory_line, settled_batch
+from fastmrcnn.training.run import prepare_run
 from fastmrcnn.weights.checkpoint import read_checkpoint
 
 GB = 2**30
@@ -130,11 +133,11 @@ class Card:
 
 
 @pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+def card(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[int]]:
     """Put in a card of so many images of 64x64; what is returned gets the images of each forward pass."""
 
-    def put_in(images: int) -> list[int]:
-        device = Card(images * 64 * 64)
+    def put_in(images: float) -> list[int]:
+        device = Card(int(images * 64 * 64))
         real = MaskRCNN.forward
         seen: list[int] = []
 
@@ -185,7 +188,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
 def test_auto_is_the_number_that_was_found(
     data: TinyData,
     tmp_path: Path,
-    card: Callable[[int], list[int]],
+    card: Callable[[float], list[int]],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     given = data.run(tmp_path / "given", "train.batch=5")
@@ -202,7 +205,7 @@ def test_auto_is_the_number_that_was_found(
 
 
 def test_auto_is_no_more_than_the_set(
-    data: TinyData, tmp_path: Path, card: Callable[[int], list[int]], capsys: pytest.CaptureFixture[str]
+    data: TinyData, tmp_path: Path, card: Callable[[float], list[int]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     card(1000)
     data.run(tmp_path, "train.batch=auto", "train.steps=1")
@@ -210,7 +213,31 @@ def test_auto_is_no_more_than_the_set(
     assert "6 images a step. 6 of 64x64 take 0.0 of 0.0 GiB; as many as the set has." in said
 
 
-def test_not_even_one(data: TinyData, tmp_path: Path, card: Callable[[int], list[int]]) -> None:
+class Two(Group):
+    """This process and another one, in which less fits."""
+
+    def each(self, make: Callable[[], Any]) -> Any:
+        return make()
+
+    def most(self, numbers: Any) -> list[int]:
+        assert numbers == [-5]
+        return [-3]
+
+
+def test_several_processes_take_what_fits_all(
+    data: TinyData, tmp_path: Path, card: Callable[[float], list[int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*data.train, f"output={tmp_path}", "train.batch=auto", "train.accumulate=2"]
+    config = load_config(data.recipe, arguments)
+    config, _, train_set, _ = prepare_run(config, None)
+    model = build_model(config.model, len(train_set.class_names))
+    gradients = 4 * sum(p.numel() for p in model.parameters())
+    card(5 + gradients / 64**2)  # each has room for the gradients that travel
+    assert settled_batch(config, train_set, Two(0, 2)).train.batch == 3 * 2 * 2
+    assert "train.batch=auto: 12 images a step, 3 to a pass of a process. 5 of " in capsys.readouterr().out
+
+
+def test_not_even_one(data: TinyData, tmp_path: Path, card: Callable[[float], list[int]]) -> None:
     card(0)
     with pytest.raises(UserError, match="is full with 1 image of 64x64, and even with one at a quarter"):
         data.run(tmp_path, "train.batch=auto")
@@ -218,7 +245,7 @@ def test_not_even_one(data: TinyData, tmp_path: Path, card: Callable[[int], list
 
 
 def test_a_warm_up_for_which_there_is_no_room(
-    data: TinyData, tmp_path: Path, card: Callable[[int], list[int]], monkeypatch: pytest.MonkeyPatch
+    data: TinyData, tmp_path: Path, card: Callable[[float], list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps that are compiled are warmed up; here by a compiler that compiles nothing."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)

@@ -162,6 +162,12 @@ def test_whoever_reads_a_damaged_one_is_told_of_the_one_before(how: str, read: A
         read(paths[2])
 
 
+@pytest.mark.parametrize("read", [read_checkpoint, open_weights])
+def test_one_that_is_not_there(read: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such"):
+        read(tmp_path / "none" / "step_0000001.pt")
+
+
 def test_a_moved_one_is_found_damaged_too(tmp_path: Path) -> None:
     moved = save(tmp_path, 5).rename(tmp_path / "mine.pt")
     assert read_checkpoint(moved)["step"] == 5
