@@ -150,7 +150,7 @@ class TrainSamples(Dataset[LoadedBatch | Failure]):
             short_sides,
             long_side_max,
             polygons=min_polygons is not None or augment.rotate > 0,  # outlines to be turned
-            original=augment.crop is not None or augment.composes or augment.albumentations is not None,
+            original=augment.reads_originals,
         )
         self.sizes = [(record.height, record.width) for record in dataset.records]
         self.short_sides, self.long_side_max = list(short_sides), long_side_max
