@@ -50,10 +50,11 @@ def check_trainable(config: Config) -> None:
             "set it to 0"
         )
     augment = config.data.augment
-    if config.data.train.proposals is not None and (augment.copy_paste or augment.mosaic):
+    several = [name for name in ("copy_paste", "mosaic", "albumentations") if getattr(augment, name)]
+    if config.data.train.proposals is not None and several:
+        keys = " and ".join(f"data.augment.{name}" for name in several)
         problems.append(
-            "data.augment.copy_paste and data.augment.mosaic do not go with data.train.proposals, which has "
-            "those of single images; set both to 0"
+            f"{keys} and data.train.proposals do not go together: a file has those of whole images"
         )
     names: tuple[SplitName, ...] = ("train",) if config.data.val.annotations is None else ("train", "val")
     problems += [problem for name in names if (problem := proposals_problem(config, name))]

@@ -75,6 +75,10 @@ class AugmentConfig(Section):
     """Objects of which a crop, a rotation or another image leaves a smaller share are neither learnt nor
     punished. Those of which nothing is left, or less than a pixel's width, are gone."""
 
+    albumentations: FilePath | None = None
+    """A pipeline that `albumentations.save` wrote (.json, .yaml), run on each image before all this. It has
+    to give uint8 RGB. Needs pip install 'fastmrcnn[albumentations]'."""
+
     @model_validator(mode="after")
     def _check_together(self) -> AugmentConfig:
         if self.scale is not None and self.crop is None:
@@ -83,6 +87,10 @@ class AugmentConfig(Section):
             raise ValueError("data.augment.scale: the first factor must not exceed the second")
         if self.mosaic and (self.crop is None or min(self.crop) < 4):
             raise ValueError("data.augment.mosaic needs data.augment.crop, such as [1024, 1024]")
+        if self.albumentations is not None and (self.mosaic or self.copy_paste):
+            raise ValueError(
+                "data.augment.albumentations does not go with mosaic and copy_paste; set those to 0"
+            )
         return self
 
 

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastmrcnn.data.affine import transform_boxes
 from fastmrcnn.data.buckets import power_of_two
 from fastmrcnn.data.keypoints import KeypointSchema
 from fastmrcnn.data.masks import Window, bitmap
-from fastmrcnn.data.polygons import (
-    ImagePolygons,
-    PolygonSizes,
-    join_polygons,
-    polygon_tables,
-    read_polygons,
-    select_polygons,
-)
+from fastmrcnn.data.object_tables import select_objects, split_crops
+from fastmrcnn.data.polygons import ImagePolygons, PolygonSizes, polygon_tables, read_polygons
 from fastmrcnn.data.raw_images import Room, raw_images
 from fastmrcnn.data.records import ImageProposals, ImageRecord
 from fastmrcnn.data.transforms import (
@@ -30,7 +25,6 @@ from fastmrcnn.data.transforms import (
     apply_plan,
     image_to_input,
     input_to_image,
-    transform_boxes,
     transform_keypoints,
 )
 from fastmrcnn.data.visible import Seen, seen_objects
@@ -162,14 +156,6 @@ def make_sample(
     )
 
 
-def split_crops(objects: RasterisedObjects) -> list[NDArray[np.uint8]]:
-    """The bitmap (h, w) of each object, as views."""
-    sizes = objects.windows[:, [3, 2]].astype(np.int64)
-    ends = np.cumsum(sizes.prod(axis=1))[:-1]
-    parts = np.split(objects.crops, ends) if len(sizes) else []
-    return [part.reshape(tuple(size)) for part, size in zip(parts, sizes, strict=True)]
-
-
 def select_seen(
     objects: RasterisedObjects, seen: Seen, min_visible: float
 ) -> tuple[RasterisedObjects, NDArray[np.float32]]:
@@ -179,40 +165,6 @@ def select_seen(
         return objects, seen.boxes
     some = select_objects(objects, keep, seen.bitmaps)
     return some._replace(crowd=some.crowd | (seen.share < min_visible)), seen.boxes
-
-
-def select_objects(
-    objects: RasterisedObjects,
-    keep: NDArray[np.int64],
-    bitmaps: Mapping[int, NDArray[np.uint8]] | None = None,
-) -> RasterisedObjects:
-    """Some of the objects.
-
-    Args:
-        bitmaps: by object, what has become of its bitmap; it is the object's mask from now on.
-    """
-    bitmaps, crops, polygons = bitmaps or {}, split_crops(objects), objects.polygons
-    some = {name: value[keep] for name, value in _tables(objects).items()}
-    some["crops"] = np.concatenate(
-        [np.zeros(0, np.uint8), *(bitmaps.get(i, crops[i]).ravel() for i in keep.tolist())]
-    )
-    if polygons is not None:
-        polygons = select_polygons(polygons, keep, [i not in bitmaps for i in keep.tolist()])
-    return objects._replace(**some, polygons=polygons)
-
-
-def join_objects(parts: Sequence[RasterisedObjects]) -> RasterisedObjects:
-    """The objects of several images, each in pixels of its own annotation."""
-    tables = [_tables(part) | {"crops": part.crops} for part in parts]
-    joined = {name: np.concatenate([each[name] for each in tables]) for name in tables[0]}
-    polygons = [part.polygons for part in parts if part.polygons is not None]
-    return parts[0]._replace(**joined, polygons=join_polygons(polygons) if polygons else None)
-
-
-def _tables(objects: RasterisedObjects) -> dict[str, NDArray[Any]]:
-    """What has a row for each object, by name."""
-    fields = objects._asdict().items()
-    return {name: value for name, value in fields if isinstance(value, np.ndarray) and name != "crops"}
 
 
 def without_polygons(sample: Sample) -> Sample:
@@ -352,8 +304,9 @@ def _collate_targets(
 
 def _maps(
     samples: Sequence[Sample], slots: int | None
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
-    """image_to_input, input_to_image (N, 2, 3) and annotated (N, 2); of each object if there are slots."""
+) -> tuple[list[NDArray[np.float64]], NDArray[np.float64], NDArray[np.int64]]:
+    """image_to_input (2, 3) of each image, input_to_image (N, 2, 3) and annotated (N, 2); with slots those
+    of each object."""
     images = [(s.image_to_input, s.input_to_image, np.array(s.annotated)) for s in samples]
     stacked = [np.stack(some) for some in zip(*images, strict=True)]
     if slots is not None:
@@ -362,7 +315,7 @@ def _maps(
             for table, own in zip(stacked, sample.maps or (), strict=False):
                 table[row, : len(own)] = own
     to_input, to_annotation, annotated = stacked
-    return to_input, to_annotation, annotated
+    return list(to_input), to_annotation, annotated
 
 
 def stack_input_to_image(samples: Sequence[Sample]) -> Tensor:

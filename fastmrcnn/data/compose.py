@@ -1,8 +1,8 @@
 """Samples that are put together from several images: copy-paste and mosaic.
 
 Copy-paste is that of "Simple Copy-Paste is a Strong Data Augmentation Method" (arXiv 2012.07177), without
-blending; a mosaic is that of YOLOv4 (arXiv 2004.10934). Each object keeps the bitmap of its own annotation and
-has maps of its own; where something else is shown, pixels of that bitmap are erased.
+blending; a mosaic is that of YOLOv4 (arXiv 2004.10934). Each object keeps the bitmap of its own annotation
+and has maps of its own; where something else is shown, pixels of that bitmap are erased.
 """
 
 from __future__ import annotations
@@ -15,15 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastmrcnn.data.collate import (
-    ObjectMaps,
-    RasterisedObjects,
-    Sample,
-    join_objects,
-    select_objects,
-    select_seen,
-    split_crops,
-)
+from fastmrcnn.data.affine import place_keypoints
+from fastmrcnn.data.collate import ObjectMaps, RasterisedObjects, Sample, select_seen
+from fastmrcnn.data.object_tables import join_objects, select_objects, split_crops
 from fastmrcnn.data.transforms import (
     COMPOSE_DRAWS,
     Augment,
@@ -34,7 +28,6 @@ from fastmrcnn.data.transforms import (
     draws,
     image_to_input,
     input_to_image,
-    place_keypoints,
     plan_image,
 )
 from fastmrcnn.data.visible import Cover, seen_objects
@@ -50,7 +43,7 @@ _COPY_PASTE, _MOSAIC, _MIDDLE_X, _MIDDLE_Y, _FIRST_TILE, _OTHER, _PLACE_X, _PLAC
 class Layer(NamedTuple):
     """An image's part in a sample."""
 
-    index: int
+    image: int
     plan: Plan
     place: tuple[int, int]  # left and top of the plan's result within the sample
     pasted: bool = False  # whether objects alone are taken

@@ -94,8 +94,8 @@ def _bucket_of_crop(images: int, sides: int, crop: Size, buckets: Sequence[Size]
     bucket = smallest_bucket(crop, buckets)
     if bucket is None:
         raise UserError(
-            f"data.augment.crop={list(crop)} (height, width): no entry of data.buckets holds that; add one, or "
-            "set data.buckets=auto"
+            f"data.augment.crop={list(crop)} (height, width): no entry of data.buckets holds that; add one, "
+            "or set data.buckets=auto"
         )
     return np.full((images, sides, 2), list(buckets).index(bucket), np.int64)
 

@@ -68,20 +68,24 @@ def select_polygons(image: ImagePolygons, keep: NDArray[np.int64], usable: Seque
 
 def join_polygons(images: Sequence[ImagePolygons]) -> ImagePolygons:
     """Those of all objects of some images."""
-    vertices, lengths, parts, longest = zip(*images, strict=True)
-    return ImagePolygons(*map(np.concatenate, (vertices, lengths, parts)), longest=max(longest))
+    return ImagePolygons(
+        vertices=np.concatenate([image.vertices for image in images]),
+        lengths=np.concatenate([image.lengths for image in images]),
+        parts=np.concatenate([image.parts for image in images]),
+        longest=max(image.longest for image in images),
+    )
 
 
 def polygon_tables(
     images: Sequence[ImagePolygons],
-    to_input: NDArray[np.float64],
+    to_input: Sequence[NDArray[np.float64]],
     slots: int,
     least: PolygonSizes,
 ) -> PackedPolygons:
     """One table of the polygons of all images; every size is a power of two.
 
     Args:
-        to_input: (N, 2, 3) annotation pixels to input pixels; or of each object (N, G, 2, 3).
+        to_input: of each image (2, 3), annotation pixels to input pixels; or of its objects (G, 2, 3).
         slots: G.
     """
     vertices = np.concatenate([image.vertices for image in images])
@@ -102,7 +106,7 @@ def polygon_tables(
         # an object without polygons starts at 0, so that the tables of equal batches are equal
         first_part=torch.from_numpy(np.where(parts > 0, before, 0).astype(np.int32)),
         parts=torch.from_numpy(parts),
-        to_input=torch.from_numpy(to_input),
+        to_input=torch.from_numpy(np.stack(to_input)),
         step=torch.arange(longest, dtype=torch.int32),
     )
 

@@ -10,7 +10,6 @@ it is annotated to what the model sees of it, *input_to_image* back.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fastmrcnn.data.affine import moves, place_keypoints
 from fastmrcnn.data.colour import Colour, recolour
 
 Size = tuple[int, int]  # height, width
@@ -33,6 +33,7 @@ _TURNS = {
 _SHORT_SIDE, _FLIP_H, _FLIP_V, _TURN, _TURN_WAY, _BRIGHTNESS, _CONTRAST = range(7)
 _SCALE, _CROP_X, _CROP_Y, _SATURATION, _HUE, _ROTATE = range(FIRST_DRAWS, 14)
 COMPOSE_DRAWS = slice(14, 22)  # what `compose.py` draws with
+PIPELINE_DRAW = 22  # what `saved_pipeline.py` is seeded with
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Augment:
     copy_paste: float = 0.0
     mosaic: float = 0.0
     min_visible: float = 0.0
+    albumentations: str | None = None
+    """File of a pipeline that comes before all this; see `saved_pipeline.py`."""
     fill: tuple[int, int, int] = (0, 0, 0)
     """RGB of what no image covers within the result: the corners of a rotated one, gaps of a mosaic."""
 
@@ -59,6 +62,11 @@ class Augment:
     def colours(self) -> bool:
         """Whether colours may change."""
         return any((self.brightness, self.contrast, self.saturation, self.hue))
+
+    @property
+    def reads_originals(self) -> bool:
+        """Whether images are needed as they are decoded, not at one of a few sizes."""
+        return self.crop is not None or self.composes or self.albumentations is not None
 
     @property
     def composes(self) -> bool:
@@ -113,7 +121,7 @@ class Plan:
         if self.crop is None:
             return None
         height, width = self.size
-        back = np.linalg.inv(_moves(self, *self.resized))
+        back = np.linalg.inv(_moves(self))
         corners = back[:2] @ np.array([[0, width, 0, width], [0, 0, height, height], [1, 1, 1, 1]], float)
         margin = 1 if self.rotation else 0  # of the bilinear reading
         low = np.floor(corners.min(axis=1) + 1e-6).astype(int) - margin
@@ -176,7 +184,9 @@ def plan_image(
     if augment.scale is not None and augment.crop is not None:
         low, high = augment.scale
         share = low + (high - low) * float(numbers[_SCALE])
-        resized = jittered_size(height, width, augment.crop[:: -1 if turns % 2 else 1], share)
+        rows, columns = augment.crop
+        target = (columns, rows) if turns % 2 else (rows, columns)
+        resized = jittered_size(height, width, target, share)
     plan = Plan(
         resized=resized,
         turns=turns,
@@ -253,7 +263,7 @@ def apply_plan(resized: NDArray[np.uint8], plan: Plan) -> NDArray[np.uint8]:
     image = recolour(Image.fromarray(resized), plan.colour)
     if plan.rotation:  # the one affine map of all moves: pixels are interpolated once
         left, top = (plan.region or (0, 0, 0, 0))[:2]
-        back = np.linalg.inv(_moves(plan, *plan.resized))[:2] - np.array([[0, 0, left], [0, 0, top]])
+        back = np.linalg.inv(_moves(plan))[:2] - np.array([[0, 0, left], [0, 0, top]])
         size = (plan.size[1], plan.size[0])
         coefficients = tuple(back.ravel().tolist())
         method, bilinear = Image.Transform.AFFINE, Image.Resampling.BILINEAR
@@ -273,22 +283,6 @@ def input_to_image(plan: Plan, height: int, width: int) -> NDArray[np.float64]:
     return np.linalg.inv(_matrix(plan, height, width)).astype(np.float64)[:2] + 0.0
 
 
-def transform_boxes(boxes: NDArray[np.floating], affine: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Boxes (n, 4) xyxy under an affine of flips, quarter turns and scales; under another, what encloses
-    their four corners."""
-    diagonals = boxes if is_axis_aligned(affine) else boxes[:, [0, 1, 2, 3, 0, 3, 2, 1]]
-    corners = (
-        diagonals.reshape(len(boxes), diagonals.shape[1] // 2, 2).astype(np.float64) @ affine[:, :2].T
-        + affine[:, 2]
-    )
-    return np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
-
-
-def is_axis_aligned(affine: NDArray[np.floating]) -> bool:
-    """Whether rows become rows or columns."""
-    return not (affine[0, 0] and affine[0, 1]) and not (affine[1, 0] and affine[1, 1])
-
-
 def transform_keypoints(
     keypoints: NDArray[np.floating], plan: Plan, height: int, width: int, mirror: Sequence[int]
 ) -> NDArray[np.float32]:
@@ -306,40 +300,12 @@ def transform_keypoints(
     )
 
 
-def place_keypoints(
-    keypoints: NDArray[np.floating],
-    affine: NDArray[np.float64],
-    area: tuple[float, float, float, float],
-    mirror: Sequence[int] | None,
-) -> NDArray[np.float32]:
-    """Keypoints (n, J, 3) under an affine map; all 0 where not labelled or not within `area`, xyxy."""
-    places = keypoints[..., :2].astype(np.float64) @ affine[:, :2].T + affine[:, 2]
-    within = (places >= area[:2]) & (places <= area[2:])
-    keep = within.all(axis=-1, keepdims=True) & (keypoints[..., 2:] > 0)
-    moved = np.where(keep, np.concatenate([places, keypoints[..., 2:]], axis=-1), 0).astype(np.float32)
-    return moved if mirror is None else moved[:, list(mirror)]
-
-
 def _matrix(plan: Plan, height: int, width: int) -> NDArray[np.float64]:
     h, w = plan.resized
-    return _moves(plan, h, w) @ np.diag([w / width, h / height, 1.0])
+    return _moves(plan) @ np.diag([w / width, h / height, 1.0])
 
 
-def _moves(plan: Plan, h: int, w: int) -> NDArray[np.float64]:
-    """(3, 3), from pixels of the resized image, of height h and width w, to those of the result."""
-    matrix = np.eye(3)
-    for _ in range(plan.turns % 4):  # (x, y) -> (y, w - x)
-        matrix = np.array([[0.0, 1, 0], [-1, 0, w], [0, 0, 1]]) @ matrix
-        h, w = w, h
-    if plan.flip_horizontal:
-        matrix = np.array([[-1.0, 0, w], [0, 1, 0], [0, 0, 1]]) @ matrix
-    if plan.flip_vertical:
-        matrix = np.array([[1.0, 0, 0], [0, -1, h], [0, 0, 1]]) @ matrix
-    if plan.rotation:  # y points down: counterclockwise to the eye
-        cos, sin = math.cos(math.radians(plan.rotation)), math.sin(math.radians(plan.rotation))
-        x, y = w / 2, h / 2
-        turn = np.array([[cos, sin, x - cos * x - sin * y], [-sin, cos, y + sin * x - cos * y], [0, 0, 1]])
-        matrix = turn @ matrix
-    if plan.crop is not None:
-        matrix = np.array([[1.0, 0, -plan.crop[0]], [0, 1, -plan.crop[1]], [0, 0, 1]]) @ matrix
-    return matrix
+def _moves(plan: Plan) -> NDArray[np.float64]:
+    """(3, 3), from pixels of the resized image to those of the result."""
+    flips, corner = (plan.flip_horizontal, plan.flip_vertical), (plan.crop or (0, 0))[:2]
+    return moves(*plan.resized, plan.turns, *flips, plan.rotation, corner)

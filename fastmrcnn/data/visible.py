@@ -1,6 +1,6 @@
 """What is left of an image's objects where a part of it is cut off, turned away or covered.
 
-Bitmaps are asked in the pixels of the annotation, each at its centre or by its outline; they are not drawn anew.
+Bitmaps are asked in the pixels of the annotation, each at its centre or by its outline; none is drawn anew.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fastmrcnn.data.affine import is_axis_aligned, transform_boxes
 from fastmrcnn.data.polygons import ImagePolygons
-from fastmrcnn.data.transforms import is_axis_aligned, transform_boxes
 
 Area = tuple[float, float, float, float]  # xyxy in pixels of the sample
 
@@ -67,7 +67,7 @@ def seen_objects(
     inside = (clipped == moved).all(axis=1)
     share = np.ones(len(boxes))
     bitmaps: dict[int, NDArray[np.uint8]] = {}
-    for i in np.flatnonzero((clipped[:, 2:] > clipped[:, :2]).all(axis=1)):
+    for i in np.flatnonzero((clipped[:, 2:] > clipped[:, :2]).all(axis=1)).tolist():
         above = cover if cover is not None and _overlap(clipped[i], cover.boxes) else None
         if inside[i] and above is None:
             continue
@@ -78,7 +78,7 @@ def seen_objects(
         else:
             clipped[i], share[i], left = _cut(crops[i], windows[i], moved[i], forward, area, above)
             if left is not None:
-                bitmaps[int(i)] = left
+                bitmaps[i] = left
     keep = np.flatnonzero((clipped[:, 2:] - clipped[:, :2] >= MIN_SIDE).all(axis=1) & (share > 0))
     return Seen(keep, clipped[keep].astype(np.float32), share[keep], bitmaps)
 

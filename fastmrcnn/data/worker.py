@@ -28,7 +28,19 @@ from fastmrcnn.data.order import BatchPlan, substitutes
 from fastmrcnn.data.polygons import PolygonSizes
 from fastmrcnn.data.raw_images import Room, device_resizes
 from fastmrcnn.data.records import ImageProposals
-from fastmrcnn.data.transforms import Augment, Plan, Size, Window, draws, plan_image, resize, resized_size
+from fastmrcnn.data.saved_pipeline import BITS, Pipeline, PipelineError
+from fastmrcnn.data.transforms import (
+    PIPELINE_DRAW,
+    Augment,
+    Plan,
+    Size,
+    Window,
+    draws,
+    jittered_size,
+    plan_image,
+    resize,
+    resized_size,
+)
 from fastmrcnn.errors import UserError
 from fastmrcnn.structures import Batch
 
@@ -161,11 +173,12 @@ class TrainSamples:
             short_sides,
             long_side_max,
             polygons=min_polygons is not None or augment.rotate > 0,  # outlines to be turned
-            original=raw or augment.crop is not None or augment.composes,
+            original=raw or augment.reads_originals,
         )
         self.sizes = [(record.height, record.width) for record in dataset.records]
         self.short_sides, self.long_side_max = list(short_sides), long_side_max
         self.augment, self.seed = augment, seed
+        self.pipeline = None if augment.albumentations is None else Pipeline(augment.albumentations)
         self.min_slots, self.min_mask_bytes = min_slots, min_mask_bytes
         self.min_polygons = min_polygons
         self.raw = raw
@@ -219,6 +232,8 @@ class TrainSamples:
             try:
                 own = plan if candidate == index else self._plan(candidate, number)
                 return candidate, self._read(candidate, number, own, bucket, left_out, room)
+            except PipelineError:
+                raise
             except UserError as error:
                 faults.append(str(error))
                 left_out[self.store.records[candidate].image_id] = faults[-1]
@@ -241,9 +256,11 @@ class TrainSamples:
     def _read(
         self, index: int, number: int, plan: Plan, bucket: Size, left_out: dict[int, str], room: Room | None
     ) -> Callable[[], Sample]:
-        composed = self._composed(index, number, left_out) if self.augment.composes else None
-        if composed is not None:
-            done = self._placed(composed, room)
+        whole = self._composed(index, number, left_out) if self.augment.composes else None
+        if self.pipeline is not None:
+            whole = self._through(self.pipeline, index, number)
+        if whole is not None:
+            done = self._placed(whole, room)
             return lambda: done
         objects = self.store.objects(index)
         pixels, left = self.store.pixels(index, plan, bucket, room)
@@ -268,6 +285,22 @@ class TrainSamples:
             sample = sample._replace(pixels=room.place(sample.pixels))
         return sample if self.min_polygons is not None else without_polygons(sample)
 
+    def _through(self, pipeline: Pipeline, index: int, number: int) -> Sample:
+        """A sample of what the pipeline makes of an image."""
+        schema, numbers = self.store.schema, draws(self.seed, number)[0]
+        seed = int(numbers[PIPELINE_DRAW] * 2**BITS)
+        image, objects = self.store.resized(index, self.sizes[index]), self.store.objects(index)
+        pixels, objects = pipeline(image, objects, schema, seed)
+        size, plan = (pixels.shape[0], pixels.shape[1]), self._plan(index, number)
+        if size != self.sizes[index]:  # fits where the image as it was would have fitted
+            sides = (self.short_sides, self.long_side_max)
+            if self.augment.crop is None:
+                plan = replace(plan, resized=jittered_size(*size, plan.resized, 1.0))
+            else:
+                plan = plan_image(*size, numbers, *sides, self.augment)
+        resized, least = resize(pixels, plan.resized, plan.region), self.augment.min_visible
+        return make_sample(resized, plan, size, objects, schema, None, least)
+
     def _composed(self, index: int, number: int, left_out: dict[int, str]) -> Sample | None:
         """A sample of several images, if this is one. Where another image cannot be read, the sample's own
         stands in for it."""
@@ -288,14 +321,14 @@ class TrainSamples:
             sources: list[Source] = []
             for layer in composition.layers:
                 try:
-                    resized = self.store.resized(layer.index, layer.plan.resized, layer.plan.region)
+                    resized = self.store.resized(layer.image, layer.plan.resized, layer.plan.region)
                 except UserError as error:
-                    if layer.index == index:
+                    if layer.image == index:
                         raise
-                    broken.add(layer.index)
-                    left_out[self.store.records[layer.index].image_id] = str(error)
+                    broken.add(layer.image)
+                    left_out[self.store.records[layer.image].image_id] = str(error)
                     break
-                sources.append(Source(resized, self.sizes[layer.index], self.store.objects(layer.index)))
+                sources.append(Source(resized, self.sizes[layer.image], self.store.objects(layer.image)))
             else:
                 break
         schema, augment = self.store.schema, self.augment

@@ -22,6 +22,7 @@ TEXT = {
         for part in ("images", "annotations", "proposals")
     ),
     *(f"model.{part}{end}" for part in ("weights", "backbone.weights") for end in ("", "_sha256")),
+    "data.augment.albumentations",
     "runtime.device",
     "output",
 }

@@ -1,5 +1,5 @@
-"""Random changes of images: masks, boxes and keypoints lie where the pixels are, and each sample is a function
-of seed and index."""
+"""Random changes of images: masks, boxes and keypoints lie where the pixels are, and each sample is a
+function of seed and index."""
 
 from __future__ import annotations
 
