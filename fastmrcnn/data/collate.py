@@ -304,8 +304,9 @@ def _collate_targets(
 
 def _maps(
     samples: Sequence[Sample], slots: int | None
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
-    """image_to_input, input_to_image (N, 2, 3) and annotated (N, 2); of each object if there are slots."""
+) -> tuple[list[NDArray[np.float64]], NDArray[np.float64], NDArray[np.int64]]:
+    """image_to_input (2, 3) of each image, input_to_image (N, 2, 3) and annotated (N, 2); with slots those
+    of each object."""
     images = [(s.image_to_input, s.input_to_image, np.array(s.annotated)) for s in samples]
     stacked = [np.stack(some) for some in zip(*images, strict=True)]
     if slots is not None:
@@ -314,7 +315,7 @@ def _maps(
             for table, own in zip(stacked, sample.maps or (), strict=False):
                 table[row, : len(own)] = own
     to_input, to_annotation, annotated = stacked
-    return to_input, to_annotation, annotated
+    return list(to_input), to_annotation, annotated
 
 
 def stack_input_to_image(samples: Sequence[Sample]) -> Tensor:

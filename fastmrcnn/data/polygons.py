@@ -80,14 +80,14 @@ def join_polygons(images: Sequence[ImagePolygons]) -> ImagePolygons:
 
 def polygon_tables(
     images: Sequence[ImagePolygons],
-    to_input: Sequence[NDArray[np.float64]] | NDArray[np.float64],
+    to_input: Sequence[NDArray[np.float64]],
     slots: int,
     least: PolygonSizes,
 ) -> PackedPolygons:
     """One table of the polygons of all images; every size is a power of two.
 
     Args:
-        to_input: (N, 2, 3) annotation pixels to input pixels; or of each object (N, G, 2, 3).
+        to_input: of each image (2, 3), annotation pixels to input pixels; or of its objects (G, 2, 3).
         slots: G.
     """
     vertices = np.concatenate([image.vertices for image in images])

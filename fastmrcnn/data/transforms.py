@@ -69,6 +69,11 @@ class Augment:
         return 1 + 3 * (self.mosaic > 0) + (self.copy_paste > 0)
 
     @property
+    def reads_originals(self) -> bool:
+        """Whether images are needed as they are decoded, not at one of a few sizes."""
+        return self.crop is not None or self.composes or self.albumentations is not None
+
+    @property
     def composes(self) -> bool:
         """Whether samples of several images may come."""
         return self.copy_paste > 0 or self.mosaic > 0

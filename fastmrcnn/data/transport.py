@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
@@ -154,9 +155,16 @@ def pin(block: Tensor) -> bool:
     be done. Copies from it are right without, but slower."""
     cudart = torch.cuda.cudart()
     if int(cudart.cudaHostRegister(block.data_ptr(), block.nbytes, 0)) != 0:
+        _forget_error()
         return False
     weakref.finalize(block, _unpin, block.data_ptr()).atexit = False
     return True
+
+
+def _forget_error() -> None:
+    """CUDA keeps the last error until somebody asks, and torch asks after its next kernel."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda")
 
 
 def _unpin(address: int) -> None:

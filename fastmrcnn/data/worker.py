@@ -178,10 +178,7 @@ class TrainSamples:
             short_sides,
             long_side_max,
             polygons=min_polygons is not None or augment.rotate > 0,  # outlines to be turned
-            original=raw
-            or augment.crop is not None
-            or augment.composes
-            or augment.albumentations is not None,
+            original=raw or augment.reads_originals,
         )
         self.sizes = [(height, width) for height, width in flat_records(dataset.records).sizes.tolist()]
         self.short_sides, self.long_side_max = list(short_sides), long_side_max

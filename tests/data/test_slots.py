@@ -296,7 +296,10 @@ def test_pinned_memory_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     cudart.code = 1
     other = shared_block(1, 100)
     assert other is not None
+    forgotten: list[bool] = []
+    monkeypatch.setattr(transport, "_forget_error", lambda: forgotten.append(True))
     assert not transport.pin(other)
+    assert forgotten == [True]
 
 
 @pytest.mark.slow
