@@ -14,6 +14,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.device import set_threads, set_up_cuda
@@ -84,6 +85,7 @@ def _begin(dataset: CocoDataset, output: Path, device: torch.device, threads: in
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSING)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its own would be left over whenever this process is killed
     # What is found there is told again by the evaluation at the end of the run.
     sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
