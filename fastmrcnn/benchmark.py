@@ -12,7 +12,6 @@ import torch
 from tqdm import tqdm
 
 from fastmrcnn.config.schema import Config
-from fastmrcnn.device import has_bf16
 from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.files import to_write, write_text
 from fastmrcnn.speed.decoding import decoding_table, measure_decoding_apart
@@ -251,7 +250,7 @@ def row_names(arguments: argparse.Namespace) -> tuple[list[str] | None, list[str
 
 
 def all_rows(device: torch.device) -> list[Row]:
-    return cuda_rows(max_autotune=True) if device.type == "cuda" else cpu_rows(compiled=True, bf16=has_bf16())
+    return cuda_rows(max_autotune=True) if device.type == "cuda" else cpu_rows(compiled=True)
 
 
 def choose_rows(names: list[str] | None, config: Config, device: torch.device) -> list[Row]:
@@ -259,7 +258,7 @@ def choose_rows(names: list[str] | None, config: Config, device: torch.device) -
     if names is None:
         if device.type == "cuda":
             return cuda_rows(max_autotune=config.train.compile == "max-autotune")
-        return cpu_rows(compiled=config.train.compile in ("on", "max-autotune"), bf16=has_bf16())
+        return cpu_rows(compiled=config.train.compile in ("on", "max-autotune"))
     rows = all_rows(device)
     known = [row.name for row in rows]
     for name in names:
@@ -270,9 +269,7 @@ def choose_rows(names: list[str] | None, config: Config, device: torch.device) -
 
 def profiled_row(device: torch.device) -> Row:
     """The last of the rows that are not compiled: only an eager step has operations to tell apart."""
-    rows = (
-        cuda_rows(max_autotune=False) if device.type == "cuda" else cpu_rows(compiled=False, bf16=has_bf16())
-    )
+    rows = cuda_rows(max_autotune=False) if device.type == "cuda" else cpu_rows(compiled=False)
     return [row for row in rows if row.program == "fastmrcnn" and not row.execution.compiled][-1]
 
 

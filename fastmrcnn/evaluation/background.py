@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -14,6 +16,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.device import set_threads, set_up_cuda
@@ -37,9 +40,13 @@ class Evaluator:
     def __init__(
         self, dataset: CocoDataset, output: Path, device: torch.device, threads: int | None = None
     ) -> None:
+        # By a file: what goes through the pipe to a new process is waited for until that has started.
+        with tempfile.NamedTemporaryFile(suffix=".pickle", delete=False) as stream:
+            pickle.dump((dataset, output, device, threads), stream)
+        self._given = Path(stream.name)
         # Not forked: a fork of a process that has touched CUDA cannot use it.
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(1, context, _begin, (dataset, output, device, threads))
+        self._pool = ProcessPoolExecutor(1, context, _begin, (self._given,))
         self._process: Future[int] | None = None
 
     def submit(self, snapshot: Path) -> Future[dict[str, float]]:
@@ -57,6 +64,7 @@ class Evaluator:
         if started is not None and started.done() and started.exception() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(started.result(), signal.SIGKILL)
+        self._given.unlink(missing_ok=True)
 
 
 def judge_snapshot(
@@ -77,13 +85,15 @@ _given: tuple[CocoDataset, Path, torch.device, int | None]
 """In the other process: what its initializer was given."""
 
 
-def _begin(dataset: CocoDataset, output: Path, device: torch.device, threads: int | None) -> None:
+def _begin(given: Path) -> None:
     global _given
-    _given = (dataset, output, device, threads)
+    _given = pickle.loads(given.read_bytes())
+    given.unlink(missing_ok=True)
     for number in PASSING:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSING)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its own would be left over whenever this process is killed
     # What is found there is told again by the evaluation at the end of the run.
     sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 

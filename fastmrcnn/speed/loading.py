@@ -54,7 +54,7 @@ def _measure(config: Config, train_set: CocoDataset, device: torch.device, steps
     torch.manual_seed(config.train.seed)
     card = ModelCard(config, train_set.class_names, train_set.category_ids, train_set.keypoints)
     model = new_model(card, device)
-    precision = choose_precision(config.runtime.precision, device)
+    precision = choose_precision(config.runtime.precision, device, config.runtime.cpu_precision)
     execution = choose_execution(config, device)
     make_step = TrainingStep(model, config.optim, precision, execution, seed=config.train.seed)
     loader = train_loader(train_set, config, 0, pin_memory=device.type == "cuda")

@@ -33,7 +33,7 @@ def dry_run(config: Config, train_set: CocoDataset) -> None:
     """
     device = choose_device(config.runtime.device)
     set_up_cuda(device)
-    precision = choose_precision(config.runtime.precision, device)
+    precision = choose_precision(config.runtime.precision, device, config.runtime.cpu_precision)
     on_cpu = device.type == "cpu"
     half = 2 if on_cpu else 1
     images = config.train.images // config.train.accumulate  # at once

@@ -17,6 +17,7 @@ from tiny import CrashError, TinyData, assert_same_state, break_at, never_saves_
 from fastmrcnn import device, train
 from fastmrcnn.config.file import load_config
 from fastmrcnn.device import Trial, choose_precision, cpu_quota, detecting_precision, try_both
+from fastmrcnn.speed.training_rows import cpu_rows
 from fastmrcnn.training import precision
 from fastmrcnn.training.precision import describe_trial
 from fastmrcnn.weights.checkpoint import read_checkpoint
@@ -66,6 +67,16 @@ def test_the_trial_takes_turns_and_the_best_times() -> None:
 
 def test_the_convolution_is_timed_for_real() -> None:
     assert device.bf16_convolves_faster.__wrapped__() in (True, False)
+
+
+def test_the_ladder_has_bf16_where_the_processor_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not [row for row in cpu_rows(compiled=True) if row.precision == "bf16"]
+    monkeypatch.setattr(device, "has_bf16", lambda: True)
+    found = [row for row in cpu_rows(compiled=False) if row.precision == "bf16"]
+    assert [(row.program, row.name) for row in found] == [
+        ("torchvision", "torchvision, eager AMP bf16"),
+        ("fastmrcnn", "+ bf16"),
+    ]
 
 
 def test_the_line_on_the_trial() -> None:
