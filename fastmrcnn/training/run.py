@@ -10,12 +10,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from fastmrcnn.config.file import dump_config
 from fastmrcnn.config.schema import Config
 from fastmrcnn.data.build import read_sets, with_pixel_range
 from fastmrcnn.data.coco import CocoDataset
+from fastmrcnn.data.flat_records import flat_records
 from fastmrcnn.data.keypoints import check_same_keypoints
 from fastmrcnn.data.same_classes import align_classes, class_faults, match_classes
 from fastmrcnn.data.shapes import write_shapes
@@ -63,7 +62,7 @@ def prepare_run(
 def check_same_sets(train_set: CocoDataset, val_set: CocoDataset | None, group: Group) -> None:
     """UserError, on all processes, if they have read different images."""
     for dataset in (train_set, *([] if val_set is None else [val_set])):
-        ids = np.array([record.image_id for record in dataset.records], np.int64)
+        ids = flat_records(dataset.records).image_ids
         found = group.gather((len(ids), zlib.crc32(ids.tobytes()), dataset.class_names))
         other = next((rank for rank, one in enumerate(found) if one != found[0]), None)
         if other is not None:
