@@ -15,7 +15,8 @@ import faults
 import pytest
 import torch
 from breaking import NotTriedError, same_run, saved_step, steps_shown
-from fault_kinds import Fault
+from fault_kinds import FAULTS, Fault
+from places import ROOT
 from tiny import TinyData
 
 from fastmrcnn.weights.checkpoint import find_checkpoint, read_checkpoint
@@ -116,6 +117,12 @@ def test_the_table_and_the_exit_code(
     with pytest.raises(SystemExit):
         faults.main(["--only", "none"])
     torch.set_num_threads(before)
+
+
+def test_the_page_shows_what_was_recorded() -> None:
+    recorded = json.loads((ROOT / "bench" / "results" / "faults" / "linux.json").read_text())
+    assert [row["fault"] for row in recorded["results"]] == [fault.words for fault in FAULTS.values()]
+    assert faults.markdown(recorded["results"]) in (ROOT / "docs" / "runs.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
