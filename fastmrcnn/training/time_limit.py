@@ -144,9 +144,15 @@ class TimeLimit:
         before = self.steps
         fit = self._fit(done)
         if fit is not None:
-            self.steps, self.config = fit, shortened(self.asked, fit)
+            self.adopt(fit, fitted=True)
             tqdm.write(self._line(before))
         return self.steps
+
+    def adopt(self, steps: int, fitted: bool) -> None:
+        """Go by the clock of another process of the run: the steps that it found, and whether it has."""
+        self.fitted = fitted
+        if steps != self.steps:
+            self.steps, self.config = steps, shortened(self.asked, steps)
 
     def _fit(self, done: int) -> int | None:
         """The number of steps if it is to be another."""
