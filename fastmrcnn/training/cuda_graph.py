@@ -194,7 +194,7 @@ class CudaParts:
             tensor, graph = record_graph(lambda: _next(parts, done), self.pool, 0)
             self.pool = graph.pool()
             steps.append(graph.replay)
-            if not done:
+            if tensor is not None:
                 steps.append(functools.partial(self.reduce, tensor))
 
         def replay() -> None:

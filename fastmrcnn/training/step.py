@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -175,7 +176,8 @@ class TrainingStep:
                 images = own * self.group.size * self.accumulate
                 drawn[shapes] = self.model.draw_keys(batch, self.generator, images)
             first = (number * self.group.size + self.group.rank) * own
-            found.append(tree_map(lambda keys, at=first: keys[at : at + own], drawn[shapes]))
+            rows = slice(first, first + own)
+            found.append(tree_map(partial(_rows, rows=rows), drawn[shapes]))
         return found
 
     def warm_up(self, batch: Batch | Sequence[Batch], buckets: Sequence[tuple[int, int]]) -> None:
@@ -277,8 +279,14 @@ def _averaged(results: Sequence[Result]) -> Result:
     """Of the batches of a step: means of the losses, sums of the counts."""
     losses, counts = (list(kind) for kind in zip(*results, strict=True))
     means = {name: torch.stack([getattr(one, name) for one in losses]).mean() for name in present(losses[0])}
-    sums = {name: torch.stack([getattr(one, name) for one in counts]).sum() for name in present(counts[0])}
+    sums: dict[str, Any] = {
+        name: torch.stack([getattr(one, name) for one in counts]).sum() for name in present(counts[0])
+    }
     return Losses(**means), Counts(**sums)
+
+
+def _rows(tensor: Tensor, rows: slice) -> Tensor:
+    return tensor[rows]
 
 
 def whole_group() -> str:
