@@ -60,16 +60,18 @@ class _Normalised(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, eps: float, processes: str
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         moved = x.to(_sum_dtype(x)) - _channels(shift)
-        count = moved.new_full((1,), x.numel() // x.shape[1])
-        sums = torch.cat([moved.sum(_PIXELS), moved.square().sum(_PIXELS), count])
+        one, pixels = moved.new_ones((1,)), moved.new_full((1,), x.numel() // x.shape[1])
+        sums = torch.cat([moved.sum(_PIXELS), moved.square().sum(_PIXELS), shift, one, pixels])
         total = _over_processes(sums, processes)
-        first, second = total[:-1].chunk(2)
-        count = total[-1]
+        first, second, shifts = total[:-2].chunk(3)
+        number, count = total[-2:].unbind()
         mean = first / count
         variance = (second / count - mean.square()).clamp(min=0)
         inverse = (variance + eps).rsqrt()
         y = (moved - _channels(mean)) * _channels(inverse * weight) + _channels(bias)
-        mean = mean + shift
+        # Not of `shift` itself: the running mean has been changed by the time of the backward pass, in which
+        # a compiler may compute this anew.
+        mean = mean + shifts / number
         ctx.save_for_backward(x, weight, mean, inverse, count)
         ctx.processes = processes
         ctx.mark_non_differentiable(mean, variance, count)

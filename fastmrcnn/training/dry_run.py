@@ -35,7 +35,8 @@ def dry_run(config: Config, train_set: CocoDataset) -> None:
     precision = choose_precision(config.runtime.precision, device)
     on_cpu = device.type == "cpu"
     half = 2 if on_cpu else 1
-    batch = 1 if on_cpu else config.train.images
+    images = config.train.images // config.train.accumulate  # at once
+    batch = 1 if on_cpu else images
     buckets = config.data.buckets
     loader = TrainLoader(
         train_set,
@@ -73,18 +74,18 @@ def dry_run(config: Config, train_set: CocoDataset) -> None:
         make_step.update.first_bad_step.item()  # wait for the device: this is what is timed
         seconds = time.perf_counter() - started
     growing = peak_memory(device) - fixed
-    scale = half * half * config.train.images / batch
+    scale = half * half * images / batch
     label = "measured at full size"
     if on_cpu:
         label = (
             f"extrapolated from one image of {shape[0]}x{shape[1]}, half size, by {scale:g}; a rough guide"
         )
-    total = seconds * scale * config.train.steps
+    seconds *= scale * config.train.accumulate
+    at_once = "a step" if config.train.accumulate == 1 else "a pass"
     print(f"On {device} ({label}):")
-    print(
-        f"  memory       {(fixed + growing * scale) / 2**30:.1f} GiB at {config.train.images} images a step"
-    )
-    print(f"  time         {seconds * scale:.2f} s a step, {duration(total)} for {config.train.steps} steps")
+    print(f"  memory       {(fixed + growing * scale) / 2**30:.1f} GiB at {images} images {at_once}")
+    total = duration(seconds * config.train.steps)
+    print(f"  time         {seconds:.2f} s a step, {total} for {config.train.steps} steps")
 
 
 def peak_memory(device: torch.device) -> float:

@@ -43,8 +43,8 @@ def prepare_run(
     own: list[tuple[CocoDataset, CocoDataset | None]] = []
 
     def first() -> tuple[Config, Path]:
-        decided, place, *sets = _prepare(config, folder, before, settle)
-        own.append((sets[0], sets[1]))
+        decided, place, train_set, val_set = _prepare(config, folder, before, settle)
+        own.append((train_set, val_set))
         return decided, place
 
     config, place = group.lead(first)

@@ -57,7 +57,7 @@ class Trial:
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(name="sgd", clip_norm=3.0, ema=0.9, momentum=0.9)
     )
-    steps: int = 3
+    steps: int = 2
     images: int = 2  # of a step
     accumulate: int = 1
     precision: str = "fp32"
@@ -91,16 +91,16 @@ TRIALS = {
     "rpn": Trial(model=RPN_ALONE),
     "given": Trial(model={"rpn": {"enabled": False}}),
     "slots": Trial(model={"mask_head": {"slots_per_image": 2}}, steps=1),
-    "bad": Trial("sync_bn", bad=(1, 1), steps=4, lr=0.001),
-    "bad loss": Trial(fault="loss"),
-    "overflow": Trial(fault="gradient", precision="fp16"),
+    "bad": Trial("sync_bn", bad=(1, 1), steps=3, lr=0.001),
+    "bad loss": Trial(fault="loss", steps=3),
+    "overflow": Trial(fault="gradient", precision="fp16", steps=3),
     "bf16": Trial(reduce_bf16=True),
-    "accumulate": Trial(images=4, accumulate=2, optim=ADAMW, lr=0.001),
-    "accumulate bf16": Trial(images=4, accumulate=2, optim=ADAMW, lr=0.001, reduce_bf16=True),
+    "accumulate": Trial(images=4, accumulate=2),
+    "accumulate bf16": Trial(images=4, accumulate=2, reduce_bf16=True),
     "whole": Trial(recorded="whole"),
     "parts": Trial(recorded="parts"),
-    "accumulate whole": Trial(images=4, accumulate=2, optim=ADAMW, lr=0.001, recorded="whole"),
-    "accumulate parts": Trial(images=4, accumulate=2, optim=ADAMW, lr=0.001, recorded="parts"),
+    "accumulate whole": Trial(images=4, accumulate=2, recorded="whole"),
+    "accumulate parts": Trial(images=4, accumulate=2, recorded="parts"),
     "compiled": Trial("sync_bn", compiled=True, lr=0.001),
 }
 

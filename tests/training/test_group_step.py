@@ -35,7 +35,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Found]]:
 def both(two: list[dict[str, Found]], name: str) -> Found:
     """What the first made of a trial, once it is sure that the second has the same to the last bit."""
     first, second = (one[name] for one in two)
-    assert first["rows"] == second["rows"], name
+    assert str(first["rows"]) == str(second["rows"]), name  # a NaN is not equal to itself
     for part in ("model", "ema"):
         for key, value in first[part].items():
             assert value.equal(second[part][key]) or not value.isfinite().all(), f"{name}: {part}.{key}"
@@ -88,12 +88,19 @@ def test_twenty_steps_are_those_of_one_process(two: list[dict[str, Found]], name
 
 
 @pytest.mark.parametrize(
-    "name", ["plain", "adamw", "counted", "cascade", "softmax", "mlp", "rpn", "given", "accumulate"]
+    "name", ["plain", "counted", "cascade", "softmax", "mlp", "rpn", "given", "accumulate"]
 )
 def test_every_head_and_normaliser(two: list[dict[str, Found]], name: str) -> None:
     found, wanted = both(two, name), made(TRIALS[name])
     assert max(distances(found, wanted).values()) < 1, distances(found, wanted)
     assert counts(found) == counts(wanted)
+
+
+def test_adamw(two: list[dict[str, Found]]) -> None:
+    """It divides each weight's gradient by its size: one that is zero but for rounding, as of a bias before a
+    norm, moves its weight as far as any other. So the weights are nearly equal, what they compute is."""
+    apart_by = distances(both(two, "adamw"), made(TRIALS["adamw"]))
+    assert max(apart_by["losses"], apart_by["gradients"], apart_by["weights"] / 100) < 1, apart_by
 
 
 def test_the_mean_of_the_means_is_another_loss(two: list[dict[str, Found]]) -> None:
@@ -127,9 +134,9 @@ def test_an_infinite_loss_stops_all_though_its_gradient_is_finite(two: list[dict
 
 
 def test_an_overflow_of_one_process_halves_the_scale_of_all(two: list[dict[str, Found]]) -> None:
-    found = both(two, "overflow")
-    assert found["bad"] == -1
-    assert found["scale"] == 2.0**15
+    found, undisturbed = both(two, "overflow"), made(Trial(precision="fp16", steps=3))
+    assert found["bad"] == undisturbed["bad"] == -1
+    assert found["scale"] == undisturbed["scale"] / 2
     assert all(value.isfinite().all() for value in found["model"].values())
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from fastmrcnn.training import stopping
 from fastmrcnn.training.stopping import SAVE, STOP, Requests, Stopped
 
 
@@ -61,6 +62,39 @@ def test_what_fails_within_is_not_hidden_by_the_stop() -> None:
 
     with Requests() as requests, pytest.raises(KeyError):
         failing()
+
+
+@pytest.mark.parametrize("speaks", [True, False])
+def test_together_a_stop_waits_until_all_agree(speaks: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    with Requests() as requests, requests.together(speaks=speaks):
+        with requests.held():
+            pass
+        send(signal.SIGTERM)
+        assert requests.stop == signal.SIGTERM
+        with requests.held():
+            pass
+        send(signal.SIGTERM)  # the same one, which a launcher has passed on
+    assert capfd.readouterr().err.count("once more stops at once") == speaks
+
+
+def test_together_a_second_signal_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "ECHO_S", 0.0)
+    with Requests() as requests, requests.together(speaks=True):
+        send(signal.SIGTERM)
+        with pytest.raises(Stopped) as caught:
+            send(signal.SIGTERM)
+    assert caught.value.at_once
+
+
+def test_amid_together_an_evaluation_stops_at_once() -> None:
+    with Requests() as requests, requests.together(speaks=True):
+        with pytest.raises(Stopped) as caught, requests.alone():
+            send(signal.SIGTERM)
+        assert not caught.value.at_once
+        with pytest.raises(Stopped), requests.alone():
+            pytest.fail("what was asked before was overlooked")
+    with Requests() as requests, pytest.raises(Stopped):  # and all is as it was
+        send(signal.SIGTERM)
 
 
 def test_a_request_to_save_stops_nothing() -> None:

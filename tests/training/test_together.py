@@ -24,6 +24,9 @@ from fastmrcnn.weights.checkpoint import read_checkpoint
 CHANGES = [
     "data.augment.rotate90=0.5",
     "data.augment.brightness=0.2",
+    "optim.name=sgd",
+    "optim.lr=0.01",
+    "optim.clip_norm=1.0",
     "optim.ema=0.9",
     "train.evaluate_every=4",
     "train.log_every=3",
@@ -32,9 +35,9 @@ CHANGES = [
     "model.roi.batch_per_image=128",
     "model.mask_head.slots_per_image=null",
 ]
-# Sums over two processes come in another order than those of one: a float32 has 24 bits, and Adam divides a
-# gradient by its own size, so that the smallest of them decide by their last bits.
-WEIGHTS, LOSSES = 2e-4, 2e-4
+# Sums over two processes come in another order than those of one, in float32: 8 steps of SGD end within 3e-8.
+# AdamW divides a gradient by its own size, so that the last bits of the smallest count, and ends within 1e-4.
+WEIGHTS, LOSSES = 1e-6, 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +87,7 @@ def test_two_processes_make_the_run_of_one(data: TinyData, whole: Path, tmp_path
     start = read_checkpoint(whole / "checkpoints" / "step_0000004.pt")["model"]
     ended = read_checkpoint(whole)["model"]
     moved = max(float((ended[name] - start[name]).abs().max()) for name in start)
-    assert moved > 10 * WEIGHTS  # the tolerance could tell a run that learns something else
+    assert moved > 1000 * WEIGHTS  # the tolerance could tell a run that learns something else
     written = [
         files_of(run) - {name for name in files_of(run) if "tensorboard" in name} for run in (alone, whole)
     ]
@@ -147,6 +150,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
     assert_near(whole, run)
 
 
+@pytest.mark.slow
 def test_batches_that_are_gathered_to_a_step(data: TinyData, pair: Pair, tmp_path: Path) -> None:
     """Two processes, each with two batches of one image, take the images of one process's two of two."""
     changes = [*CHANGES, "train.batch=4", "train.accumulate=2", "train.evaluate_every=null", "data.workers=0"]
@@ -156,6 +160,7 @@ def test_batches_that_are_gathered_to_a_step(data: TinyData, pair: Pair, tmp_pat
     assert_near(alone, newest_run(tmp_path / "two"))
 
 
+@pytest.mark.slow
 def test_sigusr1_to_any_process_saves(data: TinyData, pair: Pair, tmp_path: Path) -> None:
     words = data.arguments(tmp_path, "train.steps=6", "train.checkpoint_every=6")
     ended = pair.call(send_at, Each((words, words)), Each((None, 2)), signal.SIGUSR1)

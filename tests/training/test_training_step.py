@@ -10,6 +10,7 @@ import torch
 from batches import random_batch, small_config, small_model
 from nosync import NoSync
 
+from fastmrcnn.config.file import parse_config
 from fastmrcnn.config.schema import Config, OptimConfig
 from fastmrcnn.device import choose_precision, set_up_cuda
 from fastmrcnn.errors import UserError
@@ -152,6 +153,44 @@ def test_what_is_chosen_is_said() -> None:
     train = config.train.model_copy(update={"cuda_graphs": "on"})
     with pytest.raises(UserError, match="cuda_graphs=on needs a CUDA device"):
         choose_execution(config.model_copy(update={"train": train}), CPU)
+
+
+@pytest.mark.parametrize(
+    ("backend", "asked", "norm", "wanted"),
+    [
+        (None, "auto", "sync_bn", "whole"),
+        (None, "on", "gn", "whole"),
+        (None, "parts", "sync_bn", "parts"),
+        (None, "off", "gn", "off"),
+        ("cpu:gloo,cuda:nccl", "auto", "sync_bn", "whole"),
+        ("cpu:gloo,cuda:nccl", "parts", "gn", "parts"),
+        ("cpu:gloo,cuda:nccl", "parts", "sync_bn", "sync_bn sums amid"),
+        ("cpu:gloo,cuda:gloo", "auto", "gn", "parts"),
+        ("cpu:gloo,cuda:gloo", "auto", "sync_bn", "off"),
+        ("cpu:gloo,cuda:gloo", "on", "gn", "no graph can hold what processes sum by cpu:gloo,cuda:gloo"),
+    ],
+)
+def test_graphs_hold_what_the_backend_lets_them(
+    monkeypatch: pytest.MonkeyPatch, backend: str | None, asked: str, norm: str, wanted: str
+) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: backend is not None)
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: backend)
+    changes = {"train": {"cuda_graphs": asked}, "model": {"backbone": {"norm": norm}}}
+    config = parse_config(changes, "the test")
+    if " " in wanted:
+        with pytest.raises(UserError, match=wanted):
+            choose_execution(config, torch.device("cuda"))
+        return
+    chosen = choose_execution(config, torch.device("cuda"))
+    assert (chosen.cuda_graphs, chosen.parts) == (wanted != "off", wanted == "parts")
+    assert ("in parts" in chosen.description) == chosen.parts
+    assert ("sync_bn" in chosen.description) == (asked == "auto" and wanted == "off")
+
+
+def test_passes_are_of_equal_size() -> None:
+    assert parse_config({"train": {"batch": 12, "accumulate": 4}}, "the test").train.accumulate == 4
+    with pytest.raises(UserError, match=r"train.accumulate=5 must divide train.batch=12"):
+        parse_config({"train": {"batch": 12, "accumulate": 5}}, "the test")
 
 
 def test_a_gpu_becomes_the_current_one_and_cudnn_tries_its_algorithms(
