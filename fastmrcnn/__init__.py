@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,6 +12,14 @@ if TYPE_CHECKING:
     from fastmrcnn.model.mask_rcnn import MaskRCNN
 
 __all__ = ["Detector", "MaskRCNN", "Prediction", "load", "load_checkpoint", "predict"]
+
+# Threads of OpenMP spin while they wait for each other. Where another program has one of the cores, they spin
+# away the time that the one waited for would need, and a step takes ten times as long. Asleep they wait a
+# few microseconds longer. The library reads this once, when torch loads it, so only a command of ours, which
+# Python runs as `-m fastmrcnn.NAME`, can still say so; whoever imports the package has decided already.
+_CHOSEN = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys()
+if sys.argv[:1] == ["-m"] and "torch" not in sys.modules and not _CHOSEN:
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 _HOME = {
     "Detector": "fastmrcnn.detection.detector",

@@ -14,7 +14,9 @@ from tqdm import tqdm
 from fastmrcnn.config.schema import Config
 from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.files import to_write, write_text
+from fastmrcnn.speed.decoding import decoding_table, measure_decoding_apart
 from fastmrcnn.speed.environment import environment
+from fastmrcnn.speed.handover import handover_table, measure_handover
 from fastmrcnn.speed.inference_rows import inference_table, measure_inference_apart
 from fastmrcnn.speed.judging import judging_table, measure_judging
 from fastmrcnn.speed.ladder import MASK_SLOTS, broken, climb_apart, kernel_table, ladder_table, takes_turns
@@ -89,6 +91,12 @@ def main(argv: list[str]) -> None:
         measure_inference_apart(workload, compiled=compiled, report=tell, keep=partial(keep, "inference"))
         print(inference_table(found["inference"]) + "\n")
     if arguments.loader:
+        tell("decoding")
+        keep("decoding", measure_decoding_apart(config))
+        print(decoding_table(found["decoding"]) + "\n")
+        tell("handover")
+        keep("handover", measure_handover())
+        print(handover_table(found["handover"]) + "\n")
         tell("loader")
         keep("loader", measure_loading(config, device, workload.images, workload.steps))
         print(loading_table(found["loader"]) + "\n")
@@ -97,7 +105,8 @@ def main(argv: list[str]) -> None:
         print(scaling_table(found["scaling"]) + "\n")
     if arguments.reader:
         tell("reader")
-        keep("reader", measure_reading())
+        images, annotations = arguments.reader_size or (None, 100_000)
+        keep("reader", measure_reading(annotations, images))
         print(reading_table(found["reader"]) + "\n")
     if arguments.evaluation:
         tell("evaluation")
@@ -153,13 +162,23 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--loader",
         action="store_true",
-        help="also measure the step fed by the loader, from data.train or the embedded shapes",
+        help="also measure decoding on one core, the way of batches between processes, and the step fed by "
+        "the loader, from data.train or the embedded shapes",
     )
     parser.add_argument(
         "--evaluation", action="store_true", help="also measure COCO's evaluation of results that are made up"
     )
     parser.add_argument(
-        "--reader", action="store_true", help="also measure the reading of an annotation file that is made up"
+        "--reader",
+        action="store_true",
+        help="also measure the reading of an annotation file that is made up, and starts with it",
+    )
+    parser.add_argument(
+        "--reader-size",
+        type=int,
+        nargs=2,
+        metavar=("IMAGES", "ANNOTATIONS"),
+        help="of that file (default: 14286 100000)",
     )
     parser.add_argument(
         "--processes",
@@ -213,6 +232,9 @@ def make_workload(arguments: argparse.Namespace, config: Config, device: torch.d
     for option, value, least in (("--steps", steps, 1), ("--batch", images, 1), ("--shape", height, 32)):
         if value < least:
             raise UserError(f"{option} must be at least {least}, got {value}")
+    for value in arguments.reader_size or ():
+        if value < 1:
+            raise UserError(f"--reader-size must be at least 1, got {value}")
     if width < 32:
         raise UserError(f"--shape must be at least 32, got {width}")
     return Workload(config, device, (height, width), images, steps, seed=config.train.seed)

@@ -7,13 +7,12 @@ import contextlib
 import math
 from pathlib import Path
 
-import torch
-
 from fastmrcnn.config.checks import proposals_problem
 from fastmrcnn.data.build import read_split
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.keypoints import check_same_keypoints
 from fastmrcnn.data.same_classes import align_classes
+from fastmrcnn.device import set_threads
 from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.evaluation.run import RESULTS, run_evaluation
 from fastmrcnn.files import make_folder, new_run_folder, to_write, write_json
@@ -66,8 +65,7 @@ def evaluate(arguments: argparse.Namespace, group: Group) -> None:
     source = arguments.checkpoint or arguments.config
     dataset = group.each(lambda: read_validation_set(trained.card, source))
     print(*dataset.summary(), sep="\n")
-    if config.runtime.threads is not None:
-        torch.set_num_threads(config.runtime.threads)
+    set_threads(config.runtime.threads)
     folder = group.lead(lambda: evaluation_folder(arguments.checkpoint, arguments.output, config.output))
     try:
         values = run_evaluation(trained.model, dataset, config, output=folder, group=group)

@@ -22,7 +22,7 @@ from fastmrcnn.deployment.onnx_file import as_onnx, require_onnx, with_card
 from fastmrcnn.deployment.parity import FULL, HALF, Inputs, compare, eager, median_times
 from fastmrcnn.deployment.preprocess import as_inputs, default_shape, noise
 from fastmrcnn.deployment.pt2 import as_compiled, as_program
-from fastmrcnn.device import choose_device
+from fastmrcnn.device import choose_device, set_threads
 from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.files import expanded, make_folder, new_run_folder, replacing, to_write, write_text
 from fastmrcnn.model.mask_rcnn import MaskRCNN
@@ -49,8 +49,7 @@ def main(argv: list[str]) -> None:
     torch.manual_seed(0)
     trained = load_overridden(arguments.checkpoint, arguments.aot or "cpu", arguments.overrides)
     config = trained.card.config
-    if config.runtime.threads is not None:
-        torch.set_num_threads(config.runtime.threads)
+    set_threads(config.runtime.threads)
     check_labels(trained.card.class_names)
     graph = ServingGraph(trained, half=arguments.half, paste=arguments.paste)
     dataset, where = validation_images(config)

@@ -27,14 +27,15 @@ T = TypeVar("T")
 class PackedMasks(NamedTuple):
     """Ground-truth bitmaps, each cropped to its box, in the annotation's own resolution.
 
-    Flips, scales and crops of the image change `to_annotation`, never the bitmaps.
+    Flips, scales, rotations and crops of the image change `to_annotation`, never the bitmaps.
     """
 
     buffer: Tensor  # (B,) uint8, 0 or 1; crops row by row, end to end; B is a power of two
     offset: Tensor  # (N, G) int64, first byte of the slot's crop
     window: Tensor  # (N, G, 4) int32 x, y, width, height of the crop in annotation pixels; 0 if none
-    to_annotation: Tensor  # (N, 2, 3) float32, (x, y, 1) in input pixels -> (x, y) in annotation pixels
-    size: Tensor  # (N, 2) int32, height and width of the annotated image
+    to_annotation: Tensor  # (N, 2, 3) float32, (x, y, 1) in input pixels -> (x, y) in annotation pixels;
+    # (N, G, 2, 3), of each object, where inputs are put together from several images
+    size: Tensor  # (N, 2) int32, height and width of the annotated image; then (N, G, 2)
 
 
 class PackedPolygons(NamedTuple):
@@ -47,7 +48,8 @@ class PackedPolygons(NamedTuple):
     part_start: Tensor  # (P + 1,) int32, first vertex of each part; where the last one ends
     first_part: Tensor  # (N, G) int32
     parts: Tensor  # (N, G) int32, how many the slot has; 0 if it has no polygon, as with RLE
-    to_input: Tensor  # (N, 2, 3) float64, (x, y, 1) in annotation pixels -> (x, y) in input pixels
+    to_input: Tensor  # (N, 2, 3) float64, (x, y, 1) in annotation pixels -> (x, y) in input pixels; or of
+    # each object (N, G, 2, 3)
     step: Tensor  # (E,) int32 0, 1, ... E-1; no object has more than E vertices
 
 
@@ -69,11 +71,28 @@ class Proposals(NamedTuple):
     valid: Tensor  # (N, P) bool
 
 
+class RawImages(NamedTuple):
+    """Decoded images and what is to become of them: resized, turned, flipped, cut, coloured, padded.
+
+    `kernels.resize_pad` makes a batch's pixels of them, in this order, on the device of these tensors.
+    """
+
+    buffer: Tensor  # (B,) uint8, RGB images row by row, end to end; what follows the last one is not read
+    offset: Tensor  # (N,) int64, first byte of each image
+    source: Tensor  # (N, 2) int32, height and width of the image as it stands in the buffer
+    resized: Tensor  # (N, 2) int32, height and width that it is resized to
+    turns: Tensor  # (N,) int32, quarter turns counterclockwise, 0..3
+    flips: Tensor  # (N, 2) bool: left and right, top and bottom
+    origin: Tensor  # (N, 2) int32 y, x: where in the turned and flipped image its part begins
+    colour: Tensor | None = None  # (N, 3, 5) float32, of (red, green, blue, mean level, 1); None: as it is
+
+
 class Batch(NamedTuple):
     pixels: Tensor  # (N, 3, H, W) uint8, or float32 in 0..255; RGB; zero where padded
     sizes: Tensor  # (N, 2) int64, height and width of the real image within the padding
     targets: Targets | None = None
     proposals: Proposals | None = None  # for a model without an RPN
+    raw: RawImages | None = None  # of which the pixels are still to be made; they are then (0, 3, H, W)
 
 
 class SampledRois(NamedTuple):

@@ -21,26 +21,39 @@ from fastmrcnn.config.schema import Config
 from fastmrcnn.data.build import train_loader
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.pixel_range import clipped_line
-from fastmrcnn.device import busy_machine, choose_device, choose_precision, set_up_cuda
+from fastmrcnn.device import (
+    busy_machine,
+    choose_device,
+    choose_precision,
+    is_undecided,
+    set_threads,
+    set_up_cuda,
+)
 from fastmrcnn.errors import Parser, UserError, run_main
+from fastmrcnn.evaluation.background import Evaluator, judge_snapshot
+from fastmrcnn.evaluation.metric_names import metric_names
 from fastmrcnn.evaluation.run import run_evaluation
 from fastmrcnn.files import expanded, write_text
 from fastmrcnn.group import ALONE, Group, first_speaks, group_of_environment, joined, tell
 from fastmrcnn.structures import Batch
+from fastmrcnn.training.best import Best, check_metric
 from fastmrcnn.training.console import describe, describe_start, list_left_out, mask_slot_advice, print_next
 from fastmrcnn.training.curves import plot_losses
 from fastmrcnn.training.dry_run import dry_run
+from fastmrcnn.training.evaluations import Evaluations, in_background
 from fastmrcnn.training.execution import choose_execution
 from fastmrcnn.training.fit import settled_batch, telling_what_fits
 from fastmrcnn.training.metrics import Metrics
 from fastmrcnn.training.optim import learning_rate
+from fastmrcnn.training.precision import decide_precision
 from fastmrcnn.training.replay import checkpoint_to_replay, for_replay, replay
 from fastmrcnn.training.restart import begun_before, launch_of_environment, mark
-from fastmrcnn.training.run import discarding_unstarted, prepare_run, run_folder_of
+from fastmrcnn.training.run import discarding_unstarted, keep_config, prepare_run, run_folder_of
 from fastmrcnn.training.saving import BadLossError, Saver, saving_first, tell_stop
 from fastmrcnn.training.sharing import own_device, share_of
 from fastmrcnn.training.step import TrainingStep
 from fastmrcnn.training.stopping import Requests
+from fastmrcnn.training.time_limit import time_limit_of, with_steps
 from fastmrcnn.training.together import apart, steps_of, stopping_together
 from fastmrcnn.weights.card import ModelCard, read_card
 from fastmrcnn.weights.checkpoint import find_whole_checkpoint, read_checkpoint, require_optimizer, restore
@@ -57,7 +70,7 @@ class Beginning(NamedTuple):
 
 
 def main(argv: list[str]) -> None:
-    group = group_of_environment()
+    started, group = time.monotonic(), group_of_environment()
     with first_speaks(group), joined(group), Requests() as requests:
         arguments = group.lead(lambda: parse_arguments(argv))
         folder = None
@@ -76,7 +89,7 @@ def main(argv: list[str]) -> None:
                     mark(folder, launch_of_environment())
                 for line in train_set.summary() + (val_set.summary() if val_set else []):
                     print(line)
-                train(config, folder, train_set, val_set, state, requests, group)
+                train(config, folder, train_set, val_set, state, requests, group, started)
         except KeyboardInterrupt as stop:
             tell(group, stop)
             raise SystemExit(tell_stop(stop, folder, speaks=group.leads)) from None
@@ -198,27 +211,40 @@ def train(
     state: dict[str, Any] | None = None,
     requests: Requests | None = None,
     group: Group = ALONE,
+    started: float | None = None,
 ) -> dict[str, float]:
     """Train to `config.train.steps`, from `state` if given; returns the metrics of the last evaluation.
 
     Args:
         requests: what signals ask for; None: Ctrl-C alone stops the run.
         group: the processes of the run, all of which call this.
+        started: by `time.monotonic`, of what `train.time_limit` holds to; None: now.
     Raises:
         UserError, Stopped: as `saving_first`.
     """
     requests = requests or Requests()
     share = share_of(config, group)
+    if config.train.keep_best is not None and val_set is not None:
+        group.lead(partial(check_metric, config.train.keep_best, metric_names(val_set, config)))
     device = group.each(lambda: choose_device(own_device(config.runtime.device, group)))
     set_up_cuda(device)
-    precision = choose_precision(config.runtime.precision, device)
-    if config.runtime.threads is not None:
-        torch.set_num_threads(config.runtime.threads)
+    set_threads(config.runtime.threads)
+    background = val_set is not None and in_background(config, on_gpu=device.type == "cuda")
+    images = 0 if val_set is None else len(val_set)
+    limit = time_limit_of(config, state, images, background, started)
+    if limit is not None:
+        config = limit.config
     card = ModelCard(config, train_set.class_names, train_set.category_ids, train_set.keypoints)
     torch.manual_seed(config.train.seed)
     model = new_model(card, device)
     if state is None:
         group.lead(partial(load_start, model, card))  # the others get its weights by `align`
+        # A run that is resumed goes on as it began.
+        if is_undecided(config.runtime.precision, device, config.runtime.cpu_precision):
+            config, line = group.lead(partial(decide_precision, config, train_set, model))
+            card = keep_config(folder, card, config, writes=group.leads)
+            print(line)
+    precision = choose_precision(config.runtime.precision, device, config.runtime.cpu_precision)
     execution = group.each(partial(choose_execution, config, device))
     make_step = TrainingStep(
         model,
@@ -251,11 +277,11 @@ def train(
     recent: deque[tuple[int, list[int]]] = deque(maxlen=log_every)
     left_out: dict[int, str] = {}
     clipped: dict[int, str] = {}
-    result: dict[str, float] = {}
+    judged = model if ema is None else ema.model
 
-    def evaluate(done: int, pictures: int) -> dict[str, float]:
+    def evaluate(pictures: int = 0) -> dict[str, float]:
         assert val_set is not None
-        judged = model if ema is None else ema.model
+        began = time.perf_counter()
         with apart(group, requests):
             make_step.align()
             judged.eval()
@@ -263,17 +289,27 @@ def train(
                 judged, val_set, config, output=folder / "evaluation", pictures=pictures, group=group
             )
         model.train()
-        with requests.held():
-            metrics.write({"iteration": done - 1, **found})
+        if limit is not None:
+            limit.evaluated(time.perf_counter() - began)
         return found
 
-    def is_due(done: int) -> bool:
-        """Whether an evaluation within the run follows so many steps. A run that was stopped may owe it."""
-        every = config.train.evaluate_every
-        if val_set is None or every is None or not 0 < done < steps:
-            return False
-        return done % every == 0 and done - 1 not in metrics.evaluated
-
+    # In the background the first process has them judged; in line all take part, and the first one keeps what
+    # is to be kept.
+    within = val_set is not None and (group.leads or not background)
+    evaluations = Evaluations(
+        config.train.evaluate_every if within else None,
+        folder,
+        judged,
+        lambda: card,
+        metrics,
+        requests,
+        in_line=evaluate,
+        from_file=partial(from_file, val_set, folder, device),
+        background=background_of(config, val_set, folder, device) if within and background else None,
+        best=best_of(config, folder, metrics) if group.leads else None,
+    )
+    if limit is not None:
+        saver.carry = lambda: {"time_limit": limit.carried()}
     bar = tqdm(
         total=steps, initial=start, unit="step", dynamic_ncols=True, desc="train", disable=not group.leads
     )
@@ -282,9 +318,13 @@ def train(
         stopping_together(group, requests),
         contextlib.closing(metrics),
         contextlib.closing(bar),
+        contextlib.closing(evaluations),
     ):
-        if is_due(start):
-            result = evaluate(start, pictures=0)
+        if group.leads:
+            evaluations.make_up(start)
+        metrics.evaluated = group.lead(lambda: metrics.evaluated)
+        evaluations.after(start, steps)
+        steps = agreed_steps(config, evaluations.last_step(start, steps), group)
         fetched = time.perf_counter()
         for step, loaded in enumerate(steps_of(loader, group, requests, share), start=start):
             data_time = time.perf_counter() - fetched
@@ -310,21 +350,34 @@ def train(
                     check_loss(bad_step, recent, group)
                     bar.set_postfix_str(describe(row))
                 paused = time.perf_counter()
-                if loaded.save or (
-                    requests.save and group.size == 1
-                ):  # rare: the host may wait for the device
+                # Rare: the host may wait for the device.
+                if loaded.save or (requests.save and group.size == 1):
                     requests.save = requests.save and group.size > 1
                     check_loss(int(update.first_bad_step), recent, group)
                     tqdm.write(f"saved, as SIGUSR1 asked: {saver.save()}")
                 elif save_now:
                     saver.save()
-            if is_due(done):
-                result = evaluate(done, pictures=0)
+            saved = time.perf_counter()
+            evaluations.after(done, steps)
             fetched = time.perf_counter()
             metrics.exclude(fetched - paused)
+            steps = agreed_steps(config, evaluations.last_step(done, steps), group)
+            if limit is not None:
+                limit.saved(saved - paused)
+                if limit.measuring or done % log_every == 0:
+                    int(update.first_bad_step)  # what is timed is to be done; rare, so the host may wait
+                    steps = min(steps, limit.agreed(done, group))
+            if steps != config.train.steps:
+                config = with_steps(config if limit is None else limit.config, steps)
+                card = saver.card = keep_config(folder, card, config, writes=group.leads)
+                bar.total = steps
+            if done >= steps:
+                break
         bar.close()
+        evaluations.wait()
+        metrics.evaluated = group.lead(lambda: metrics.evaluated)
         if val_set is not None and (start < steps or steps - 1 not in metrics.evaluated):
-            result = evaluate(steps, config.evaluate.pictures)
+            evaluations.take(steps, evaluate(config.evaluate.pictures))
         metrics.close()
         advice = mask_slot_advice(config, metrics.most_foreground, metrics.masks_dropped)
         if advice is not None:
@@ -337,8 +390,15 @@ def train(
             print(clipped_line(clipped.values()))
         if group.leads:
             plot_losses(folder / "metrics.json", folder / "losses.png")
-            print_next(folder, saver.path, config, val_set)
-    return result
+            print_next(folder, saver.path, config, val_set, evaluations.describe_best())
+    return evaluations.last
+
+
+def agreed_steps(config: Config, steps: int, group: Group) -> int:
+    """The steps of the run, where the first process may have come to the end of `train.patience`."""
+    if config.train.patience is None or group.size == 1:
+        return steps
+    return -group.most([-steps])[0]
 
 
 def restored(state: dict[str, Any], make_step: TrainingStep, config: Config) -> int:
@@ -354,6 +414,28 @@ def restored(state: dict[str, Any], make_step: TrainingStep, config: Config) -> 
         raise UserError(
             f"--resume goes on with the same model and optimizer, but {', '.join(changed)} changed: {error}"
         ) from None
+
+
+def background_of(
+    config: Config, val_set: CocoDataset | None, folder: Path, device: torch.device
+) -> Evaluator | None:
+    if val_set is None or not in_background(config, on_gpu=device.type == "cuda"):
+        return None
+    return Evaluator(val_set, folder / "evaluation", device, config.runtime.threads)
+
+
+def from_file(
+    val_set: CocoDataset | None, folder: Path, device: torch.device, snapshot: Path
+) -> dict[str, float]:
+    assert val_set is not None, "there are snapshots"
+    return judge_snapshot(snapshot, val_set, folder / "evaluation", device)
+
+
+def best_of(config: Config, folder: Path, metrics: Metrics) -> Best | None:
+    metric, patience = config.train.keep_best, config.train.patience
+    if metric is None:
+        return None
+    return Best(metric, patience, folder / "checkpoints", metrics.evaluations)
 
 
 def prepare_shapes(

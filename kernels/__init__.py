@@ -17,6 +17,7 @@ from .matcher.op import BoxMatches, match_boxes
 from .nms.op import batched_nms, nms, padded_nms
 from .patch import patch, unpatch
 from .polygon_targets.op import polygon_mask_targets
+from .resize_pad.op import resize_pad
 from .roi_align.op import MultiScaleRoIAlign, multilevel_roi_align, roi_align
 from .roi_align.sets import RoiSet, multilevel_roi_align_sets
 from .roi_max.op import multilevel_roi_align_max, multilevel_roi_pool, multilevel_roi_warp, roi_pool
@@ -47,6 +48,7 @@ __all__ = [
     "paste_masks",
     "patch",
     "polygon_mask_targets",
+    "resize_pad",
     "roi_align",
     "roi_pool",
     "unpatch",

@@ -52,7 +52,8 @@ tags:
 
 Triton kernels for object detectors, each beside plain PyTorch that says what it computes: RoIAlign of one map
 or of a whole feature pyramid, RoIPool, NMS of all images and classes at once, matching of boxes with objects,
-decoding of boxes, the mask head of one class with its loss, mask targets, pasting and run lengths of masks.
+decoding of boxes, the mask head of one class with its loss, mask targets, pasting and run lengths of masks,
+and decoded images resized and padded to a batch.
 On CPU tensors plain PyTorch runs. Forward and backward repeat bit for bit; no function waits for the device
 but `nms` and `batched_nms`. torch 2.11 or newer is needed.
 
@@ -184,6 +185,23 @@ def test_mask_loss_and_its_gradient(device):
     expected = torch.nn.functional.binary_cross_entropy_with_logits(chosen, targets.float())
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, logits)[0])
+
+
+def test_resize_pad(device):
+    sizes, resized = torch.tensor([[5, 7], [9, 4]]), torch.tensor([[8, 10], [4, 6]])
+    given = {
+        "buffer": torch.randint(256, (3 * (5 * 7 + 9 * 4),)).to(torch.uint8),
+        "offset": torch.tensor([0, 3 * 5 * 7]),
+        "source": sizes,
+        "resized": resized,
+        "sizes": resized,
+        "turns": torch.tensor([0, 2]),
+        "flips": torch.tensor([[False, True], [True, False]]),
+        "origin": torch.zeros_like(sizes),
+    }
+    found = detection.resize_pad(**{k: v.to(device) for k, v in given.items()}, height=9, width=12)
+    expected = definition("resize_pad").resize_pad(**given, height=9, width=12)
+    assert torch.equal(found.cpu(), expected)
 
 
 class Adopting(torch.nn.Module):

@@ -23,7 +23,7 @@ COMMANDS = (
     "experiments",
     "benchmark",
 )
-GROUND = ("errors", "structures", "device", "files", "graphs", "group")
+GROUND = ("errors", "structures", "device", "files", "graphs", "group", "pixels")
 
 # What a room may import, the ground first. A room's own modules import each other freely.
 ROOMS: dict[str, tuple[str, ...]] = {
@@ -34,6 +34,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "graphs": (),
     "group": ("errors",),
     "kernels": (),
+    "pixels": ("kernels", "structures"),
     "config": ("errors",),
     "data": ("structures", "files", "errors"),
     "model": ("kernels", "structures", "errors"),

@@ -37,6 +37,14 @@ def check_trainable(config: Config) -> None:
         problems.append(f"{keys} must be given: data.train.images=DIR data.train.annotations=FILE")
     if (config.data.val.images is None) != (config.data.val.annotations is None):
         problems.append("data.val needs both images and annotations, or neither")
+    train, val = config.train, config.data.val.annotations is not None or config.data.shapes
+    if train.keep_best is not None and not val:
+        problems.append("train.keep_best needs a validation set: data.val.images and data.val.annotations")
+    if train.patience is not None and (train.keep_best is None or train.evaluate_every is None):
+        problems.append(
+            "train.patience needs train.keep_best (such as segm/AP) and train.evaluate_every, whose "
+            "evaluations it counts"
+        )
     random = backbone.weights is None and config.model.weights is None
     if random and backbone.norm == "frozen_bn":
         learn = "gn or bn" if backbone.timm_name is None else "bn"
@@ -48,6 +56,13 @@ def check_trainable(config: Config) -> None:
         problems.append(
             "model.backbone.frozen_stages needs model.backbone.weights or model.weights; from random weights "
             "set it to 0"
+        )
+    augment = config.data.augment
+    several = [name for name in ("copy_paste", "mosaic", "albumentations") if getattr(augment, name)]
+    if config.data.train.proposals is not None and several:
+        keys = " and ".join(f"data.augment.{name}" for name in several)
+        problems.append(
+            f"{keys} and data.train.proposals do not go together: a file has those of whole images"
         )
     names: tuple[SplitName, ...] = ("train",) if config.data.val.annotations is None else ("train", "val")
     problems += [problem for name in names if (problem := proposals_problem(config, name))]

@@ -52,6 +52,46 @@ class AugmentConfig(Section):
     """Factor drawn from 1 - x .. 1 + x."""
     contrast: float = Field(0.0, ge=0, le=1)
     """Factor about the image's mean, drawn from 1 - x .. 1 + x."""
+    saturation: float = Field(0.0, ge=0, le=1)
+    """Factor of the distance to grey, drawn from 1 - x .. 1 + x."""
+    hue: float = Field(0.0, ge=0, le=0.5)
+    """Share of a whole turn of the colours about the axis of greys in YIQ, drawn from -x .. x."""
+    rotate: float = Field(0.0, ge=0, le=45)
+    """Degrees of a rotation about the centre, drawn from -x .. x. Corners turn out of the image; those that
+    turn in have the model's mean colour."""
+    crop: tuple[Positive, Positive] | None = None
+    """[height, width] of the part that is drawn of an image that is larger; an image that is smaller is left
+    whole. Every batch has this shape, in multiples of 32."""
+    scale: tuple[Side, Side] | None = None
+    """[least, most] of large-scale jitter, such as [0.1, 2.0]: an image is fitted into `crop`, scaled by a
+    factor drawn from these, and cropped. data.short_side then has no effect on training."""
+    copy_paste: float = Field(0.0, ge=0, le=1)
+    """Probability that objects of another training image are pasted in (arXiv 2012.07177, without blending);
+    that image is resized, flipped, ... as if it were a sample of its own."""
+    mosaic: float = Field(0.0, ge=0, le=1)
+    """Probability of a mosaic of four images about a point in the middle half of `crop`, each changed as if
+    its tile were the crop (YOLOv4, arXiv 2004.10934)."""
+    min_visible: float = Field(0.0, ge=0, le=1)
+    """Objects of which a crop, a rotation or another image leaves a smaller share are neither learnt nor
+    punished. Those of which nothing is left, or less than a pixel's width, are gone."""
+
+    albumentations: FilePath | None = None
+    """A pipeline that `albumentations.save` wrote (.json, .yaml), run on each image before all this. It has
+    to give uint8 RGB. Needs pip install 'fastmrcnn[albumentations]'."""
+
+    @model_validator(mode="after")
+    def _check_together(self) -> AugmentConfig:
+        if self.scale is not None and self.crop is None:
+            raise ValueError("data.augment.scale needs data.augment.crop, such as [1024, 1024]")
+        if self.scale is not None and self.scale[0] > self.scale[1]:
+            raise ValueError("data.augment.scale: the first factor must not exceed the second")
+        if self.mosaic and (self.crop is None or min(self.crop) < 4):
+            raise ValueError("data.augment.mosaic needs data.augment.crop, such as [1024, 1024]")
+        if self.albumentations is not None and (self.mosaic or self.copy_paste):
+            raise ValueError(
+                "data.augment.albumentations does not go with mosaic and copy_paste; set those to 0"
+            )
+        return self
 
 
 class DataConfig(Section):
@@ -92,6 +132,14 @@ class DataConfig(Section):
     """Larger images are refused; the default is Pillow's own limit."""
     missing: Literal["error", "skip"] = "error"
     """Of images whose file is not there; skip: they are left out and counted."""
+    resize: Literal["auto", "device", "worker"] = "auto"
+    """Where images are resized, turned, flipped, cut, coloured and padded: by the loader's processes, which
+    then hand over whole batches, or by the device that trains, to which they hand what they decoded. The
+    pixels are the same; colours and parts of images can differ by a level or two. auto: device on CUDA,
+    worker on a CPU."""
+    cache: FilePath = "auto"
+    """Folder in which what was read of annotation files of 2 MB and more is kept for the next start, up to
+    20 GB; off: nowhere. auto: ~/.cache/fastmrcnn/annotations, or where XDG_CACHE_HOME says."""
     workers: int = Field(2, ge=0)
     """Loader processes; 0 loads in the training process."""
     max_broken: float = Field(0.01, ge=0, le=1)
@@ -143,9 +191,13 @@ class RuntimeConfig(Section):
     device: str = "auto"
     """auto: cuda if there is one, else cpu."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 on CUDA, fp32 on CPU. fp16 comes with a gradient scaler."""
+    """auto: bf16 on CUDA, on a CPU what cpu_precision says. fp16 comes with a gradient scaler."""
+    cpu_precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """What precision=auto means on a CPU. auto: bf16 if the CPU has AVX-512 BF16 or AMX and two steps at the
+    start of a run show that it is faster, else fp32; the run keeps the answer here, for --resume and for
+    detection on such a CPU."""
     threads: int | None = Field(None, gt=0)
-    """CPU threads; None: what torch chooses."""
+    """CPU threads; None: what torch chooses, but no more than a container may use."""
     graphs: Literal["auto", "off"] = "auto"
     """Replay detection as a CUDA graph for each padded shape that comes often. auto: on CUDA. Of training
     there is train.cuda_graphs."""
@@ -181,6 +233,14 @@ class TrainConfig(Section):
     """Older ones are removed."""
     evaluate_every: int | None = Field(None, gt=0)
     """Steps between evaluations; None: only after the last."""
+    keep_best: str | None = None
+    """A key of the evaluations in metrics.json, such as segm/AP. The weights for which it was highest are
+    kept as checkpoints/best.pt (the average, if optim.ema is set), without the optimizer's state."""
+    patience: int | None = Field(None, gt=0)
+    """The run ends when so many evaluations in a row have not raised keep_best."""
+    time_limit: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Hours, of all parts of a run that was resumed. It makes as many of its steps as fit, with the last
+    evaluation, and the schedule is shortened to them once the time of a step is known."""
 
     @field_validator("batch", mode="before")
     @classmethod
@@ -216,6 +276,9 @@ class EvaluateConfig(Section):
     oks_sigmas: list[Side] | None = None
     """How far each keypoint may be off, in units of the square root of its object's area; None: COCO's own
     for 17 keypoints, else 0.05 for each."""
+    background: Literal["auto", "on", "off"] = "auto"
+    """Whether evaluations within a run (train.evaluate_every) are made in a process of their own, while steps
+    go on. auto: where the run trains on a GPU. On a CPU both would share its cores."""
     engine: Literal["auto", "pycocotools"] = "auto"
     """What computes COCO's numbers. They are the same; auto takes a fraction of the time."""
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from fastmrcnn.config.checks import SplitName
 from fastmrcnn.config.schema import Config
+from fastmrcnn.data.annotation_cache import AnnotationCache, usual_folder
 from fastmrcnn.data.coco import CocoDataset, read_coco
 from fastmrcnn.data.image_check import ImageOptions, shared_line
 from fastmrcnn.data.keypoints import KeypointOptions, choose_sigmas
@@ -34,6 +36,15 @@ def image_options(config: Config, choose_range: bool = False) -> ImageOptions:
     data = config.data
     given = None if data.pixel_range == "auto" else data.pixel_range
     return ImageOptions(given, choose_range and given is None, data.max_pixels, data.missing == "skip")
+
+
+def annotation_cache(config: Config) -> AnnotationCache | None:
+    """Where annotations are kept for the next start; None: nowhere."""
+    place = config.data.cache
+    if place == "off":
+        return None
+    folder = usual_folder() if place == "auto" else Path(place)
+    return None if folder is None else AnnotationCache(folder)
 
 
 def with_pixel_range(config: Config, dataset: CocoDataset) -> Config:
@@ -66,6 +77,7 @@ def read_split(config: Config, name: SplitName, choose_range: bool = False) -> C
         keep_group_classes=data.keep_group_classes,
         image_options=image_options(config, choose_range),
         key=f"data.{name}",
+        cache=annotation_cache(config),
     )
     if split.proposals is None:
         return dataset
@@ -99,6 +111,11 @@ def read_sets(
     return train_set, check_same_classes(train_set, val_set)
 
 
+def resizes_on_device(config: Config, on_gpu: bool) -> bool:
+    """Whether loaders hand over images as they are decoded."""
+    return config.data.resize == "device" or (config.data.resize == "auto" and on_gpu)
+
+
 def evaluation_loader(
     dataset: CocoDataset, config: Config, pin_memory: bool = False, share: Share = WHOLE
 ) -> EvalLoader:
@@ -113,8 +130,16 @@ def evaluation_loader(
         buckets=data.buckets,
         workers=data.workers,
         pin_memory=pin_memory,
+        raw=resizes_on_device(config, pin_memory),
         share=share,
     )
+
+
+def augment_options(config: Config) -> Augment:
+    """What may change in a training image; what no image covers gets the model's mean colour."""
+    mean = config.model.pixel_mean
+    red, green, blue = mean if config.model.channel_order == "rgb" else mean[::-1]
+    return Augment(**config.data.augment.model_dump(), fill=(round(red), round(green), round(blue)))
 
 
 def train_loader(
@@ -122,26 +147,27 @@ def train_loader(
 ) -> TrainLoader:
     """The batches from step `start` on, or a process's share of them."""
     # With the set's largest targets as lower limits, the batches of a bucket share one shape.
+    data, augment = config.data, augment_options(config)
     images = max(1, config.train.images // share.parts)
-    slots, mask_bytes = largest_targets(dataset, images)
+    slots, mask_bytes = largest_targets(dataset, images, augment.layers)
     polygons = config.model.mask_head.reads_polygons
-    data = config.data
     return TrainLoader(
         dataset,
         batch=config.train.images,
         short_sides=data.short_side,
         long_side_max=data.long_side_max,
         buckets=data.buckets,
-        augment=Augment(**data.augment.model_dump()),
+        augment=augment,
         seed=config.train.seed,
         start_step=start,
         steps=config.train.steps,
         workers=data.workers,
         max_objects=data.max_objects,
         pin_memory=pin_memory,
+        raw=resizes_on_device(config, pin_memory),
         min_slots=slots,
         min_mask_bytes=mask_bytes,
-        polygons=largest_polygons(dataset, images) if polygons else None,
+        polygons=largest_polygons(dataset, images * augment.layers) if polygons else None,
         max_broken=data.max_broken,
         share=share,
     )

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastmrcnn.data.contents import BoxSource, read_contents
+import numpy as np
+
+from fastmrcnn.data.annotation_cache import AnnotationCache, ContentOptions, read_kept
+from fastmrcnn.data.contents import BoxSource
+from fastmrcnn.data.flat_records import flat_records
 from fastmrcnn.data.image_check import ImageOptions, look_at_images
 from fastmrcnn.data.keypoints import (
     KeypointOptions,
     KeypointSchema,
     keep_labelled,
-    labelled_keypoints,
 )
 from fastmrcnn.data.pixel_range import AS_IT_IS, Reading
 from fastmrcnn.data.records import Finding, ImageProposals, ImageRecord, ObjectRecord, Problems, count_of
@@ -30,8 +33,8 @@ __all__ = [
 
 @dataclass(frozen=True)
 class CocoDataset:
-    records: list[ImageRecord]
-    """In the order of the file."""
+    records: Sequence[ImageRecord]
+    """In the order of the file. From `read_coco` they are `FlatRecords`."""
     class_names: list[str]
     category_ids: list[int]
     """COCO id of each class index: ascending, unless the classes were put into another file's order."""
@@ -59,6 +62,8 @@ class CocoDataset:
     """How the images become pixels."""
     image_lines: list[str] = field(default_factory=list)
     """What there is to tell of the image files."""
+    not_kept: str | None = None
+    """Why what was read could not be kept for the next start, if so."""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -72,9 +77,10 @@ class CocoDataset:
 
     def summary(self) -> list[str]:
         """What there is and what was left out, in one line; then one for each finding."""
-        objects = sum(not item.crowd for record in self.records for item in record.objects)
-        crowds = sum(item.crowd for record in self.records for item in record.objects)
-        negatives = sum(not record.objects for record in self.records)
+        records = flat_records(self.records)
+        crowds = int(records.objects["crowd"].sum())
+        objects = len(records.objects) - crowds
+        negatives = int((records.object_counts == 0).sum())
         counts = [
             count_of(len(self.records), "image"),
             count_of(objects, "object"),
@@ -83,7 +89,7 @@ class CocoDataset:
         if crowds:
             counts.append(count_of(crowds, "crowd region"))
         if self.keypoints is not None:
-            labelled = sum(o.keypoints is not None for record in self.records for o in record.objects)
+            labelled = int((records.objects["keypoints"] >= 0).sum())
             counts.append(
                 f"{len(self.keypoints.names)} keypoints, labelled on {count_of(labelled, 'object')}"
             )
@@ -102,6 +108,8 @@ class CocoDataset:
             many = "images without objects are used as negatives"
             parts.append(count_of(negatives, use, many))
         lines = ["; ".join(parts), *(finding.line() for finding in self.findings), *self.image_lines]
+        if self.not_kept is not None:
+            lines.append(self.not_kept)
         return [f"{self.annotations.name}: {line}" for line in lines]
 
 
@@ -119,6 +127,7 @@ def read_coco(
     keep_group_classes: bool = False,
     image_options: ImageOptions | None = None,
     key: str = "data.train",
+    cache: AnnotationCache | None = None,
 ) -> CocoDataset:
     """Read and check a data set.
 
@@ -136,6 +145,8 @@ def read_coco(
         keep_group_classes: keep categories that only group others and have no object.
         image_options: how the image files are found and read; None: as `ImageOptions` has it.
         key: configuration section that gave the paths, for messages.
+        cache: where what was read of a large file is kept for the next start; None: nowhere. With
+            `keep_tree` it is not used.
     Raises:
         UserError: one line with all mistakes, each naming the file, the id and the remedy.
     """
@@ -144,29 +155,19 @@ def read_coco(
         found = "is a file, not a folder" if folder.exists() else "no such folder"
         raise UserError(f"{folder}: {found}; set {key}.images to the folder of images")
     problems = Problems()
-    contents = read_contents(
-        file,
-        folder,
-        key,
-        problems,
-        boxes=boxes,
-        min_box_side=min_box_side,
-        require_masks=require_masks,
-        keypoints=keypoints,
-        keep_tree=keep_tree,
-        keep_group_classes=keep_group_classes,
-    )
+    options = ContentOptions(boxes, min_box_side, require_masks, keypoints, keep_tree, keep_group_classes)
+    contents, not_kept = read_kept(file, folder, key, problems, options, cache)
     records, schema = contents.records, contents.schema
-    for record in records.values():
-        if len(record.objects) > max_objects:
-            problems.add(
-                "image",
-                record.image_id,
-                f"{record.file_name} has {len(record.objects)} objects, more than data.max_objects = "
-                f"{max_objects}; set data.max_objects={len(record.objects)} or cut the image into tiles",
-            )
+    for index in np.flatnonzero(records.object_counts > max_objects).tolist():
+        record = records[index]
+        problems.add(
+            "image",
+            record.image_id,
+            f"{record.file_name} has {len(record.objects)} objects, more than data.max_objects = "
+            f"{max_objects}; set data.max_objects={len(record.objects)} or cut the image into tiles",
+        )
     problems.check(file)
-    seen_images = look_at_images(list(records.values()), folder, file, key, image_options or ImageOptions())
+    seen_images = look_at_images(records, folder, file, key, image_options or ImageOptions())
     kept = keep_labelled(seen_images.records, keypoints)
     unlabelled = len(seen_images.records) - len(kept)
     dataset = CocoDataset(
@@ -183,8 +184,9 @@ def read_coco(
         tree=contents.tree if keep_tree else None,
         reading=seen_images.reading,
         image_lines=seen_images.lines,
+        not_kept=not_kept,
     )
-    if require_objects and not any(not o.crowd for record in dataset.records for o in record.objects):
+    if require_objects and kept.objects["crowd"].all():
         told = [f.line() for f in dataset.findings if f.severity == "left out" or not f.thing]
         if unlabelled:
             told.append(dataset.left_unlabelled())
@@ -192,7 +194,7 @@ def read_coco(
         raise UserError(
             f"{file}: no image has an object to learn{why}; give {key}.annotations a file with objects"
         )
-    if require_objects and schema is not None and not any(map(labelled_keypoints, kept)):
+    if require_objects and schema is not None and (kept.objects["keypoints"] < 0).all():
         raise UserError(
             f"{file}: no keypoint is labelled (visibility 1 or 2); give {key}.annotations a file with "
             "keypoints, or train without (model.keypoint_head.enabled=false)"

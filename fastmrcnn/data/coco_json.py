@@ -119,14 +119,20 @@ def drop_groups(tree: dict[str, list[Any]], problems: Problems) -> None:
         )
 
 
-def read_images(entries: list[Any], folder: Path, file: Path, problems: Problems) -> dict[Any, ImageRecord]:
-    records: dict[Any, ImageRecord] = {}
+def read_images(
+    entries: list[Any], folder: Path, file: Path, problems: Problems
+) -> tuple[dict[int, ImageRecord], bool]:
+    """The images by id, and whether some have no name but that in their address."""
+    records: dict[int, ImageRecord] = {}
+    from_addresses = False
     seen: set[int] = set()
     for position, entry in enumerate(entries):
         image_id = identifier(entry, "image", position, seen, problems)
         if image_id is None:
             continue
-        name = _text(entry, "file_name", image_id, "image", problems) or _name_in_url(entry, folder, problems)
+        name = _text(entry, "file_name", image_id, "image", problems)
+        if name is None and (name := _name_in_url(entry, folder, problems)) is not None:
+            from_addresses = True
         if name is None:
             problems.add("image", image_id, "no file_name")
             name = "?"
@@ -145,7 +151,7 @@ def read_images(entries: list[Any], folder: Path, file: Path, problems: Problems
         records[image_id] = ImageRecord(
             image_id, folder / name, name, sides["width"], sides["height"], [], file
         )
-    return records
+    return records, from_addresses
 
 
 def identifier(entry: Any, thing: str, position: int, seen: set[int], problems: Problems) -> int | None:

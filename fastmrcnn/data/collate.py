@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,10 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastmrcnn.data.affine import transform_boxes
 from fastmrcnn.data.buckets import power_of_two
 from fastmrcnn.data.keypoints import KeypointSchema
 from fastmrcnn.data.masks import Window, bitmap
+from fastmrcnn.data.object_tables import select_objects, split_crops
 from fastmrcnn.data.polygons import ImagePolygons, PolygonSizes, polygon_tables, read_polygons
+from fastmrcnn.data.raw_images import Room, raw_images
 from fastmrcnn.data.records import ImageProposals, ImageRecord
 from fastmrcnn.data.transforms import (
     Plan,
@@ -21,9 +25,9 @@ from fastmrcnn.data.transforms import (
     apply_plan,
     image_to_input,
     input_to_image,
-    transform_boxes,
     transform_keypoints,
 )
+from fastmrcnn.data.visible import Seen, seen_objects
 from fastmrcnn.structures import Batch, PackedMasks, Proposals, Targets
 
 MIN_SLOTS = 8
@@ -42,6 +46,14 @@ class RasterisedObjects(NamedTuple):
     polygons: ImagePolygons | None = None
 
 
+class ObjectMaps(NamedTuple):
+    """Of each object, where a sample is put together from several images."""
+
+    image_to_input: NDArray[np.float64]  # (n, 2, 3)
+    input_to_image: NDArray[np.float64]  # (n, 2, 3)
+    annotated: NDArray[np.int64]  # (n, 2) height and width of its image
+
+
 class Sample(NamedTuple):
     pixels: NDArray[np.uint8]  # (h, w, 3)
     image_to_input: NDArray[np.float64]  # (2, 3)
@@ -51,6 +63,8 @@ class Sample(NamedTuple):
     objects: RasterisedObjects | None = None
     keypoints: NDArray[np.float32] | None = None  # (n, J, 3) in pixels of the sample
     proposals: ImageProposals | None = None  # boxes in pixels of the sample
+    left: Plan | None = None  # what the device is to do to the pixels; None: nothing, if it does anything
+    maps: ObjectMaps | None = None  # None: those above, for all objects
 
 
 def read_objects(
@@ -97,8 +111,17 @@ def make_sample(
     objects: RasterisedObjects | None = None,
     schema: KeypointSchema | None = None,
     proposals: ImageProposals | None = None,
+    min_visible: float = 0.0,
+    left: Plan | None = None,
 ) -> Sample:
-    """Carry out a plan on a resized image, its boxes, keypoints and proposals; bitmaps stay as they are."""
+    """Carry out a plan on a resized image, its boxes, keypoints and proposals; bitmaps stay as they are.
+
+    Args:
+        resized: what `apply_plan` takes.
+        min_visible: objects of which a smaller share is left by a plan that cuts become crowd regions:
+            neither learnt nor punished. Those of which nothing is left are gone.
+        left: what of the plan the device is to do to the pixels, and not this.
+    """
     forward = image_to_input(plan, *annotated)
 
     def move(boxes: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -108,13 +131,20 @@ def make_sample(
 
     boxes = keypoints = None
     if objects is not None:
-        boxes = move(objects.boxes)
+        if plan.cuts:
+            height, width = plan.size
+            shapes = (objects.boxes, split_crops(objects), objects.windows, objects.polygons)
+            objects, boxes = select_seen(
+                objects, seen_objects(*shapes, forward, (0, 0, width, height)), min_visible
+            )
+        else:
+            boxes = move(objects.boxes)
         if objects.keypoints is not None and schema is not None:
             keypoints = transform_keypoints(objects.keypoints, plan, *annotated, schema.mirror)
     if proposals is not None:
         proposals = proposals._replace(boxes=move(proposals.boxes))
     return Sample(
-        apply_plan(resized, plan),
+        apply_plan(resized, plan) if left is None else resized,
         forward,
         input_to_image(plan, *annotated),
         annotated,
@@ -122,7 +152,26 @@ def make_sample(
         objects,
         keypoints,
         proposals,
+        left,
     )
+
+
+def select_seen(
+    objects: RasterisedObjects, seen: Seen, min_visible: float
+) -> tuple[RasterisedObjects, NDArray[np.float32]]:
+    """The objects that are seen, with what is left of their bitmaps, and their boxes in the sample."""
+    keep = seen.keep
+    if len(keep) == len(objects.classes) and not seen.bitmaps and (seen.share >= min_visible).all():
+        return objects, seen.boxes
+    some = select_objects(objects, keep, seen.bitmaps)
+    return some._replace(crowd=some.crowd | (seen.share < min_visible)), seen.boxes
+
+
+def without_polygons(sample: Sample) -> Sample:
+    """The sample for a batch that has no tables of polygons."""
+    if sample.objects is None or sample.objects.polygons is None:
+        return sample
+    return sample._replace(objects=sample.objects._replace(polygons=None))
 
 
 def collate(
@@ -133,6 +182,10 @@ def collate(
     min_mask_bytes: int = MIN_MASK_BYTES,
     proposal_slots: int = 0,
     min_polygons: PolygonSizes | None = None,
+    memory: NDArray[np.uint8] | None = None,
+    raw: Room | None = None,
+    coloured: bool = False,
+    maps_of_objects: bool = False,
 ) -> Batch:
     """Pad samples into a bucket; targets where the samples have objects, proposals where they have those.
 
@@ -141,25 +194,46 @@ def collate(
         min_slots, min_mask_bytes: lower limits of G and of the mask buffer, for equal shapes.
         proposal_slots: P.
         min_polygons: likewise of the tables of polygons.
+        memory: flat; the pixels are put at its beginning, if it is large enough.
+        raw: where the images are that the device is still to resize; None: there are none.
+        coloured: as of `raw_images`.
+        maps_of_objects: give each object maps of its own, since a sample may have them.
     Returns:
         pixels (N, 3, H, W) uint8 in channels_last memory format; G and the mask buffer are powers of
         two.
     """
-    count = len(samples)
-    pixels = np.zeros((count, *bucket, 3), np.uint8)
-    for row, sample in enumerate(samples):
-        height, width = sample.pixels.shape[:2]
-        assert height <= bucket[0]
-        assert width <= bucket[1]
-        pixels[row, :height, :width] = sample.pixels
-    sizes = torch.tensor([sample.pixels.shape[:2] for sample in samples], dtype=torch.int64)
+    images = [sample.pixels for sample in samples]
+    plans = [sample.left or Plan(sample.pixels.shape[:2]) for sample in samples]
+    sizes = torch.tensor([plan.size for plan in plans], dtype=torch.int64)
+    assert (sizes <= torch.tensor(bucket)).all()
+    pixels = pad_images([] if raw else images, bucket, memory)
     targets = None
     if all(sample.objects is not None for sample in samples):
-        targets = _collate_targets(samples, min_slots, min_mask_bytes, min_polygons or PolygonSizes())
+        least = min_polygons or PolygonSizes()
+        targets = _collate_targets(samples, min_slots, min_mask_bytes, least, maps_of_objects)
     proposals = None
     if all(sample.proposals is not None for sample in samples):
         proposals = _collate_proposals(samples, proposal_slots)
-    return Batch(torch.from_numpy(pixels).permute(0, 3, 1, 2), sizes, targets, proposals)
+    handed = None if raw is None else raw_images(images, plans, raw, coloured)
+    return Batch(torch.from_numpy(pixels).permute(0, 3, 1, 2), sizes, targets, proposals, handed)
+
+
+def pad_images(
+    images: Sequence[NDArray[np.uint8]], bucket: Size, memory: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
+    """(n, *bucket, 3): images in the upper left, zeros in the rest; at the beginning of `memory` if it is
+    large enough."""
+    shape = (len(images), *bucket, 3)
+    size = math.prod(shape)
+    if memory is None or memory.size < size:
+        memory = np.empty(size, np.uint8)
+    pixels = memory[:size].reshape(shape)
+    for own, image in zip(pixels, images, strict=True):
+        height, width = image.shape[:2]
+        own[:height, :width] = image
+        own[:height, width:] = 0
+        own[height:] = 0
+    return pixels
 
 
 def _collate_proposals(samples: Sequence[Sample], slots: int) -> Proposals:
@@ -174,7 +248,11 @@ def _collate_proposals(samples: Sequence[Sample], slots: int) -> Proposals:
 
 
 def _collate_targets(
-    samples: Sequence[Sample], min_slots: int, min_mask_bytes: int, min_polygons: PolygonSizes
+    samples: Sequence[Sample],
+    min_slots: int,
+    min_mask_bytes: int,
+    min_polygons: PolygonSizes,
+    maps_of_objects: bool,
 ) -> Targets:
     objects = [sample.objects for sample in samples if sample.objects is not None]
     count = len(objects)
@@ -191,7 +269,7 @@ def _collate_targets(
     if samples[0].keypoints is not None:
         points = np.zeros((count, slots, *samples[0].keypoints.shape[1:]), np.float32)
     polygons = [own.polygons for own in objects if own.polygons is not None]
-    to_input = [sample.image_to_input for sample in samples]
+    to_input, to_annotation, annotated = _maps(samples, slots if maps_of_objects else None)
     start = 0
     for row, (sample, own) in enumerate(zip(samples, objects, strict=True)):
         n = len(own.classes)
@@ -216,12 +294,28 @@ def _collate_targets(
             buffer=torch.from_numpy(buffer),
             offset=torch.from_numpy(offset),
             window=torch.from_numpy(window),
-            to_annotation=stack_input_to_image(samples),
-            size=torch.tensor([sample.annotated for sample in samples], dtype=torch.int32),
+            to_annotation=torch.from_numpy(to_annotation.astype(np.float32)),
+            size=torch.from_numpy(annotated.astype(np.int32)),
         ),
         keypoints=None if points is None else torch.from_numpy(points),
         polygons=polygon_tables(polygons, to_input, slots, min_polygons) if polygons else None,
     )
+
+
+def _maps(
+    samples: Sequence[Sample], slots: int | None
+) -> tuple[list[NDArray[np.float64]], NDArray[np.float64], NDArray[np.int64]]:
+    """image_to_input (2, 3) of each image, input_to_image (N, 2, 3) and annotated (N, 2); with slots those
+    of each object."""
+    images = [(s.image_to_input, s.input_to_image, np.array(s.annotated)) for s in samples]
+    stacked = [np.stack(some) for some in zip(*images, strict=True)]
+    if slots is not None:
+        stacked = [np.repeat(some[:, None], slots, axis=1) for some in stacked]
+        for row, sample in enumerate(samples):
+            for table, own in zip(stacked, sample.maps or (), strict=False):
+                table[row, : len(own)] = own
+    to_input, to_annotation, annotated = stacked
+    return list(to_input), to_annotation, annotated
 
 
 def stack_input_to_image(samples: Sequence[Sample]) -> Tensor:

@@ -38,6 +38,8 @@ from fastmrcnn.data.coco_json import (
     read_json,
 )
 from fastmrcnn.data.extents import clip_boxes, mask_extents
+from fastmrcnn.data.flat import ObjectColumns, flatten
+from fastmrcnn.data.flat_records import FlatRecords
 from fastmrcnn.data.keypoints import (
     KeypointOptions,
     KeypointSchema,
@@ -47,7 +49,7 @@ from fastmrcnn.data.keypoints import (
 )
 from fastmrcnn.data.masks import pack_polygons
 from fastmrcnn.data.plain import CHUNK, pack_plain
-from fastmrcnn.data.records import ImageRecord, ObjectRecord, Problems
+from fastmrcnn.data.records import ImageRecord, Problems
 
 BoxSource = Literal["file", "masks"]
 
@@ -58,8 +60,8 @@ class Contents(NamedTuple):
     tree: dict[str, list[Any]]
     """The file, its numbers as COCO has them, without what cannot be found. Without annotations, unless they
     were to be kept."""
-    records: dict[int, ImageRecord]
-    """By image id, in the order of the file."""
+    records: FlatRecords
+    """In the order of the file."""
     class_names: list[str]
     category_ids: list[int]
     schema: KeypointSchema | None
@@ -67,10 +69,12 @@ class Contents(NamedTuple):
     """Objects whose box is left out, by reason."""
     clipped: int
     """Boxes that reached over the image."""
+    names_from_addresses: bool = False
+    """Whether there are images whose name is that of their coco_url, which depends on the folder."""
 
 
 class Entry(NamedTuple):
-    """A valid annotation, on its way to an `ObjectRecord`."""
+    """A valid annotation, on its way to the arrays."""
 
     label: Any
     source: dict[str, Any] | None
@@ -116,18 +120,24 @@ def read_contents(
     schema = None
     if keypoints is not None:
         schema = read_schema(tree["categories"], keypoints.flip_pairs, file, problems)
-    records = read_images(tree["images"], folder, file, problems)
+    records, from_addresses = read_images(tree["images"], folder, file, problems)
     index_of = {category: index for index, category in enumerate(ids)}
     entries, ignored = _valid_entries(
         tree["annotations"], records, index_of, problems, boxes, require_masks, keypoints, schema, keep_tree
     )
     offset = 0.0 if keypoints is None else keypoints.offset
-    skipped, clipped, kept = _place(entries, problems, min_box_side, offset)
+    skipped, clipped, kept, columns = _place(entries, records, problems, min_box_side, offset)
     tree["annotations"] = kept + ignored
-    classes_without_objects(
-        names, [item.class_index for r in records.values() for item in r.objects], problems
+    classes_without_objects(names, sorted(set(columns.classes)), problems)
+    entries.clear()
+    arrays = flatten(
+        list(records),
+        [(record.height, record.width) for record in records.values()],
+        (record.file_name for record in records.values()),
+        columns,
     )
-    return Contents(tree, records, names, ids, schema, skipped, clipped)
+    found = FlatRecords(arrays, folder, file)
+    return Contents(tree, found, names, ids, schema, skipped, clipped, from_addresses)
 
 
 def _valid_entries(
@@ -239,18 +249,28 @@ def _sound(
 
 
 def _place(
-    entries: list[Entry], problems: Problems, min_box_side: float, offset: float
-) -> tuple[Counter[str], int, list[dict[str, Any]]]:
-    """Put each object that can be learnt into its image's record.
+    entries: list[Entry],
+    images: dict[int, ImageRecord],
+    problems: Problems,
+    min_box_side: float,
+    offset: float,
+) -> tuple[Counter[str], int, list[dict[str, Any]], ObjectColumns]:
+    """Choose the objects that can be learnt.
 
     Args:
+        images: by id, in the order of the file.
         offset: what was added to the x and y of keypoints.
     Returns:
-        Objects whose box is left out, by reason; how many boxes were clipped; and the entries to judge by, if
-        the tree is kept: all but those that nothing could be found of.
+        Objects whose box is left out, by reason; how many boxes were clipped; the entries to judge by, if the
+        tree is kept: all but those that nothing could be found of; and the objects.
     """
     if not entries:
-        return Counter(), 0, []
+        return (
+            Counter(),
+            0,
+            [],
+            ObjectColumns(np.zeros(0, np.int64), [], [], np.zeros((0, 4)), [], [], np.zeros((0, 4)), [], []),
+        )
     records = [entry.record for entry in entries]
     shapes = [entry.shape for entry in entries]
     sizes = np.array([(record.width, record.height) for record in records], np.float64)
@@ -286,24 +306,27 @@ def _place(
     # Too small to learn from, an object can still be found: it is judged.
     judged = used | small
     kept = []
-    for index, (entry, corners_inside) in enumerate(zip(entries, inside.tolist(), strict=True)):
-        if judged[index] and entry.source is not None:
-            entry.source["area"] = float(areas[index])
-            entry.source.setdefault("iscrowd", 0)
-            if from_mask[index]:
-                x1, y1, x2, y2 = corners_inside
-                entry.source["bbox"] = [x1, y1, x2 - x1, y2 - y1]
-            kept.append(entry.source)
-        if used[index]:
-            entry.record.objects.append(
-                ObjectRecord(
-                    entry.annotation_id,
-                    entry.class_index,
-                    tuple(corners_inside),
-                    entry.crowd,
-                    entry.shape,
-                    float(areas[index]),
-                    entry.points,
-                )
-            )
-    return skipped, clipped, kept
+    for index in np.flatnonzero(judged).tolist():
+        source = entries[index].source
+        if source is None:
+            continue
+        source["area"] = float(areas[index])
+        source.setdefault("iscrowd", 0)
+        if from_mask[index]:
+            x1, y1, x2, y2 = inside[index].tolist()
+            source["bbox"] = [x1, y1, x2 - x1, y2 - y1]
+        kept.append(source)
+    place_of = {image_id: place for place, image_id in enumerate(images)}
+    learnt = [entries[index] for index in np.flatnonzero(used).tolist()]
+    columns = ObjectColumns(
+        np.array([place_of[entry.record.image_id] for entry in learnt], np.int64),
+        [entry.annotation_id for entry in learnt],
+        [entry.class_index for entry in learnt],
+        inside[used],
+        [entry.crowd for entry in learnt],
+        areas[used].tolist(),
+        extents[used],
+        [entry.shape for entry in learnt],
+        [entry.points for entry in learnt],
+    )
+    return skipped, clipped, kept, columns

@@ -5,20 +5,17 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+
+from fastmrcnn.data.flat_records import FlatRecords, flat_records
+from fastmrcnn.data.headers import Header, check_headers
 from fastmrcnn.data.image_files import find_files, require_files
-from fastmrcnn.data.images import (
-    FLOATING_POINT,
-    Header,
-    ImageError,
-    check_headers,
-    read_extent,
-)
+from fastmrcnn.data.images import FLOATING_POINT, ImageError, read_extent
 from fastmrcnn.data.pixel_range import (
     FULL,
     MAX_PIXELS,
@@ -53,7 +50,7 @@ class ImageOptions(NamedTuple):
 
 
 class SeenImages(NamedTuple):
-    records: list[ImageRecord]
+    records: FlatRecords
     """Of the images that are there, with their paths and how they are read."""
     reading: Reading
     lines: list[str]
@@ -61,7 +58,7 @@ class SeenImages(NamedTuple):
 
 
 def look_at_images(
-    records: Sequence[ImageRecord], folder: Path, file: Path, key: str, options: ImageOptions
+    records: FlatRecords, folder: Path, file: Path, key: str, options: ImageOptions
 ) -> SeenImages:
     """Find the files of a set's images, and look at as many as is cheap.
 
@@ -73,26 +70,28 @@ def look_at_images(
         UserError: files are missing, cannot be read, or have another size than the annotations say; or the
             values of images cannot be of one range.
     """
-    found = find_files([record.file_name for record in records], folder)
+    names = records.file_names
+    found = find_files(names, folder)
     lines = list(found.lines)
+    there = records.found_at(
+        {place: found.other_names[name] for place, name in enumerate(names) if name in found.other_names}
+        if found.other_names
+        else {}
+    )
     if found.missing and options.skip_missing:
         if not found.paths:
             raise UserError(f"{file}: none of its images is in {folder}; set {key}.images to their folder")
-        lost = [record for record in records if record.file_name not in found.paths]
-        names = _some([record.file_name for record in lost])
-        objects = sum(len(record.objects) for record in lost)
+        lost = np.array([name not in found.paths for name in names])
+        objects = records.object_counts[lost].sum()
         lines.append(
-            f"left out {_images(len(lost))} with {objects} objects, whose file is not there "
-            f"(data.missing=skip): {names}"
+            f"left out {_images(int(lost.sum()))} with {objects} objects, whose file is not there "
+            f"(data.missing=skip): {_some([name for name in names if name not in found.paths])}"
         )
+        there = there.chosen(~lost)
     else:
         require_files(found, len(records), folder, file, key)
     reading = Reading(options.pixel_range, options.max_pixels)
-    there = [
-        located(record, found.paths[record.file_name], reading)
-        for record in records
-        if record.file_name in found.paths
-    ]
+    there = there.read_as(reading)
     looked_at = spread(there, HEADERS_CHECKED)
     problems = Problems()
     headers = check_headers(looked_at, problems)
@@ -109,14 +108,8 @@ def look_at_images(
         lines += told
         if chosen != reading.pixel_range:
             reading = reading._replace(pixel_range=chosen)
-            there = [replace(record, reading=reading) for record in there]
+            there = there.read_as(reading)
     return SeenImages(there, reading, lines)
-
-
-def located(record: ImageRecord, path: str, reading: Reading) -> ImageRecord:
-    if path == os.fspath(record.path) and reading == record.reading:
-        return record
-    return replace(record, path=Path(path), reading=reading)
 
 
 def header_lines(headers: Sequence[tuple[ImageRecord, Header]]) -> list[str]:
@@ -146,16 +139,17 @@ def header_lines(headers: Sequence[tuple[ImageRecord, Header]]) -> list[str]:
     return lines
 
 
-def duplicate_lines(looked_at: Sequence[ImageRecord], records: Sequence[ImageRecord]) -> list[str]:
+def duplicate_lines(looked_at: Sequence[ImageRecord], records: FlatRecords) -> list[str]:
     """One file under two ids, and files of the same content."""
     lines = []
-    by_path = grouped(records, lambda record: os.fspath(record.path))
-    shared = [group for group in by_path.values() if len(group) > 1]
+    paths = list(map(plain_path, records.paths))
+    times = Counter(paths) if len(set(paths)) < len(paths) else Counter[str]()
+    shared = [place for place, path in enumerate(paths) if times[path] > 1]
     if shared:
-        first = shared[0]
-        ids = " and ".join(str(record.image_id) for record in first[:2])
+        first = [place for place in shared if paths[place] == paths[shared[0]]]
+        ids = " and ".join(str(records[place].image_id) for place in first[:2])
         lines.append(
-            f"{_images(sum(map(len, shared)))} share a file with another: {first[0].file_name} has the ids "
+            f"{_images(len(shared))} share a file with another: {records[first[0]].file_name} has the ids "
             f"{ids}"
         )
     names = {os.fspath(record.path): record.file_name for record in looked_at}
@@ -169,10 +163,14 @@ def duplicate_lines(looked_at: Sequence[ImageRecord], records: Sequence[ImageRec
 
 def shared_line(records: Sequence[ImageRecord], others: Sequence[ImageRecord]) -> str | None:
     """A line if a set has images of another set; None if it has none."""
-    place = functools.cache(os.path.realpath)
-    mine, theirs = (
-        {os.path.join(place(r.path.parent), r.path.name): r for r in some} for some in (records, others)
-    )
+    real = functools.cache(os.path.realpath)
+
+    def by_path(some: Sequence[ImageRecord]) -> dict[str, int]:
+        """The place of each image by its path without links to its folder."""
+        parted = map(os.path.split, map(plain_path, flat_records(some).paths))
+        return {os.path.join(real(folder), name): place for place, (folder, name) in enumerate(parted)}
+
+    mine, theirs = by_path(records), by_path(others)
     seen = {path: path for path in mine if path in theirs}
     looked_at = [path for some in (mine, theirs) for path in spread(list(some), HEADERS_CHECKED)]
     for group in same_content(dict.fromkeys(looked_at)):
@@ -183,10 +181,15 @@ def shared_line(records: Sequence[ImageRecord], others: Sequence[ImageRecord]) -
         return None
     path, other = next(iter(seen.items()))
     be = "is" if len(seen) == 1 else "are"
-    one, two = mine[path], theirs[other]
+    one, two = records[mine[path]], others[theirs[other]]
     return f"{_images(len(seen))} {be} in {two.annotations.name} too: {one.file_name}" + (
         f" as {two.file_name}" if one.file_name != two.file_name else ""
     )
+
+
+def plain_path(path: str) -> str:
+    """As `Path` writes it."""
+    return os.fspath(Path(path)) if "//" in path or "./" in path or path.endswith((os.sep, ".")) else path
 
 
 def same_content(paths: Iterable[str]) -> list[list[str]]:

@@ -25,6 +25,8 @@ _NAMES_COMPARED = 5000  # of a folder, to find the nearest
 class FoundFiles(NamedTuple):
     paths: dict[str, str]
     """By file_name, of those that are there. Text, since millions of Paths take their time."""
+    other_names: dict[str, str]
+    """Likewise, of those that are there under another name."""
     missing: list[str]
     lines: list[str]
     """What to tell of those that are there under another name."""
@@ -58,7 +60,11 @@ def find_files(names: Iterable[str], folder: Path) -> FoundFiles:
     paths: dict[str, str] = {}
     candidates: dict[str, str] = {}
     missing = []
+    within, inside = os.path.join(root, ""), listings.names(root)
     for name in dict.fromkeys(names):
+        if name in inside:  # most are, and a set may have a million
+            paths[name] = within + name
+            continue
         path = os.path.join(root, name)
         if listings.has(path):
             paths[name] = path
@@ -79,7 +85,7 @@ def find_files(names: Iterable[str], folder: Path) -> FoundFiles:
             f"{images} found under another name than file_name says ({kinds}): {name!r} is "
             f"{os.path.relpath(path, folder)!r}"
         )
-    return FoundFiles(paths | taken, missing, lines)
+    return FoundFiles(paths | taken, taken, missing, lines)
 
 
 def require_files(found: FoundFiles, total: int, folder: Path, file: Path, key: str) -> None:

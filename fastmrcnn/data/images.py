@@ -8,7 +8,7 @@ import struct
 import threading
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from fastmrcnn.data.depth import CHANNELS, HEIGHT, WIDTH, Depth, depth_of, grey_numbers, read_numbers
+from fastmrcnn.data.depth import depth_of, grey_numbers, read_numbers
+from fastmrcnn.data.jpeg import ORIENTATION, decode_plain
 from fastmrcnn.data.pixel_range import (
     AS_IT_IS,
     FULL,
@@ -28,12 +29,11 @@ from fastmrcnn.data.pixel_range import (
     range_note,
     to_bytes,
 )
-from fastmrcnn.data.records import ImageRecord, Problems
+from fastmrcnn.data.records import ImageRecord
 from fastmrcnn.errors import UserError
 
-_ORIENTATION = 0x0112  # EXIF tag
-_SIDES_SWAPPED = (5, 6, 7, 8)
-_WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
+SIDES_SWAPPED = (5, 6, 7, 8)
+WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 SIZE_SLACK = 1  # pixels by which an image's sides may differ from the annotations: Roboflow rounds them so
 FLOATING_POINT = (
     "its pixels are floating-point numbers, whose white is unknown; save it with 8 or 16 bits, or train with "
@@ -66,36 +66,22 @@ class Decoded(NamedTuple):
     extent: Extent | None  # of the values of a file that is not 8-bit
 
 
-class Header(NamedTuple):
-    """What is known of an image file before it is decoded."""
-
-    size: tuple[int, int]
-    """Width and height, once it is upright."""
-    swapped: bool
-    """EXIF swaps width and height."""
-    turned: bool
-    """EXIF turns or mirrors it."""
-    pages: bool
-    """It has several, of which the first is read."""
-    alpha: bool
-    extra_channels: bool
-    """It has some beside colour and alpha, which are not read."""
-    depth: Depth | None
-    """None: 8 bits a channel, or fewer."""
-
-
-def read_image(record: ImageRecord) -> tuple[NDArray[np.uint8], RangeNote | None]:
+def read_image(
+    record: ImageRecord, memory: NDArray[np.uint8] | None = None
+) -> tuple[NDArray[np.uint8], RangeNote | None]:
     """Pixels of a data set's image, (H, W, 3) uint8, and what there is to say of their values.
 
     If it is a pixel larger or smaller than the annotations say, as some programs round, its last row or
     column is cut off or repeated.
 
+    Args:
+        memory: flat; the pixels may be put at its beginning, to save a copy.
     Raises:
         UserError: the file cannot be decoded, or its size is not the one in the annotations.
     """
     where = f"image {record.image_id} of {record.annotations}"
-    decoded = _decode(record.path, record.reading, f"replace the file or remove {where}")
-    fault = _size_fault(record, decoded.pixels.shape[1], decoded.pixels.shape[0], decoded.swapped)
+    decoded = _decode(record.path, record.reading, f"replace the file or remove {where}", memory)
+    fault = size_fault(record, decoded.pixels.shape[1], decoded.pixels.shape[0], decoded.swapped)
     if fault:
         raise UserError(f"{where}: {fault}")
     return fitted(decoded.pixels, record.height, record.width), _range_note(decoded, record.reading)
@@ -164,52 +150,6 @@ def read_extent(path: Path, max_pixels: int) -> Extent | None:
             return extent_of(read_numbers(image, again, depth), depth.kind)
 
 
-def read_header(path: Path, max_pixels: int) -> Header:
-    """Look at an image file without decoding it. Raises ImageError."""
-    with opened(path, max_pixels) as image:
-        depth = depth_of(image)
-        orientation = _orientation(path, image)
-        swapped = orientation in _SIDES_SWAPPED
-        tags, (width, height) = getattr(image, "tag_v2", {}), image.size
-        done = (width, height) != (tags.get(WIDTH, width), tags.get(HEIGHT, height))  # newer Pillows, in TIFF
-        return Header(
-            size=(height, width) if swapped and not done else (width, height),
-            swapped=swapped,
-            turned=orientation in range(2, 9),
-            pages=bool(getattr(image, "is_animated", False)),
-            alpha=image.mode in _WITH_ALPHA or "transparency" in image.info,
-            extra_channels=tags.get(CHANNELS, 1) > len(image.getbands()),
-            depth=depth,
-        )
-
-
-def check_headers(records: Iterable[ImageRecord], problems: Problems) -> list[tuple[ImageRecord, Header]]:
-    """Compare the sizes in the files' headers with the annotations; no pixel is decoded.
-
-    Returns:
-        The headers that could be read.
-    """
-    headers = []
-    for record in records:
-        try:
-            header = read_header(record.path, record.reading.max_pixels)
-        except ImageError as fault:
-            told = {
-                "missing": f"{record.file_name} is gone",
-                "unreadable": f"{record.file_name} is not an image file that can be read{fault}",
-                "large": f"{record.file_name} {fault}",
-            }
-            problems.add(
-                "image", record.image_id, told.get(fault.kind, f"{record.file_name}: {fault}"), fault.kind
-            )
-            continue
-        found = _size_fault(record, *header.size, header.swapped)
-        if found:
-            problems.add("image", record.image_id, found, f"size {header.swapped}")
-        headers.append((record, header))
-    return headers
-
-
 @contextlib.contextmanager
 def opened(
     source: Path | bytes, max_pixels: int, formats: tuple[str, ...] | None = None
@@ -247,9 +187,9 @@ def opened(
         raise ImageError("damaged", " ".join(str(error).split()) or type(error).__name__) from None
 
 
-def _decode(path: Path, reading: Reading, remedy: str) -> Decoded:
+def _decode(path: Path, reading: Reading, remedy: str, memory: NDArray[np.uint8] | None = None) -> Decoded:
     try:
-        return _decoded(path, reading)
+        return _decoded(path, reading, memory=memory)
     except ImageError as fault:
         told = {
             "missing": f"no such image file; {remedy}",
@@ -259,10 +199,19 @@ def _decode(path: Path, reading: Reading, remedy: str) -> Decoded:
         raise UserError(f"{path}: {told.get(fault.kind, str(fault))}") from None
 
 
-def _decoded(source: Path | bytes, reading: Reading, formats: tuple[str, ...] | None = None) -> Decoded:
+def _decoded(
+    source: Path | bytes,
+    reading: Reading,
+    formats: tuple[str, ...] | None = None,
+    memory: NDArray[np.uint8] | None = None,
+) -> Decoded:
+    if formats is None or "JPEG" in formats:
+        plain = decode_plain(source, reading.max_pixels, memory)
+        if plain is not None:
+            return Decoded(plain, False, None)
     with opened(source, reading.max_pixels, formats) as image:
         depth = depth_of(image)  # first: on looking for an orientation Pillow decodes a PNG
-        swapped = image.getexif().get(_ORIENTATION, 1) in _SIDES_SWAPPED
+        swapped = image.getexif().get(ORIENTATION, 1) in SIDES_SWAPPED
         if depth is None or (depth.kind == "signed 8-bit" and reading.pixel_range is None):
             image.load()
             return Decoded(to_rgb(ImageOps.exif_transpose(image)), swapped, None)
@@ -280,35 +229,6 @@ def _stream(source: Path | bytes) -> Path | io.BytesIO:
     return io.BytesIO(source) if isinstance(source, bytes) else source
 
 
-def _orientation(path: Path, image: ImageFile.ImageFile) -> Any:
-    """EXIF's, whatever a file may give as such, of an image that need not be decoded for it.
-
-    Pillow decodes a PNG to find what comes after its pixels; that is done only if something does, or if the
-    file is damaged.
-    """
-    if image.format == "PNG" and _is_plain_png(path):
-        return Image.Image.getexif(image).get(_ORIENTATION, 1)
-    return image.getexif().get(_ORIENTATION, 1)
-
-
-def _is_plain_png(path: Path) -> bool:
-    """Whether a PNG is whole by its checksums, and has no EXIF or text behind its first pixels."""
-    pixels = False
-    with path.open("rb") as stream:
-        stream.seek(8)
-        while len(start := stream.read(8)) == 8:
-            length, name = struct.unpack(">I4s", start)
-            content, checksum = stream.read(length), stream.read(4)
-            if zlib.crc32(name + content).to_bytes(4, "big") != checksum:
-                return False
-            if pixels and name in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
-                return False
-            if name == b"IEND":
-                return True
-            pixels = pixels or name == b"IDAT"
-    return False
-
-
 def _unread_tiff(source: Path | bytes) -> str:
     with contextlib.suppress(OSError):
         start = source[:4] if isinstance(source, bytes) else _start(source)
@@ -322,7 +242,7 @@ def _start(path: Path) -> bytes:
         return stream.read(4)
 
 
-def _size_fault(record: ImageRecord, width: int, height: int, swapped: bool) -> str | None:
+def size_fault(record: ImageRecord, width: int, height: int, swapped: bool) -> str | None:
     """How the size of the upright image differs from the annotations beyond rounding, and what to do."""
     if (width, height) == (record.width, record.height):
         return None
@@ -343,7 +263,7 @@ def _size_fault(record: ImageRecord, width: int, height: int, swapped: bool) -> 
 
 def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     """Pixels of an upright 8-bit image of any mode, (H, W, 3) uint8."""
-    if image.mode in _WITH_ALPHA or "transparency" in image.info:
+    if image.mode in WITH_ALPHA or "transparency" in image.info:
         coloured = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, coloured)

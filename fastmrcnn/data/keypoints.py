@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastmrcnn.data.flat_records import FlatRecords
 from fastmrcnn.data.masks import FARTHEST
-from fastmrcnn.data.records import ImageRecord, Problems
+from fastmrcnn.data.records import Problems
 from fastmrcnn.data.values import all_finite
 from fastmrcnn.errors import UserError
 
@@ -160,15 +161,11 @@ def pack_keypoints(entry: dict[str, Any], offset: float) -> NDArray[np.float32] 
     return values.astype(np.float32)
 
 
-def labelled_keypoints(record: ImageRecord) -> int:
-    """How many there are in an image."""
-    return sum(int((item.keypoints[:, 2] > 0).sum()) for item in record.objects if item.keypoints is not None)
-
-
-def keep_labelled(records: Iterable[ImageRecord], options: KeypointOptions | None) -> list[ImageRecord]:
+def keep_labelled(records: FlatRecords, options: KeypointOptions | None) -> FlatRecords:
     """The images with as many labelled keypoints as the options ask for."""
-    least = 0 if options is None else options.least
-    return [record for record in records if least <= 0 or labelled_keypoints(record) >= least]
+    if options is None or options.least <= 0:
+        return records
+    return records.chosen(records.labelled_keypoints >= options.least)
 
 
 def check_same_keypoints(

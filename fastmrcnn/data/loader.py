@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader
 
 from fastmrcnn.data.buckets import bucket_or_new, choose_buckets, resolve_buckets
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.collate import MIN_MASK_BYTES, MIN_SLOTS, collate, make_sample
+from fastmrcnn.data.flat_records import flat_records
 from fastmrcnn.data.order import WHOLE, BatchPlan, Share, TrainSampler
 from fastmrcnn.data.padding import target_needs
 from fastmrcnn.data.polygons import PolygonSizes
-from fastmrcnn.data.processes import obey_parent_alone
+from fastmrcnn.data.slot_sizes import pixel_bytes, table_bytes
 from fastmrcnn.data.transforms import Augment, Plan, Size, resize, resized_size
-from fastmrcnn.data.worker import EvalSamples, Failure, LoadedBatch, TrainSamples
+from fastmrcnn.data.transport import Transport
+from fastmrcnn.data.worker import EvalSamples, LoadedBatch, TrainSamples
 from fastmrcnn.errors import UserError
 from fastmrcnn.structures import Batch
 
@@ -56,6 +56,8 @@ class TrainLoader:
         max_broken: largest share of the images that may be left out. Of several processes each sees only its
             own; who knows of all calls `check_left_out`.
         share: of this process.
+        raw: leave resizing, turning and colours to the device: batches have `raw` images, of which
+            `kernels.resize_pad` makes the pixels.
     Raises:
         UserError: an image fits into no bucket, or has too many objects; `batch` cannot be shared out; while
             iterating, more images than `max_broken` allows cannot be read.
@@ -81,23 +83,28 @@ class TrainLoader:
         polygons: PolygonSizes | None = None,
         max_broken: float = 0.0,
         share: Share = WHOLE,
+        raw: bool = False,
     ) -> None:
-        if not dataset.records:
+        flat = flat_records(dataset.records)
+        if not len(flat):
             raise UserError(f"{dataset.annotations}: no image to train on")
         if not short_sides or min(short_sides) <= 0:
             raise UserError(f"data.short_side: expected lengths above 0, got {list(short_sides)}")
-        for record in dataset.records:
-            if len(record.objects) > max_objects:
-                raise UserError(
-                    f"{dataset.annotations}: image {record.image_id} ({record.file_name}) has "
-                    f"{len(record.objects)} objects, more than data.max_objects = {max_objects}; raise it"
-                )
+        for index in np.flatnonzero(flat.object_counts > max_objects)[:1].tolist():
+            record = flat[index]
+            raise UserError(
+                f"{dataset.annotations}: image {record.image_id} ({record.file_name}) has "
+                f"{len(record.objects)} objects, more than data.max_objects = {max_objects}; raise it"
+            )
         augment = augment or Augment()
-        sizes = [(record.height, record.width) for record in dataset.records]
+        sizes = [(height, width) for height, width in flat.sizes.tolist()]
         turns = augment.rotate90 > 0
-        self.buckets = resolve_buckets(buckets, sizes, short_sides, long_side_max, turns=turns)
+        if augment.crop is not None and buckets == "auto":
+            self.buckets = [bucket_or_new(augment.crop, [])]
+        else:
+            self.buckets = resolve_buckets(buckets, sizes, short_sides, long_side_max, turns=turns)
         self.sampler = TrainSampler(
-            dataset.records,
+            flat,
             batch=batch,
             short_sides=short_sides,
             long_side_max=long_side_max,
@@ -107,21 +114,25 @@ class TrainLoader:
             start_step=start_step,
             steps=steps,
             share=share,
-            needs=target_needs(dataset, polygons is not None) if share.size > 1 else None,
+            needs=target_needs(dataset, polygons is not None, augment.layers) if share.size > 1 else None,
         )
         self.share = share
-        self.images, self.max_broken = len(dataset.records), max_broken
+        self.images, self.max_broken = len(flat), max_broken
         samples = TrainSamples(
-            dataset, short_sides, long_side_max, augment, seed, min_slots, min_mask_bytes, polygons
+            dataset, short_sides, long_side_max, augment, seed, min_slots, min_mask_bytes, polygons, raw
         )
-        self.loader = _data_loader(samples, self.sampler, workers, pin_memory)
+        images = batch // share.parts
+        room = pixel_bytes(dataset, images, self.buckets, raw) + table_bytes(
+            images, min_slots, min_mask_bytes, dataset.num_keypoints or 0, polygons
+        )
+        self.loader = Transport(samples, self.sampler, workers, pin_memory, room)
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[LoadedBatch]:
         left_out: set[int] = set()
-        for loaded in _unwrap(self.loader):
+        for loaded in self.loader:
             new = {image_id: fault for image_id, fault in loaded.left_out.items() if image_id not in left_out}
             left_out |= new.keys()
             if new and self.share.size == 1:
@@ -147,6 +158,7 @@ class EvalLoader:
     others. An image that fits into no bucket gets one of its own.
 
     Args:
+        raw: as of `TrainLoader`.
         share: of several processes each takes every so many-th batch, so that a batch is the same whoever
             takes it, and each image is in one.
     """
@@ -161,20 +173,22 @@ class EvalLoader:
         buckets: Sequence[Size] | Literal["auto"] = "auto",
         workers: int = 0,
         pin_memory: bool = False,
+        raw: bool = False,
         share: Share = WHOLE,
     ) -> None:
-        sizes = [(record.height, record.width) for record in dataset.records]
+        sizes = [(height, width) for height, width in flat_records(dataset.records).sizes.tolist()]
         self.buckets = resolve_buckets(buckets, sizes, [short_side], long_side_max)
-        plans = _plan_evaluation(dataset, batch, short_side, long_side_max, self.buckets)
+        plans = _plan_evaluation(sizes, batch, short_side, long_side_max, self.buckets)
         self.plans = plans[share.rank :: share.size]
-        samples = EvalSamples(dataset, batch, short_side, long_side_max)
-        self.loader = _data_loader(samples, self.plans, workers, pin_memory)
+        samples = EvalSamples(dataset, batch, short_side, long_side_max, raw)
+        room = pixel_bytes(dataset, batch, self.buckets, raw) + table_bytes(batch, dataset.proposal_slots, 0)
+        self.loader = Transport(samples, self.plans, workers, pin_memory, room)
 
     def __len__(self) -> int:
         return len(self.plans)
 
     def __iter__(self) -> Iterator[LoadedBatch]:
-        return _unwrap(self.loader)
+        return iter(self.loader)
 
 
 def prepare_image(
@@ -222,85 +236,38 @@ def padded_shape(
     return bucket_or_new(resized_size(*size, short_side, long_side_max), buckets or [])
 
 
-def largest_targets(dataset: CocoDataset, batch: int) -> tuple[int, int]:
+def largest_targets(dataset: CocoDataset, batch: int, layers: int = 1) -> tuple[int, int]:
     """Limits for `min_slots` and `min_mask_bytes` that hardly any batch of the set exceeds.
 
     Bitmaps are taken to be as large as their boxes and a pixel more on each side. The bytes of a batch
     are taken to stay within 6 standard deviations of their mean, and within `batch` times the largest
     image; the second alone would make COCO's batches several times larger than they need be.
+
+    Args:
+        layers: most images that a sample may be put together from. The objects of the others are taken to
+            stay within 6 standard deviations of their mean.
     """
-    areas = np.array(
-        [
-            sum((o.box[2] - o.box[0] + 2) * (o.box[3] - o.box[1] + 2) for o in record.objects if not o.crowd)
-            for record in dataset.records
-        ]
-    )
-    usual = batch * areas.mean() + 6 * math.sqrt(batch) * areas.std()
-    slots = max(len(record.objects) for record in dataset.records)
+    images = batch * layers
+    records = flat_records(dataset.records)
+    boxes, crowd = records.objects["box"], records.objects["crowd"]
+    areas = records.per_image(np.where(crowd, 0, np.prod(boxes[:, 2:] - boxes[:, :2] + 2, 1)))
+    usual = images * areas.mean() + 6 * math.sqrt(images) * areas.std()
+    counts = records.object_counts
+    others = (layers - 1) * counts.mean() + 6 * math.sqrt(layers - 1) * counts.std()
+    slots = int(counts.max() + min(others, (layers - 1) * counts.max()))
     if not dataset.masks:
         return max(slots, MIN_SLOTS), MIN_MASK_BYTES
-    return max(slots, MIN_SLOTS), max(int(min(usual, batch * areas.max())), MIN_MASK_BYTES)
+    return max(slots, MIN_SLOTS), max(int(min(usual, images * areas.max())), MIN_MASK_BYTES)
 
 
 def _plan_evaluation(
-    dataset: CocoDataset, batch: int, short_side: int, long_side_max: int, buckets: Sequence[Size]
+    sizes: Sequence[Size], batch: int, short_side: int, long_side_max: int, buckets: Sequence[Size]
 ) -> list[BatchPlan]:
     waiting: dict[Size, list[tuple[int, int]]] = {}
     plans = []
-    for index, record in enumerate(dataset.records):
-        bucket = bucket_or_new(resized_size(record.height, record.width, short_side, long_side_max), buckets)
+    for index, size in enumerate(sizes):
+        bucket = bucket_or_new(resized_size(*size, short_side, long_side_max), buckets)
         waiting.setdefault(bucket, []).append((index, index))
         if len(waiting[bucket]) == batch:
             plans.append(BatchPlan(bucket, waiting.pop(bucket)))
     return plans + [BatchPlan(bucket, samples) for bucket, samples in waiting.items()]
-
-
-def _data_loader(
-    samples: TrainSamples | EvalSamples,
-    plans: TrainSampler | list[BatchPlan],
-    workers: int,
-    pin_memory: bool,
-) -> DataLoader[LoadedBatch | Failure]:
-    # A plan is a whole batch, so the loader's own batching is off.
-    return DataLoader(
-        samples,
-        batch_size=None,
-        sampler=plans,
-        collate_fn=_as_it_is,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=obey_parent_alone if workers else None,
-        generator=torch.Generator(),  # or else each pass would advance the global one
-    )
-
-
-def _as_it_is(loaded: Any) -> Any:
-    """The default would turn the tuples within into lists."""
-    return loaded
-
-
-def _unwrap(loader: DataLoader[LoadedBatch | Failure]) -> Iterator[LoadedBatch]:
-    try:
-        for loaded in loader:
-            if isinstance(loaded, Failure):
-                raise UserError(loaded.message)
-            # pinning turns tuples within a list into lists
-            yield loaded._replace(original_sizes=[(h, w) for h, w in loaded.original_sizes])
-    except RuntimeError as error:
-        if (reason := dead_worker(error)) is None:
-            raise
-        raise UserError(reason) from None
-
-
-def dead_worker(error: BaseException) -> str | None:
-    """One line if the error is torch's word that a loader process died, which it says wherever the program
-    happens to be."""
-    text = str(error)
-    if not isinstance(error, RuntimeError) or "DataLoader worker" not in text or "Caught" in text:
-        return None
-    reason = text.split("\n")[0].rstrip(".")
-    return (
-        f"a loader process died ({reason}), most often for lack of memory or of shared memory; "
-        "lower data.workers, or set it to 0"
-    )

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmrcnn.data.buckets import smallest_bucket
+from fastmrcnn.data.flat_records import flat_records
 from fastmrcnn.data.records import ImageRecord
 from fastmrcnn.data.transforms import Augment, Size, choose_side, choose_turns, draws, resized_size
 from fastmrcnn.errors import UserError
@@ -85,7 +86,10 @@ class TrainSampler:
         self.buckets = list(buckets)
         self.batch, self.seed, self.start_step, self.steps = batch, seed, start_step, steps
         self.sides, self.rotate90 = len(short_sides), augment.rotate90
-        self.bucket_of = _bucket_table(records, short_sides, long_side_max, buckets, augment.rotate90 > 0)
+        if augment.crop is not None:  # whatever an image's size, the sample's is the crop's
+            self.bucket_of = _bucket_of_crop(len(records), len(short_sides), augment.crop, buckets)
+        else:
+            self.bucket_of = _bucket_table(records, short_sides, long_side_max, buckets, augment.rotate90 > 0)
 
     def __len__(self) -> int:
         return max(0, self.steps - self.start_step) * self.share.accumulate
@@ -159,6 +163,17 @@ def substitutes(images: int, seed: int, sample: int) -> Iterator[int]:
     yield from order.permutation(images).tolist()
 
 
+def _bucket_of_crop(images: int, sides: int, crop: Size, buckets: Sequence[Size]) -> NDArray[np.int64]:
+    """As `_bucket_table`, the same for all."""
+    bucket = smallest_bucket(crop, buckets)
+    if bucket is None:
+        raise UserError(
+            f"data.augment.crop={list(crop)} (height, width): no entry of data.buckets holds that; add one, "
+            "or set data.buckets=auto"
+        )
+    return np.full((images, sides, 2), list(buckets).index(bucket), np.int64)
+
+
 def _bucket_table(
     records: Sequence[ImageRecord],
     short_sides: Sequence[int],
@@ -167,22 +182,22 @@ def _bucket_table(
     turns: bool,
 ) -> NDArray[np.int64]:
     """Bucket number by image, short side, and whether it is turned: (n, sides, 2)."""
-    table = np.zeros((len(records), len(short_sides), 2), np.int64)
-    known: dict[tuple[int, int, int], list[int]] = {}
-    for row, record in enumerate(records):
+    sizes = flat_records(records).sizes.astype(np.int64)
+    # two in one number: of rows numpy finds the different ones far more slowly
+    _, first, which = np.unique(sizes[:, 0] << 32 | sizes[:, 1], return_index=True, return_inverse=True)
+    table = np.zeros((len(first), len(short_sides), 2), np.int64)
+    for row in np.argsort(first).tolist():  # by the first image of each size, which errors name
         for column, side in enumerate(short_sides):
-            key = (record.height, record.width, side)
-            if key not in known:
-                size = resized_size(*key, long_side_max)
-                ways = [size, size[::-1]] if turns else [size, size]
-                found = [smallest_bucket(way, buckets) for way in ways]
-                for way, bucket in zip(ways, found, strict=True):
-                    if bucket is None:
-                        raise UserError(
-                            f"image {record.image_id} of {record.annotations}: {record.file_name} becomes "
-                            f"{way[0]}x{way[1]} (height x width) by data.short_side and data.long_side_max, "
-                            "and no entry of data.buckets holds that; add one, or set data.buckets=auto"
-                        )
-                known[key] = [list(buckets).index(b) for b in found if b is not None]
-            table[row, column] = known[key]
-    return table
+            height, width = sizes[first[row]].tolist()
+            height, width = resized_size(height, width, side, long_side_max)
+            for turned, way in enumerate([(height, width), (width, height) if turns else (height, width)]):
+                bucket = smallest_bucket(way, buckets)
+                if bucket is None:
+                    record = records[int(first[row])]
+                    raise UserError(
+                        f"image {record.image_id} of {record.annotations}: {record.file_name} becomes "
+                        f"{way[0]}x{way[1]} (height x width) by data.short_side and data.long_side_max, "
+                        "and no entry of data.buckets holds that; add one, or set data.buckets=auto"
+                    )
+                table[row, column, turned] = list(buckets).index(bucket)
+    return table[which]

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from fastmrcnn.data.buckets import power_of_two
 from fastmrcnn.data.coco import CocoDataset
+from fastmrcnn.data.flat import POLYGONS
+from fastmrcnn.data.flat_records import FlatRecords, flat_records
 from fastmrcnn.data.records import ImageRecord, ObjectRecord
 from fastmrcnn.structures import PackedPolygons
 
@@ -48,6 +50,34 @@ def read_polygons(record: ImageRecord) -> ImagePolygons:
     )
 
 
+def select_polygons(image: ImagePolygons, keep: NDArray[np.int64], usable: Sequence[bool]) -> ImagePolygons:
+    """Those of some of an image's objects; none of one whose polygons are not usable."""
+    first = np.cumsum(image.parts) - image.parts
+    last_vertex = np.cumsum(image.lengths)
+    parts = [
+        range(first[i], first[i] + image.parts[i]) if use else range(0)
+        for i, use in zip(keep.tolist(), usable, strict=True)
+    ]
+    chosen = [part for some in parts for part in some]
+    vertices = [image.vertices[last_vertex[p] - image.lengths[p] : last_vertex[p]] for p in chosen]
+    return ImagePolygons(
+        vertices=np.concatenate([np.zeros((0, 2)), *vertices]),
+        lengths=image.lengths[np.array(chosen, np.int64)],
+        parts=np.array([len(some) for some in parts], np.int32),
+        longest=max((int(image.lengths[np.array(some, np.int64)].sum()) for some in parts), default=0),
+    )
+
+
+def join_polygons(images: Sequence[ImagePolygons]) -> ImagePolygons:
+    """Those of all objects of some images."""
+    return ImagePolygons(
+        vertices=np.concatenate([image.vertices for image in images]),
+        lengths=np.concatenate([image.lengths for image in images]),
+        parts=np.concatenate([image.parts for image in images]),
+        longest=max(image.longest for image in images),
+    )
+
+
 def polygon_tables(
     images: Sequence[ImagePolygons],
     to_input: Sequence[NDArray[np.float64]],
@@ -57,7 +87,7 @@ def polygon_tables(
     """One table of the polygons of all images; every size is a power of two.
 
     Args:
-        to_input: (2, 3) of each image, annotation pixels to input pixels.
+        to_input: of each image (2, 3), annotation pixels to input pixels; or of its objects (G, 2, 3).
         slots: G.
     """
     vertices = np.concatenate([image.vertices for image in images])
@@ -78,7 +108,7 @@ def polygon_tables(
         # an object without polygons starts at 0, so that the tables of equal batches are equal
         first_part=torch.from_numpy(np.where(parts > 0, before, 0).astype(np.int32)),
         parts=torch.from_numpy(parts),
-        to_input=torch.from_numpy(np.stack(to_input)),
+        to_input=torch.from_numpy(np.stack(list(to_input))),
         step=torch.arange(longest, dtype=torch.int32),
     )
 
@@ -86,13 +116,7 @@ def polygon_tables(
 def largest_polygons(dataset: CocoDataset, batch: int) -> PolygonSizes:
     """Limits that hardly any batch of the set exceeds: within 6 standard deviations of the mean batch, and
     within `batch` times the largest image."""
-    lengths = [
-        [[len(polygon) // 2 for polygon in _polygons(item)] for item in record.objects]
-        for record in dataset.records
-    ]
-    vertices = np.array([sum(map(sum, objects)) for objects in lengths])
-    parts = np.array([sum(map(len, objects)) for objects in lengths])
-    longest = max((sum(polygons) for objects in lengths for polygons in objects), default=0)
+    vertices, parts, longest = polygon_counts(flat_records(dataset.records))
     least = PolygonSizes()
 
     def usual(counts: NDArray[np.int64]) -> int:
@@ -102,6 +126,21 @@ def largest_polygons(dataset: CocoDataset, batch: int) -> PolygonSizes:
     return PolygonSizes(
         max(usual(vertices), least.vertices), max(usual(parts), least.parts), max(longest, least.longest)
     )
+
+
+def polygon_counts(records: FlatRecords) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+    """Vertices (n,) and polygons (n,) that there are to learn from in each image, and the most vertices of an
+    object."""
+    objects = records.objects
+    learnt = (objects["shape"] == POLYGONS) & ~objects["crowd"]
+    of_object = np.zeros(len(objects), np.int64)
+    lengths = records.part_lengths(objects[learnt]) // 2
+    # an object of this kind has a polygon, so that none of the stretches is empty
+    first = np.cumsum(objects["parts"][learnt]) - objects["parts"][learnt]
+    of_object[learnt] = np.add.reduceat(lengths, first) if len(lengths) else 0
+    vertices = records.per_image(of_object).astype(np.int64)
+    parts = records.per_image(np.where(learnt, objects["parts"], 0)).astype(np.int64)
+    return vertices, parts, int(of_object.max(initial=0))
 
 
 def _polygons(item: ObjectRecord) -> list[NDArray[np.float64]]:

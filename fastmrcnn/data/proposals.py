@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fastmrcnn.data.coco import CocoDataset
+from fastmrcnn.data.flat_records import flat_records
 from fastmrcnn.data.records import ImageProposals
 from fastmrcnn.errors import UserError
 from fastmrcnn.files import expanded, replacing
@@ -87,16 +88,14 @@ def attach_proposals(dataset: CocoDataset, path: str | Path, most: int) -> CocoD
         UserError: as `read_proposals`; or images of the set are not in the file.
     """
     known = read_proposals(path)
-    missing = [record.image_id for record in dataset.records if record.image_id not in known]
+    ids = flat_records(dataset.records).image_ids.tolist()
+    missing = [image_id for image_id in ids if image_id not in known]
     if missing:
         raise UserError(
             f"{path}: has no proposals for {len(missing)} images of {dataset.annotations}: "
             f"{_some(missing)}; make them with python -m fastmrcnn.propose"
         )
-    kept = {
-        record.image_id: ImageProposals(*(array[:most] for array in known[record.image_id]))
-        for record in dataset.records
-    }
+    kept = {image_id: ImageProposals(*(array[:most] for array in known[image_id])) for image_id in ids}
     return replace(dataset, proposals=kept, proposal_slots=most)
 
 

@@ -39,7 +39,7 @@ class ImageRecord:
     file_name: str
     width: int
     height: int
-    objects: list[ObjectRecord]
+    objects: Sequence[ObjectRecord]
     annotations: Path
     """The file that lists this image, for messages."""
     reading: Reading = AS_IT_IS
@@ -120,6 +120,10 @@ class Problems:
         if place not in self.found:
             self.found[place] = Finding(severity, thing, kind, message, remedy)
         self.found[place].ids.extend(ids)
+
+    @property
+    def has_errors(self) -> bool:
+        return any(finding.severity == "error" for finding in self.found.values())
 
     def told(self) -> list[Finding]:
         """All that is no error, what was left out first."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fastmrcnn.data.coco import CocoDataset
+from fastmrcnn.data.flat_records import flat_records
 from fastmrcnn.data.keypoints import check_same_keypoints
 from fastmrcnn.data.records import Finding
 from fastmrcnn.errors import UserError
@@ -68,10 +69,7 @@ def align_classes(
             f"classes are matched with {source} by name, since their ids differ: {', '.join(shown)}{rest}"
         )
         findings = [*findings, Finding("note", "", "other ids", message)]
-    records = [
-        replace(r, objects=[replace(o, class_index=moved[o.class_index]) for o in r.objects])
-        for r in dataset.records
-    ]
+    records = flat_records(dataset.records).renumbered(moved)
     return replace(
         dataset, records=records, class_names=list(class_names), category_ids=ids, findings=findings
     )

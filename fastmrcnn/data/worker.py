@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.collate import (
@@ -19,13 +22,29 @@ from fastmrcnn.data.collate import (
     make_sample,
     read_objects,
     stack_input_to_image,
+    without_polygons,
 )
+from fastmrcnn.data.compose import Source, choice_of, compose, plan_composition
+from fastmrcnn.data.flat_records import flat_records
 from fastmrcnn.data.images import read_image
 from fastmrcnn.data.order import BatchPlan, substitutes
 from fastmrcnn.data.padding import raised
 from fastmrcnn.data.polygons import PolygonSizes
+from fastmrcnn.data.raw_images import Room, device_resizes
 from fastmrcnn.data.records import ImageProposals
-from fastmrcnn.data.transforms import Augment, Plan, Size, draws, plan_image, resize, resized_size
+from fastmrcnn.data.saved_pipeline import BITS, Pipeline, PipelineError
+from fastmrcnn.data.transforms import (
+    PIPELINE_DRAW,
+    Augment,
+    Plan,
+    Size,
+    Window,
+    draws,
+    jittered_size,
+    plan_image,
+    resize,
+    resized_size,
+)
 from fastmrcnn.errors import UserError
 from fastmrcnn.structures import Batch
 
@@ -53,35 +72,73 @@ class SampleStore:
     """Resized images and rasterised objects of a set, kept if they are few."""
 
     def __init__(
-        self, dataset: CocoDataset, short_sides: Sequence[int], long_side_max: int, polygons: bool = False
+        self,
+        dataset: CocoDataset,
+        short_sides: Sequence[int],
+        long_side_max: int,
+        polygons: bool = False,
+        original: bool = False,
     ) -> None:
+        """
+        Args:
+            polygons: gather those too.
+            original: keep images as they are decoded, since each sample resizes them otherwise.
+        """
         self.records = dataset.records
         self.polygons = polygons
         self.schema, self.masks = dataset.keypoints, dataset.masks
         self.proposals, self.proposal_slots = dataset.proposals, dataset.proposal_slots
-        sizes = [
-            resized_size(record.height, record.width, side, long_side_max)
-            for record in dataset.records
-            for side in short_sides
-        ]
-        self.keep_pixels = 3 * sum(h * w for h, w in sizes) <= CACHE_BYTES
-        boxes = (o.box for record in dataset.records for o in record.objects)
-        self.keep_objects = sum((b[2] - b[0]) * (b[3] - b[1]) for b in boxes) <= CACHE_BYTES
-        self._pixels: dict[tuple[int, Size], NDArray[np.uint8]] = {}
+        flat = flat_records(dataset.records)
+        sides = [None] if original else short_sides
+        pixels = sum(
+            times
+            * math.prod((height, width) if side is None else resized_size(height, width, side, long_side_max))
+            for (height, width), times in Counter(map(tuple, flat.sizes.tolist())).items()
+            for side in sides
+        )
+        self.original = original
+        self.keep_pixels = 3 * pixels <= CACHE_BYTES
+        boxes = flat.objects["box"]
+        self.keep_objects = bool(np.prod(boxes[:, 2:] - boxes[:, :2], 1).sum() <= CACHE_BYTES)
+        self._pixels: dict[tuple[int, Size | None], NDArray[np.uint8]] = {}
         self._objects: dict[int, RasterisedObjects] = {}
         self._clipped: dict[int, str] = {}
 
-    def resized(self, index: int, size: Size) -> NDArray[np.uint8]:
-        found = self._pixels.get((index, size))
+    def resized(self, index: int, size: Size, region: Window | None = None) -> NDArray[np.uint8]:
+        """As `transforms.resize` gives it."""
+        return resize(self._kept(index, size, None), size, region)
+
+    def decoded(self, index: int, memory: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """As it is annotated, perhaps at the beginning of `memory`; of a store of originals."""
+        assert self.original
+        return self._kept(index, (0, 0), memory)
+
+    def _kept(self, index: int, size: Size, memory: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
+        key = (index, None if self.original else size)
+        found = self._pixels.get(key)
         if found is None:
             record = self.records[index]
-            pixels, note = read_image(record)
+            found, note = read_image(record, None if self.keep_pixels else memory)
             if note is not None and note.clipped:
                 self._clipped[record.image_id] = f"{record.file_name}: {note.text}"
-            found = resize(pixels, size)
+            if not self.original:
+                found = resize(found, size)
             if self.keep_pixels:
-                self._pixels[index, size] = found
+                self._pixels[key] = found
         return found
+
+    def pixels(
+        self, index: int, plan: Plan, bucket: Size, room: Room | None
+    ) -> tuple[NDArray[np.uint8], Plan | None]:
+        """What `make_sample` takes, and what of the plan it leaves to the device; with a room the image is
+        there."""
+        record = self.records[index]
+        if room is None or plan.rotation:
+            return self.resized(index, plan.resized, plan.region), None
+        if device_resizes((record.height, record.width), plan, bucket):
+            return room.place(self.decoded(index, room.rest)), plan
+        smaller = self.resized(index, plan.resized, plan.region)
+        return room.place(smaller), replace(plan, resized=smaller.shape[:2], crop=None)
 
     def take_clipped(self) -> dict[int, str]:
         """Id and note of each image read since the last call whose values were clipped."""
@@ -100,7 +157,7 @@ class SampleStore:
         return found
 
 
-class TrainSamples(Dataset[LoadedBatch | Failure]):
+class TrainSamples:
     """The batches of a training set. Where an image cannot be read another stands in for it, which seed and
     sample decide."""
 
@@ -114,20 +171,41 @@ class TrainSamples(Dataset[LoadedBatch | Failure]):
         min_slots: int,
         min_mask_bytes: int,
         min_polygons: PolygonSizes | None,
+        raw: bool = False,
     ) -> None:
-        self.store = SampleStore(dataset, short_sides, long_side_max, polygons=min_polygons is not None)
+        self.store = SampleStore(
+            dataset,
+            short_sides,
+            long_side_max,
+            polygons=min_polygons is not None or augment.rotate > 0,  # outlines to be turned
+            original=raw or augment.reads_originals,
+        )
+        self.sizes = [(height, width) for height, width in flat_records(dataset.records).sizes.tolist()]
         self.short_sides, self.long_side_max = list(short_sides), long_side_max
         self.augment, self.seed = augment, seed
+        self.pipeline = None if augment.albumentations is None else Pipeline(augment.albumentations)
         self.min_slots, self.min_mask_bytes = min_slots, min_mask_bytes
         self.min_polygons = min_polygons
+        self.raw = raw
 
-    def __getitem__(self, plan: BatchPlan) -> LoadedBatch | Failure:
+    def load(self, plan: BatchPlan, memory: NDArray[np.uint8] | None = None) -> LoadedBatch | Failure:
+        """
+        Args:
+            memory: flat; the pixels are put at its beginning, if it is large enough.
+        """
         left_out: dict[int, str] = {}
+        room = Room(memory) if self.raw else None
+        # What is small is done for all images together, before and after the pixels: one by one, each would
+        # find that decoding the last has driven its code out of the processor's cache.
+        plans = [self._plan(index, number) for index, number in plan.samples]
         try:
-            read = [self._readable(index, number, plan.bucket, left_out) for index, number in plan.samples]
+            read = [
+                self._readable(index, number, one, plan.bucket, left_out, room)
+                for (index, number), one in zip(plan.samples, plans, strict=True)
+            ]
         except UserError as error:
             return Failure(str(error))
-        samples = [sample for _, sample in read]
+        samples = [finish() for _, finish in read]
         batch = collate(
             samples,
             plan.bucket,
@@ -135,18 +213,32 @@ class TrainSamples(Dataset[LoadedBatch | Failure]):
             min_mask_bytes=max(self.min_mask_bytes, plan.floors.mask_bytes),
             proposal_slots=self.store.proposal_slots,
             min_polygons=raised(self.min_polygons, plan.floors),
+            memory=memory,
+            raw=room,
+            coloured=self.augment.colours,
+            maps_of_objects=self.augment.composes,
         )
         ids = [self.store.records[index].image_id for index, _ in read]
         return _loaded(batch, samples, ids, left_out, self.store.take_clipped())
 
     def _readable(
-        self, index: int, number: int, bucket: Size, left_out: dict[int, str]
-    ) -> tuple[int, Sample]:
-        """The sample and the index of its image, which is another one if that cannot be read."""
+        self,
+        index: int,
+        number: int,
+        plan: Plan,
+        bucket: Size,
+        left_out: dict[int, str],
+        room: Room | None,
+    ) -> tuple[int, Callable[[], Sample]]:
+        """The index of the sample's image, which is another one if that cannot be read, and what makes the
+        sample."""
         faults: list[str] = []
         for candidate in itertools.chain([index], self._substitutes(index, number, bucket)):
             try:
-                return candidate, self._sample(candidate, number)
+                own = plan if candidate == index else self._plan(candidate, number)
+                return candidate, self._read(candidate, number, own, bucket, left_out, room)
+            except PipelineError:
+                raise
             except UserError as error:
                 faults.append(str(error))
                 left_out[self.store.records[candidate].image_id] = faults[-1]
@@ -163,38 +255,126 @@ class TrainSamples(Dataset[LoadedBatch | Failure]):
                 yield other
 
     def _plan(self, index: int, number: int) -> Plan:
-        record, numbers = self.store.records[index], draws(self.seed, number)[0]
-        return plan_image(
-            record.height, record.width, numbers, self.short_sides, self.long_side_max, self.augment
+        numbers, (height, width) = draws(self.seed, number)[0], self.sizes[index]
+        return plan_image(height, width, numbers, self.short_sides, self.long_side_max, self.augment)
+
+    def _read(
+        self, index: int, number: int, plan: Plan, bucket: Size, left_out: dict[int, str], room: Room | None
+    ) -> Callable[[], Sample]:
+        done = None
+        if self.pipeline is not None:
+            done = self._through(self.pipeline, index, number)
+        elif self.augment.composes:
+            done = self._composed(index, number, left_out)
+        if done is not None:
+            placed = self._placed(done, room)
+            return lambda: placed
+        objects = self.store.objects(index)
+        pixels, left = self.store.pixels(index, plan, bucket, room)
+        return partial(self._single, index, plan, pixels, left, objects, room)
+
+    def _single(
+        self,
+        index: int,
+        plan: Plan,
+        pixels: NDArray[np.uint8],
+        left: Plan | None,
+        objects: RasterisedObjects,
+        room: Room | None,
+    ) -> Sample:
+        proposals, schema = self.store.proposed(index), self.store.schema
+        least = self.augment.min_visible
+        sample = make_sample(pixels, plan, self.sizes[index], objects, schema, proposals, least, left)
+        return self._placed(sample, room)
+
+    def _placed(self, sample: Sample, room: Room | None) -> Sample:
+        if room is not None and sample.left is None:
+            sample = sample._replace(pixels=room.place(sample.pixels))
+        return sample if self.min_polygons is not None else without_polygons(sample)
+
+    def _through(self, pipeline: Pipeline, index: int, number: int) -> Sample:
+        """A sample of what the pipeline makes of an image."""
+        schema, numbers = self.store.schema, draws(self.seed, number)[0]
+        seed = int(numbers[PIPELINE_DRAW] * 2**BITS)
+        image, objects = self.store.resized(index, self.sizes[index]), self.store.objects(index)
+        pixels, objects = pipeline(image, objects, schema, seed)
+        size, plan = (pixels.shape[0], pixels.shape[1]), self._plan(index, number)
+        if size != self.sizes[index]:  # fits where the image as it was would have fitted
+            sides = (self.short_sides, self.long_side_max)
+            if self.augment.crop is None:
+                plan = replace(plan, resized=jittered_size(*size, plan.resized, 1.0))
+            else:
+                plan = plan_image(*size, numbers, *sides, self.augment)
+        resized, least = resize(pixels, plan.resized, plan.region), self.augment.min_visible
+        return make_sample(resized, plan, size, objects, schema, None, least)
+
+    def _composed(self, index: int, number: int, left_out: dict[int, str]) -> Sample | None:
+        """A sample of several images, if this is one. Where another image cannot be read, the sample's own
+        stands in for it."""
+        broken: set[int] = set()
+        while True:
+            composition = plan_composition(
+                index,
+                self.sizes,
+                self.seed,
+                number,
+                self.short_sides,
+                self.long_side_max,
+                self.augment,
+                broken,
+            )
+            if composition is None:
+                return None
+            sources: list[Source] = []
+            for layer in composition.layers:
+                try:
+                    resized = self.store.resized(layer.image, layer.plan.resized, layer.plan.region)
+                except UserError as error:
+                    if layer.image == index:
+                        raise
+                    broken.add(layer.image)
+                    left_out[self.store.records[layer.image].image_id] = str(error)
+                    break
+                sources.append(Source(resized, self.sizes[layer.image], self.store.objects(layer.image)))
+            else:
+                break
+        schema, augment = self.store.schema, self.augment
+        return compose(
+            composition,
+            sources,
+            mirror=None if schema is None else schema.mirror,
+            min_visible=augment.min_visible,
+            fill=augment.fill,
+            choice=choice_of(self.seed, number),
         )
 
-    def _sample(self, index: int, number: int) -> Sample:
-        record, plan = self.store.records[index], self._plan(index, number)
-        resized, objects = self.store.resized(index, plan.resized), self.store.objects(index)
-        size, schema = (record.height, record.width), self.store.schema
-        return make_sample(resized, plan, size, objects, schema, self.store.proposed(index))
 
+class EvalSamples:
+    def __init__(
+        self, dataset: CocoDataset, batch: int, short_side: int, long_side_max: int, raw: bool = False
+    ) -> None:
+        self.store = SampleStore(dataset, [short_side], long_side_max, original=raw)
+        self.batch, self.short_side, self.long_side_max, self.raw = batch, short_side, long_side_max, raw
 
-class EvalSamples(Dataset[LoadedBatch | Failure]):
-    def __init__(self, dataset: CocoDataset, batch: int, short_side: int, long_side_max: int) -> None:
-        self.store = SampleStore(dataset, [short_side], long_side_max)
-        self.batch, self.short_side, self.long_side_max = batch, short_side, long_side_max
-
-    def __getitem__(self, plan: BatchPlan) -> LoadedBatch | Failure:
+    def load(self, plan: BatchPlan, memory: NDArray[np.uint8] | None = None) -> LoadedBatch | Failure:
+        """As of `TrainSamples`."""
+        room = Room(memory) if self.raw else None
         try:
-            samples = [self._sample(index) for index, _ in plan.samples]
+            samples = [self._sample(index, plan.bucket, room) for index, _ in plan.samples]
         except UserError as error:
             return Failure(str(error))
         ids = [self.store.records[index].image_id for index, _ in plan.samples]
         filled = [*samples, *[samples[-1]] * (self.batch - len(samples))]
-        batch = collate(filled, plan.bucket, proposal_slots=self.store.proposal_slots)
+        slots = self.store.proposal_slots
+        batch = collate(filled, plan.bucket, proposal_slots=slots, memory=memory, raw=room)
         return _loaded(batch, samples, ids, {}, self.store.take_clipped())
 
-    def _sample(self, index: int) -> Sample:
+    def _sample(self, index: int, bucket: Size, room: Room | None) -> Sample:
         record = self.store.records[index]
         plan = Plan(resized_size(record.height, record.width, self.short_side, self.long_side_max))
-        resized, size = self.store.resized(index, plan.resized), (record.height, record.width)
-        return make_sample(resized, plan, size, proposals=self.store.proposed(index))
+        pixels, left = self.store.pixels(index, plan, bucket, room)
+        size, proposals = (record.height, record.width), self.store.proposed(index)
+        return make_sample(pixels, plan, size, proposals=proposals, left=left)
 
 
 def _loaded(
@@ -204,7 +384,7 @@ def _loaded(
     left_out: dict[int, str],
     clipped: dict[int, str],
 ) -> LoadedBatch:
-    repeated = [*samples, *[samples[-1]] * (batch.pixels.shape[0] - len(samples))]
+    repeated = [*samples, *[samples[-1]] * (batch.sizes.shape[0] - len(samples))]
     sizes = [sample.annotated for sample in samples]
     return LoadedBatch(
         batch, image_ids, len(samples), sizes, stack_input_to_image(repeated), left_out, clipped

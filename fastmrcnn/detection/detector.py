@@ -32,6 +32,7 @@ from fastmrcnn.detection.objects import Objects
 from fastmrcnn.detection.pipeline import ahead, reading_threads
 from fastmrcnn.detection.prediction import Prediction, all_predictions, as_prediction
 from fastmrcnn.detection.run import Inference, device_of
+from fastmrcnn.device import detecting_precision
 from fastmrcnn.errors import UserError
 from fastmrcnn.graphs import beside
 from fastmrcnn.structures import Batch, pinned
@@ -142,7 +143,8 @@ class Detector(TrainedModel):
     @cached_property
     def _inference(self) -> Inference:
         runtime = self.card.config.runtime
-        return Inference(self.model, runtime.precision, graphs=runtime.graphs == "auto")
+        precision = detecting_precision(runtime.precision, device_of(self.model), runtime.cpu_precision)
+        return Inference(self.model, precision, graphs=runtime.graphs == "auto")
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}  # graphs stay here

@@ -13,6 +13,7 @@ from torch import nn
 
 from fastmrcnn.detection.recorded import Record, RecordedModel
 from fastmrcnn.device import choose_precision
+from fastmrcnn.pixels import with_pixels
 from fastmrcnn.structures import Batch, Detections, pinned, to_device
 
 
@@ -30,7 +31,7 @@ def run_model(
     device = device_of(model)
     chosen = choose_precision(precision, device)
     with torch.no_grad(), torch.autocast(device.type, dtype=chosen.dtype, enabled=chosen.autocast):
-        return (part or model)(to_device(batch, device))
+        return (part or model)(with_pixels(to_device(batch, device)))
 
 
 class Inference:
@@ -72,6 +73,8 @@ class Inference:
         with self._lock, current:
             self._settle(device)
             batch = pinned(batch, device)
+            if batch.raw is not None:  # before a recording, for which buffers have too many sizes
+                batch = with_pixels(to_device(batch, device))
             return self._run(batch) if self.recorded is None else self.recorded(batch)
 
     def _run(self, batch: Batch) -> Detections:

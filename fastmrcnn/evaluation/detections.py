@@ -15,6 +15,7 @@ from fastmrcnn.data.order import Share
 from fastmrcnn.data.worker import LoadedBatch
 from fastmrcnn.detection.fetch import Fetched
 from fastmrcnn.detection.run import Inference, device_of
+from fastmrcnn.device import detecting_precision
 from fastmrcnn.group import ALONE, Group
 from fastmrcnn.structures import Batch, Detections
 
@@ -35,8 +36,10 @@ def detect(
         part: what of the model detects; None: all of it.
     """
     runtime, threshold = config.runtime, config.model.mask_head.threshold
-    infer = Inference(model, runtime.precision, part=part, graphs=runtime.graphs == "auto")
-    share, on_gpu = Share(group.rank, group.size), device_of(model).type == "cuda"
+    device = device_of(model)
+    precision = detecting_precision(runtime.precision, device, runtime.cpu_precision)
+    infer = Inference(model, precision, part=part, graphs=runtime.graphs == "auto")
+    share, on_gpu = Share(group.rank, group.size), device.type == "cuda"
     for loaded in evaluation_loader(dataset, config, pin_memory=on_gpu, share=share):
         found = infer(loaded.batch)
         yield loaded, Fetched(found, loaded.input_to_image, loaded.original_sizes, encode=threshold)

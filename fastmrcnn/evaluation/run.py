@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from pycocotools.coco import COCO
 from torch import nn
 from tqdm import tqdm
 
@@ -167,9 +168,7 @@ def judge_results(
     as many, under keys such as "segm@300/AP". A line says so, and where the model's own limit is lower."""
     truth = ground_truth(dataset, keypoints=config.model.keypoint_head.enabled)
     chosen = {record.image_id for record in dataset.records}
-    entries = [e for e in truth.dataset["annotations"] if e["image_id"] in chosen and not e["iscrowd"]]
-    of_class = max(Counter((e["image_id"], e["category_id"]) for e in entries).values(), default=0)
-    in_image = max(Counter(e["image_id"] for e in entries).values(), default=0)
+    of_class, in_image = most_objects(truth, chosen)
     detections, given = config.model.box_head.detections, config.evaluate.max_dets
 
     def judge(kinds: Sequence[str], max_dets: int | None) -> dict[str, float]:
@@ -204,6 +203,13 @@ def judge_results(
             line += " objects; set evaluate.max_dets and model.box_head.detections to count more"
         tqdm.write(line)
     return values
+
+
+def most_objects(truth: COCO, image_ids: Collection[int]) -> tuple[int, int]:
+    """Most objects of one class, and of all, that an image has; crowd regions do not count."""
+    entries = [e for e in truth.dataset["annotations"] if e["image_id"] in image_ids and not e["iscrowd"]]
+    of_class = max(Counter((e["image_id"], e["category_id"]) for e in entries).values(), default=0)
+    return of_class, max(Counter(e["image_id"] for e in entries).values(), default=0)
 
 
 def judged(config: Config) -> tuple[str, ...]:

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from fastmrcnn.data.images import ImageError, read_header, read_noted
+from fastmrcnn.data.headers import read_header
+from fastmrcnn.data.images import ImageError, read_noted
 from fastmrcnn.detection.detector import Detector
 from fastmrcnn.detection.objects import Objects, coco_results
 from fastmrcnn.errors import UserError

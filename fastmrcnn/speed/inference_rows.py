@@ -22,7 +22,7 @@ from fastmrcnn.detection.paste import paste_masks
 from fastmrcnn.detection.prediction import Prediction
 from fastmrcnn.detection.recorded import BEFORE, RecordedModel
 from fastmrcnn.detection.run import device_of
-from fastmrcnn.device import choose_precision
+from fastmrcnn.device import choose_precision, detecting_precision
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.speed.apart import Apart, GoneError, one_line
 from fastmrcnn.speed.markdown import spread, table
@@ -126,7 +126,7 @@ def measure_inference(
 
 def _measure(model: MaskRCNN, batch: Batch, precision_name: str, way: str, steps: int) -> dict[str, Any]:
     device = batch.pixels.device
-    precision = choose_precision(precision_name, device)
+    precision = choose_precision(detecting_precision(precision_name, device), device)
 
     def detect(batch: Batch) -> Detections:
         with torch.no_grad(), torch.autocast(device.type, dtype=precision.dtype, enabled=precision.autocast):
@@ -191,7 +191,7 @@ def _from_python(model: MaskRCNN, card: ModelCard, batch: Batch, steps: int, obj
         times.append(milliseconds / LISTS)
     taken = summary(times[warm_up:])
     return {
-        "precision": choose_precision(config.runtime.precision, device).name,
+        "precision": detecting_precision(config.runtime.precision, device),
         "detections_per_image": sum(map(len, found)) / len(found),
         **taken._asdict(),
         "images_per_second": 1e3 * number / taken.p50_ms,

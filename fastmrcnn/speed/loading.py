@@ -15,6 +15,7 @@ from fastmrcnn.data.build import train_loader
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.device import choose_precision
 from fastmrcnn.errors import UserError
+from fastmrcnn.pixels import with_pixels
 from fastmrcnn.speed.markdown import table
 from fastmrcnn.speed.step_workload import changed, fit_frozen_norms
 from fastmrcnn.speed.timing import waited_for
@@ -53,12 +54,12 @@ def _measure(config: Config, train_set: CocoDataset, device: torch.device, steps
     torch.manual_seed(config.train.seed)
     card = ModelCard(config, train_set.class_names, train_set.category_ids, train_set.keypoints)
     model = new_model(card, device)
-    precision = choose_precision(config.runtime.precision, device)
+    precision = choose_precision(config.runtime.precision, device, config.runtime.cpu_precision)
     execution = choose_execution(config, device)
     make_step = TrainingStep(model, config.optim, precision, execution, seed=config.train.seed)
     loader = train_loader(train_set, config, 0, pin_memory=device.type == "cuda")
     batches = (loaded.batch for loaded in loader)
-    first = to_device(next(batches), device)
+    first = with_pixels(to_device(next(batches), device))
     fit_frozen_norms(model.eval(), first)
     model.train()
     make_step.warm_up(first, loader.buckets)

@@ -18,7 +18,7 @@ from fastmrcnn.config.file import load_config
 from fastmrcnn.config.schema import Config
 from fastmrcnn.data.synthetic import synthetic_batches
 from fastmrcnn.data.transforms import Size
-from fastmrcnn.device import choose_device, set_up_cuda
+from fastmrcnn.device import choose_device, set_threads, set_up_cuda
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.build import build_model
 from fastmrcnn.model.norms import FrozenBatchNorm2d, fold_norms
@@ -122,8 +122,7 @@ def set_up_device(config: Config) -> torch.device:
     """The recipe's device, ready for all rows, torchvision's too: its images are of one size here."""
     device = choose_device(config.runtime.device)
     set_up_cuda(device)
-    if config.runtime.threads is not None:
-        torch.set_num_threads(config.runtime.threads)
+    set_threads(config.runtime.threads)
     return device
 
 

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastmrcnn import device as devices
 from fastmrcnn.device import choose_precision
 from fastmrcnn.kernels import by_reference
 from fastmrcnn.model.mask_head import MaskHead
@@ -87,11 +88,14 @@ def cuda_rows(max_autotune: bool) -> list[Row]:
 
 
 def cpu_rows(compiled: bool) -> list[Row]:
-    """On a CPU bf16 is no technique (most have no unit for it), and neither are layouts and CUDA graphs."""
+    """On a CPU layouts and CUDA graphs are no technique, and bf16 is one where it has instructions for it."""
     rows = [Row("torchvision, eager fp32", "torchvision"), Row("eager fp32", one_class=False, folded=False)]
     rows.append(replace(rows[-1], name="+ mask slots packed", packed=True))
     rows.append(replace(rows[-1], name="+ masks of one class", one_class=True))
     rows.append(replace(rows[-1], name="+ batch norm folded", folded=True))
+    if devices.has_bf16():
+        rows.insert(1, replace(rows[0], name="torchvision, eager AMP bf16", precision="bf16"))
+        rows.append(replace(rows[-1], name="+ bf16", precision="bf16"))
     if compiled:
         peer = replace(rows[0], name="torchvision, compiled fp32", execution=Execution(compiled=True))
         rows.insert(1, peer)

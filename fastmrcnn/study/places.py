@@ -22,3 +22,13 @@ def picture_folder(folder: Path, suite: str, cell: str) -> Path:
 def features_file(folder: Path, suite: str) -> Path:
     """Of a map of features."""
     return folder / "metrics" / suite / "features.json"
+
+
+def race_file(folder: Path, data: str, contender: str, seed: int) -> Path:
+    """Metrics of a contender of the race on a set."""
+    return folder / "metrics" / "race" / data / f"{contender}_seed_{seed}.json"
+
+
+def per_image_file(folder: Path, suite: str) -> Path:
+    """Of the time per image of the paper's networks."""
+    return folder / "metrics" / suite / "per_image.json"

@@ -105,10 +105,13 @@ class Bench:
         return load_config(CONFIGS / f"{run.cell.recipe}.yaml", settings)
 
     def key(self, run: Run) -> str:
-        """Hash of what decides a run: its configuration, its data, and the run that it stands on."""
-        config = self.config(run).model_dump(mode="json")
+        """Hash of what decides a run: its configuration, its data, and the run that it stands on.
+
+        Settings at their defaults are left out, so that a new one leaves what is finished valid.
+        """
+        config = self.config(run).model_dump(mode="json", exclude_defaults=True)
         for name in ("output", "runtime"):
-            del config[name]
+            config.pop(name, None)
         told: list[Any] = [config, run.cell.data, DRAWING]
         if run.cell.proposals_of is not None:
             told.append(self.key(self.before(run)))
@@ -274,14 +277,23 @@ def _steps_between(losses: Sequence[dict[str, Any]]) -> int:
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """A metrics file.
+    """A metrics file of a run.
+
+    Raises:
+        UserError: it is not one.
+    """
+    return read_json(path, {"cell", "seed", "key", "metrics", "losses", "seconds"})
+
+
+def read_json(path: Path, needed: set[str]) -> dict[str, Any]:
+    """An object with these keys.
 
     Raises:
         UserError: it is not one.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if {"cell", "seed", "key", "metrics", "losses", "seconds"} <= found.keys():
+        if needed <= found.keys():
             return found
         fault = "lacks what a run writes"
     except (OSError, ValueError, AttributeError) as error:

@@ -63,4 +63,4 @@ _CELLS = (
     _figures("figures_keypoint_pool", _NO_MASK, *_POOL),
 )
 
-SMALL = Suite("small", {cell.name: cell for cell in _CELLS}, COMPARISONS, seeds=3)
+SMALL = Suite("small", {cell.name: cell for cell in _CELLS}, COMPARISONS, seeds=3, races=True)

@@ -79,6 +79,8 @@ class Suite:
     comparisons: tuple[Comparison, ...]
     seeds: int
     """Runs of a cell, unless the command says otherwise."""
+    races: bool = False
+    """Whether the race with torchvision (race.py) is part of it."""
 
     def chosen(self, names: tuple[str, ...]) -> tuple[Comparison, ...]:
         """The comparisons of these names; all of them if there are none.

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 from fastmrcnn.files import make_folder, replacing, write_text
 from fastmrcnn.study.document import Block, Heading, Items, Paragraph, Picture, Table, as_html, as_markdown
 from fastmrcnn.study.introduction import closing, introduction
+from fastmrcnn.study.per_image import per_image_section
 from fastmrcnn.study.pictures import strip
 from fastmrcnn.study.plots import plot_cells, plot_effects
+from fastmrcnn.study.race_section import race_section
 from fastmrcnn.study.runs import read_metrics
 from fastmrcnn.study.statistics import Estimate, Judged, estimate, judge
 from fastmrcnn.study.suite import Comparison, Suite
@@ -78,6 +80,9 @@ def document(suite: Suite, results: Results, language: Language) -> list[Block]:
     blocks += overview(suite, judged, language)
     for comparison in suite.comparisons:
         blocks += section(comparison, judged[comparison.name], results, suite, language)
+    if suite.races:
+        blocks += per_image_section(results.folder, suite.name, language)
+        blocks += race_section(results.folder, language)
     blocks += closing(suite, results.cells, language)
     return blocks
 

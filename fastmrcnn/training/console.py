@@ -93,9 +93,22 @@ def list_left_out(faults: Mapping[int, str], most: int = 10) -> str:
     return "\n".join(lines)
 
 
-def print_next(folder: Path, checkpoint: Path | None, config: Config, val_set: CocoDataset | None) -> None:
+def print_next(
+    folder: Path,
+    checkpoint: Path | None,
+    config: Config,
+    val_set: CocoDataset | None,
+    best: str | None = None,
+) -> None:
+    """Where everything is, and what to run next.
+
+    Args:
+        best: a line on the best weights, if they were kept.
+    """
     checkpoint = checkpoint or find_checkpoint(folder)
     print(f"\nEverything is in {folder}")
+    if best is not None:
+        print(best)
     parts = config.model
     if not parts.box_head.enabled:
         print("Write its proposals to a file, to train heads on them with model.rpn.enabled=false:")

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from fastmrcnn.graphs import Shapes, leaves, record_graph, shapes_of, warm_up
 from fastmrcnn.model.subsample import SamplingKeys
-from fastmrcnn.structures import Batch, Counts, Losses, tree_map
+from fastmrcnn.pixels import pixels_to_be, with_pixels
+from fastmrcnn.structures import Batch, Counts, Losses, RawImages, tree_map
 from fastmrcnn.training.reduction import Parts, run_through
 
 Result = tuple[Losses, Counts]  # of a step
@@ -69,13 +70,15 @@ class Staging:
     """Copies batches to the device beside the step before.
 
     Each set of shapes has one buffer. Its copy begins when the step before has taken what was in it, and a
-    step begins when its copy is done; the host waits for neither.
+    step begins when its copy is done; the host waits for neither. Images that are still to be resized become
+    pixels there too, beside the step before.
     """
 
     def __init__(self, device: torch.device, streams: Streams | None = None) -> None:
         self.device = device
         self.streams = streams or CudaStreams(device)
         self.buffers: dict[Shapes, Batch] = {}
+        self.raw: dict[Shapes, RawImages] = {}  # written and read by the stream of the copies alone
         self.free: dict[Shapes, Any] = {}  # events: the buffer may be written to
 
     def __call__(self, batch: Batch) -> Batch:
@@ -84,25 +87,43 @@ class Staging:
         Args:
             batch: in pinned memory.
         """
-        shapes = shapes_of(batch)
+        taken = batch._replace(pixels=pixels_to_be(batch), raw=None)  # as a step takes it
+        shapes = shapes_of(taken)
         if shapes not in self.buffers:
-            self.buffers[shapes] = tree_map(lambda t: torch.empty_like(t, device=self.device), batch)
+            self.buffers[shapes] = tree_map(lambda t: torch.empty_like(t, device=self.device), taken)
             # The memory may be what an earlier kernel, not done yet, had for itself.
             self.free[shapes] = self.streams.mark()
         buffer = self.buffers[shapes]
         with self.streams.beside():
             self.streams.wait(self.free[shapes])
-            for own, given in zip(leaves(buffer), leaves(batch), strict=True):
-                own.copy_(given, non_blocking=True)
+            if batch.raw is None:
+                _copy(buffer, batch)
+            else:
+                self._make_pixels(buffer, batch, batch.raw)
             arrived = self.streams.mark()
         self.streams.wait(arrived)
         return buffer
+
+    def _make_pixels(self, buffer: Batch, batch: Batch, raw: RawImages) -> None:
+        """On the stream of the copies, of which all memory is that is new here."""
+        shapes = shapes_of(raw)
+        if shapes not in self.raw:
+            self.raw[shapes] = tree_map(lambda t: torch.empty_like(t, device=self.device), raw)
+        arrived = batch._replace(sizes=buffer.sizes, raw=self.raw[shapes])
+        _copy(arrived.raw, raw)
+        _copy(buffer._replace(pixels=batch.pixels), batch._replace(raw=None))
+        buffer.pixels.copy_(with_pixels(arrived).pixels)
 
     def taken(self, batch: Batch) -> None:
         """The current stream has been told to read this batch, for the last time."""
         shapes = shapes_of(batch)
         if shapes in self.buffers:
             self.free[shapes] = self.streams.mark()
+
+
+def _copy(own: Any, given: Any) -> None:
+    for mine, leaf in zip(leaves(own), leaves(given), strict=True):
+        mine.copy_(leaf, non_blocking=True)
 
 
 class Recording(NamedTuple):
@@ -194,7 +215,7 @@ class CudaParts:
             tensor, graph = record_graph(lambda: _next(parts, done), self.pool, 0)
             self.pool = graph.pool()
             steps.append(graph.replay)
-            if not done:
+            if tensor is not None:
                 steps.append(functools.partial(self.reduce, tensor))
 
         def replay() -> None:

@@ -12,6 +12,7 @@ from fastmrcnn.config.schema import Config
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.loader import TrainLoader
 from fastmrcnn.data.polygons import PolygonSizes
+from fastmrcnn.data.transforms import Augment
 from fastmrcnn.device import choose_device, choose_precision, set_up_cuda
 from fastmrcnn.structures import to_device
 from fastmrcnn.training.console import describe_start
@@ -32,18 +33,19 @@ def dry_run(config: Config, train_set: CocoDataset) -> None:
     """
     device = choose_device(config.runtime.device)
     set_up_cuda(device)
-    precision = choose_precision(config.runtime.precision, device)
+    precision = choose_precision(config.runtime.precision, device, config.runtime.cpu_precision)
     on_cpu = device.type == "cpu"
     half = 2 if on_cpu else 1
     images = config.train.images // config.train.accumulate  # at once
     batch = 1 if on_cpu else images
-    buckets = config.data.buckets
+    buckets, crop = config.data.buckets, config.data.augment.crop
     loader = TrainLoader(
         train_set,
         batch=batch,
         short_sides=[max(side // half, 32) for side in config.data.short_side],
         long_side_max=max(config.data.long_side_max // half, 32),
         buckets="auto" if on_cpu or buckets == "auto" else buckets,
+        augment=None if crop is None else Augment(crop=(-(-crop[0] // half), -(-crop[1] // half))),
         seed=config.train.seed,
         steps=STEPS,
         max_objects=config.data.max_objects,

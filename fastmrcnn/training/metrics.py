@@ -44,7 +44,9 @@ class Metrics:
         self._file: TextIO | None = None
         self._board: Any = None
         kept = self._open(start_step) if writes else []
-        self.evaluated |= {row["iteration"] for row in kept if "total_loss" not in row}
+        self.evaluations = [row for row in kept if "total_loss" not in row]
+        """Their rows, of the parts of the run before this one."""
+        self.evaluated |= {row["iteration"] for row in self.evaluations}
         self._unwritten: list[dict[str, Any]] = []
         self._names: list[str] = []
         self._sums: Tensor | None = None

@@ -6,19 +6,20 @@ import contextlib
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
+from fastmrcnn.config.file import dump_config
 from fastmrcnn.config.schema import Config
 from fastmrcnn.data.build import read_sets, with_pixel_range
 from fastmrcnn.data.coco import CocoDataset
+from fastmrcnn.data.flat_records import flat_records
 from fastmrcnn.data.keypoints import check_same_keypoints
 from fastmrcnn.data.same_classes import align_classes, class_faults, match_classes
 from fastmrcnn.data.shapes import write_shapes
 from fastmrcnn.errors import UserError
-from fastmrcnn.files import new_run_folder
+from fastmrcnn.files import new_run_folder, write_text
 from fastmrcnn.group import ALONE, Group
 from fastmrcnn.weights.card import ModelCard
 
@@ -61,7 +62,7 @@ def prepare_run(
 def check_same_sets(train_set: CocoDataset, val_set: CocoDataset | None, group: Group) -> None:
     """UserError, on all processes, if they have read different images."""
     for dataset in (train_set, *([] if val_set is None else [val_set])):
-        ids = np.array([record.image_id for record in dataset.records], np.int64)
+        ids = flat_records(dataset.records).image_ids
         found = group.gather((len(ids), zlib.crc32(ids.tobytes()), dataset.class_names))
         other = next((rank for rank, one in enumerate(found) if one != found[0]), None)
         if other is not None:
@@ -94,6 +95,13 @@ def _prepare(
             tree["data"][split] |= {"images": str(images), "annotations": str(annotations)}
         config = Config.model_validate(tree)
         return config, folder, *read_sets(config, settle)
+
+
+def keep_config(folder: Path, card: ModelCard, config: Config, *, writes: bool = True) -> ModelCard:
+    """Write down what a run has decided for itself; returns the card with it."""
+    if writes:
+        write_text(folder / "config.yaml", dump_config(config))
+    return replace(card, config=config)
 
 
 def with_classes_of(before: ModelCard, dataset: CocoDataset) -> CocoDataset:

@@ -6,13 +6,13 @@ import contextlib
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastmrcnn.data.loader import dead_worker
+from fastmrcnn.data.transport import dead_worker
 from fastmrcnn.errors import UserError
 from fastmrcnn.group import LostError, lost_peer
 from fastmrcnn.training.console import how_to_go_on
@@ -65,6 +65,8 @@ class Saver:
         """The last one that was written here."""
         self.bad_step: int | None = None
         """The first whose loss or gradient was not finite."""
+        self.carry: Callable[[], dict[str, Any]] = dict
+        """What else a checkpoint is to carry, by name."""
         self._failed = False
 
     def save(self, step: int | None = None) -> Path:
@@ -87,7 +89,7 @@ class Saver:
                 scaler=self.make_step.update,
                 ema=None if ema is None else ema.model,
                 card=self.card,
-                extra=extra,
+                extra={**self.carry(), **extra},
                 keep=self.keep,
             )
         except Exception:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -23,6 +24,7 @@ from fastmrcnn.model.convs import fuse_epilogues
 from fastmrcnn.model.mask_rcnn import MaskRCNN
 from fastmrcnn.model.subsample import SamplingKeys
 from fastmrcnn.model.sync_norm import synchronise_norms
+from fastmrcnn.pixels import with_pixels
 from fastmrcnn.structures import Batch, Counts, Losses, present, to_device, tree_map
 from fastmrcnn.training.compile_cache import keep_compile_cache
 from fastmrcnn.training.cuda_graph import (
@@ -154,12 +156,15 @@ class TrainingStep:
     def upload(self, batch: Sequence[Batch]) -> Sequence[Batch]: ...
     def upload(self, batch: Batch | Sequence[Batch]) -> Batch | Sequence[Batch]:
         """A batch of the loader on the step's device, for the next step; pinned, the host does not wait.
-        Several batches stay where they are, and follow one another within the step."""
-        return self._upload(batch) if isinstance(batch, Batch) else batch
+        Several batches stay where they are, and follow one another within the step; only those whose images
+        are still to be resized go to the device at once."""
+        if isinstance(batch, Batch):
+            return self._upload(batch)
+        return [one if one.raw is None else with_pixels(to_device(one, self.device)) for one in batch]
 
     def _upload(self, batch: Batch) -> Batch:
-        if self.staging is None or batch.pixels.device.type == self.device.type:
-            return to_device(batch, self.device)
+        if self.staging is None or batch.sizes.device.type == self.device.type:
+            return with_pixels(to_device(batch, self.device))
         return self.staging(batch)
 
     def draw_keys(self, batches: Sequence[Batch], step: int) -> list[SamplingKeys]:
@@ -175,7 +180,8 @@ class TrainingStep:
                 images = own * self.group.size * self.accumulate
                 drawn[shapes] = self.model.draw_keys(batch, self.generator, images)
             first = (number * self.group.size + self.group.rank) * own
-            found.append(tree_map(lambda keys, at=first: keys[at : at + own], drawn[shapes]))
+            rows = slice(first, first + own)
+            found.append(tree_map(partial(_rows, rows=rows), drawn[shapes]))
         return found
 
     def warm_up(self, batch: Batch | Sequence[Batch], buckets: Sequence[tuple[int, int]]) -> None:
@@ -277,8 +283,14 @@ def _averaged(results: Sequence[Result]) -> Result:
     """Of the batches of a step: means of the losses, sums of the counts."""
     losses, counts = (list(kind) for kind in zip(*results, strict=True))
     means = {name: torch.stack([getattr(one, name) for one in losses]).mean() for name in present(losses[0])}
-    sums = {name: torch.stack([getattr(one, name) for one in counts]).sum() for name in present(counts[0])}
+    sums: dict[str, Any] = {
+        name: torch.stack([getattr(one, name) for one in counts]).sum() for name in present(counts[0])
+    }
     return Losses(**means), Counts(**sums)
+
+
+def _rows(tensor: Tensor, rows: slice) -> Tensor:
+    return tensor[rows]
 
 
 def whole_group() -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._ops import add_op_namespace_prefix
-from ..common.bitmaps import BITMAPS_SCHEMA, Bitmaps, Sampling, from_arguments
+from ..common.bitmaps import BITMAPS_SCHEMA, Bitmaps, Sampling, from_arguments, one_object_each
 from ..common.checks import require
 from ..common.library import in_full_precision, register, runs_triton, sum_dtype
 from ..mask_targets import cpu as mask_targets_cpu
@@ -122,6 +122,7 @@ def class_mask_loss_from_bitmaps(
     require("boxes", boxes, (len(features), 4), like=("features", features))
     bitmaps = Bitmaps(buffer, offset, window, to_annotation, size, image_sizes)
     mask_targets_op.check(boxes, image, matched, slot_weight, bitmaps)
+    image, matched, bitmaps = one_object_each(image, matched, bitmaps)
     shape, side = mask_targets_op.shape_of(image_shape), features.shape[-1]
     how = Sampling(shape, side, max(int(sampling_ratio), 0), aligned, bitmap)
     predictor = (features, weight, bias, classes, slot_weight.detach())

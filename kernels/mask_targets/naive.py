@@ -41,9 +41,10 @@ def mask_targets(
             continue
         left, top, width, height = window[n, g].tolist()
         crop = buffer[int(offset[n, g]) :][: width * height].view(height, width)
-        mask = torch.zeros(size[n].tolist(), dtype=torch.float64)
+        place = (n, g) if to_annotation.dim() == 4 else n  # maps of objects, or of images
+        mask = torch.zeros(size[place].tolist(), dtype=torch.float64)
         mask[top : top + height, left : left + width] = crop
-        affine = to_annotation[n].double()
+        affine = to_annotation[place].double()
         if sampling_ratio <= 0:  # read in the input's resolution
             mask, affine = _resized(mask, affine, image_sizes[n].tolist()), torch.eye(2, 3).double()
         x1, y1, x2, y2 = box.tolist()

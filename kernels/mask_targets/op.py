@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._ops import add_op_namespace_prefix
-from ..common.bitmaps import BITMAPS_SCHEMA, Bitmaps, Sampling, from_arguments
+from ..common.bitmaps import BITMAPS_SCHEMA, Bitmaps, Sampling, from_arguments, one_object_each
 from ..common.checks import check_range, require, require_at_least
 from ..common.library import chosen, in_full_precision, runs_triton, sum_dtype, switchable
 from . import cpu
@@ -44,8 +44,9 @@ def mask_targets(
         buffer: (B,) uint8, the objects' bitmaps (0 or 1), each cropped to its window, end to end.
         offset: (N, G) integer, first byte of each crop.
         window: (N, G, 4) integer x, y, width, height of each crop in annotation pixels.
-        to_annotation: (N, 2, 3) affine map from input pixels to annotation pixels.
-        size: (N, 2) height and width of the annotated image.
+        to_annotation: (N, 2, 3) affine map from input pixels to annotation pixels; (N, G, 2, 3) where
+            objects of an input come from several annotated images and have each a map of its own.
+        size: (N, 2) height and width of the annotated image; with such maps (N, G, 2).
         image_sizes: (N, 2) height and width of the image within the padded input.
         image_shape: (H, W) of the padded input.
         resolution: M, side of the masks.
@@ -67,6 +68,7 @@ def mask_targets(
     bitmaps = Bitmaps(buffer, offset, window, to_annotation, size, image_sizes)
     check(boxes, image, matched, valid, bitmaps)
     require_at_least("resolution", resolution, 1)
+    image, matched, bitmaps = one_object_each(image, matched, bitmaps)
     how = Sampling(shape_of(image_shape), int(resolution), max(int(sampling_ratio), 0), aligned, bitmap)
     cut = chosen("mask_targets", _mask_targets, _plain)
     return cut(boxes.detach(), image, matched, valid, *bitmaps, *how)
@@ -90,8 +92,9 @@ def check(boxes: Tensor, image: Tensor, matched: Tensor, valid: Tensor | None, b
     require("offset", offset, ("N", "G"), "integer", like)
     (images, objects), like = offset.shape, ("offset", offset)
     require("window", window, (images, objects, 4), "integer", like)
-    require("to_annotation", to_annotation, (images, 2, 3), like=like)
-    require("size", size, (images, 2), like=like)
+    maps = (images,) if to_annotation.dim() != 4 else (images, objects)
+    require("to_annotation", to_annotation, (*maps, 2, 3), like=like)
+    require("size", size, (*maps, 2), like=like)
     require("image_sizes", image_sizes, (images, 2), like=like)
     check_range("image of valid slots", image, images, valid)
     check_range("matched of valid slots", matched, objects, valid)

@@ -41,9 +41,10 @@ def polygon_mask_targets(
         side = (box[2:] - box[:2]).clamp(min=0.1)
         ratio = torch.full_like(side, resolution) / side  # in float32, the type of detectron2's boxes
         first = int(first_part[i, j])
+        affine = to_input[i, j] if to_input.dim() == 4 else to_input[i]  # of the object, or of the image
         for begin, end in pairwise(part_start[first : first + int(parts[i, j]) + 1].tolist()):
             x, y = vertices[begin:end].T
-            moved = torch.stack([row[0] * x + row[1] * y + row[2] for row in to_input[i]], dim=1)
+            moved = torch.stack([row[0] * x + row[1] * y + row[2] for row in affine], dim=1)
             mask |= rasterise(((moved - box[:2].double()) * ratio.double()).tolist(), resolution)
     return masks
 

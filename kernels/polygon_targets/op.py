@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.bitmaps import slot_of
 from ..common.checks import check_range, require, require_at_least
 from ..common.library import chosen, register, switchable
 from . import cpu
@@ -42,7 +43,8 @@ def polygon_mask_targets(
         part_start: (P + 1,) int32, never falling: part p is vertices[part_start[p] : part_start[p + 1]].
         first_part: (N, G) int32, first part of each object; its parts follow each other.
         parts: (N, G) int32, how many it has. An object without parts gives zeros.
-        to_input: (N, 2, 3) float64, affine map from annotation pixels (x, y, 1) to input pixels.
+        to_input: (N, 2, 3) float64, affine map from annotation pixels (x, y, 1) to input pixels;
+            (N, G, 2, 3) where objects of an input have each a map of its own.
         step: (E,) integer 0, 1, ... E-1, where no object has more than E vertices: a bound that can be
             read from a shape. What an object has beyond it is undefined.
         resolution: M, side of the masks.
@@ -63,13 +65,22 @@ def polygon_mask_targets(
     require("first_part", first_part, ("N", "G"), torch.int32, like)
     require("parts", parts, tuple(first_part.shape), torch.int32, ("first_part", first_part))
     images, slots = first_part.shape
-    require("to_input", to_input, (images, 2, 3), torch.float64, ("first_part", first_part))
+    maps = (images,) if to_input.dim() != 4 else (images, slots)
+    require("to_input", to_input, (*maps, 2, 3), torch.float64, ("first_part", first_part))
     require("step", step, ("E",), "integer", like)
     if total and not images * slots:
         raise ValueError(f"first_part must have slots for {total} boxes, got {(images, slots)}")
     require_at_least("resolution", resolution, 1)
     check_range("image", image, images)
     check_range("matched", matched, slots)
+    if to_input.dim() == 4:  # as N * G images with one object each
+        image = slot_of(image, matched, images, slots)
+        matched = torch.zeros_like(image)
+        first_part, parts, to_input = (
+            first_part.reshape(-1, 1),
+            parts.reshape(-1, 1),
+            to_input.reshape(-1, 2, 3),
+        )
     rasterise = chosen("polygon_mask_targets", _polygon_mask_targets, cpu.polygon_mask_targets)
     tables = (vertices.detach(), part_start, first_part, parts, to_input.detach(), step)
     return rasterise(boxes.detach().float(), image, matched, *tables, resolution)

@@ -83,7 +83,8 @@ def check_what_follows(run: Path, printed: str, folder: Path) -> None:
 def test_demo_reaches_its_promise_and_what_follows_works(tmp_path: Path) -> None:
     run, printed = train_demo(tmp_path)
     check_what_follows(run, printed, tmp_path)
-    assert last_row(run)["segm/AP"] >= 50
+    # Eight runs that differ in seed or in rounding alone: 52.1 to 61.0, mean 56.0, standard deviation 3.2.
+    assert last_row(run)["segm/AP"] >= 45
 
 
 @pytest.mark.slow

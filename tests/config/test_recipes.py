@@ -22,6 +22,8 @@ COCO_RECIPES = [
 STRONGER = {
     "cascade_mask_rcnn_r50_fpn_3x": "box 44.3, mask 38.5 (detectron2",
     "mask_rcnn_convnext_tiny_fpn_lsj": "box 46.2, mask 41.7 (mmdetection",
+    "mask_rcnn_r50_fpn_lsj": "box 44.6, mask 40.3 (detectron2",
+    "mask_rcnn_r50_fpn_v2_lsj": "box 47.4, mask 41.8 (torchvision",
 }
 ABLATIONS = sorted((CONFIGS / "ablations").glob("*.yaml"))
 
@@ -153,6 +155,33 @@ def test_convnext_holds_the_published_numbers() -> None:
     assert rates == pytest.approx([1e-4, 1e-4, 1e-5, 1e-6])
     assert config.data.short_side == [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
     assert "without large-scale jitter" in "\n".join(header(CONFIGS / "mask_rcnn_convnext_tiny_fpn_lsj.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "images", "drops", "warmup"),
+    [
+        ("mask_rcnn_r50_fpn_lsj", 100, 118_000, [163_889, 177_546], (500, 0.067)),
+        ("mask_rcnn_r50_fpn_v2_lsj", 400, 117_266, [644_963, 703_596], (1000, 0.001)),
+    ],
+)
+def test_recipes_of_large_scale_jitter_hold_the_published_numbers(
+    name: str, epochs: int, images: int, drops: list[int], warmup: tuple[int, float]
+) -> None:
+    config = load_config(CONFIGS / f"{name}.yaml")
+    augment, optim = config.data.augment, config.optim
+    assert (augment.scale, augment.crop, augment.flip_horizontal) == ((0.1, 2.0), (1024, 1024), 0.5)
+    assert config.train.batch == 64
+    assert config.train.steps == round(epochs * images / 64)
+    assert optim.milestones == drops
+    assert (optim.warmup_steps, optim.warmup_factor) == warmup
+    assert (optim.weight_decay, optim.momentum) == (4e-5, 0.9)
+    assert learning_rate(optim, drops[0] - 1, config.train.steps, 64) == pytest.approx(0.1)
+    assert (config.model.backbone.norm, config.model.fpn.norm) == ("sync_bn", "sync_bn")
+    if name.endswith("v2_lsj"):
+        zoo = load_config(CONFIGS / "zoo" / "torchvision_mask_rcnn_r50_fpn_v2.yaml")
+        changed = differences(config.model.model_dump(), zoo.model.model_dump())
+        norms = {f"{part}.norm" for part in ("backbone", "fpn", "box_head", "mask_head")}
+        assert changed.keys() == norms | {"weights", "backbone.frozen_stages", "mask_head.slots_per_image"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

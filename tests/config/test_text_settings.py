@@ -22,10 +22,12 @@ TEXT = {
         for part in ("images", "annotations", "proposals")
     ),
     *(f"model.{part}{end}" for part in ("weights", "backbone.weights") for end in ("", "_sha256")),
+    "data.augment.albumentations",
+    "data.cache",
     "runtime.device",
     "output",
 }
-REQUIRED = {"runtime.device", "output"}
+REQUIRED = {"data.cache", "runtime.device", "output"}
 # What YAML takes for a comment, a mapping, a number, a date, nothing, a list, an alias, a tag, layout, ...
 ODD = [
     "imgs #2",

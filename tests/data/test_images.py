@@ -8,15 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 
-from fastmrcnn.data.images import (
-    ImageError,
-    check_headers,
-    decode_noted,
-    read_header,
-    read_image,
-    read_noted,
-    read_pixels,
-)
+from fastmrcnn.data.headers import check_headers, read_header
+from fastmrcnn.data.images import ImageError, decode_noted, read_image, read_noted, read_pixels
 from fastmrcnn.data.pixel_range import Reading
 from fastmrcnn.data.records import ImageRecord, Problems
 from fastmrcnn.errors import UserError

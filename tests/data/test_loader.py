@@ -314,7 +314,7 @@ def test_errors_of_a_worker_are_one_line(tmp_path: Path, workers: int) -> None:
 def test_a_killed_worker_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parent = os.getpid()
 
-    def out_of_memory(record: ImageRecord) -> None:
+    def out_of_memory(record: ImageRecord, memory: Any) -> None:
         assert os.getpid() != parent
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -366,9 +366,9 @@ def test_decoded_images_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     calls: Counter[int] = Counter()
     real = worker.read_image
 
-    def counted(record: ImageRecord) -> Any:
+    def counted(record: ImageRecord, memory: Any) -> Any:
         calls[record.image_id] += 1
-        return real(record)
+        return real(record, memory)
 
     monkeypatch.setattr(worker, "read_image", counted)
     dataset = mixed(tmp_path, [(30, 30), (30, 30)])

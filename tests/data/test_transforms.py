@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from fastmrcnn.data.affine import transform_boxes
 from fastmrcnn.data.buckets import choose_buckets, resolve_buckets, smallest_bucket
 from fastmrcnn.data.transforms import (
     DRAWS,
@@ -20,7 +21,6 @@ from fastmrcnn.data.transforms import (
     plan_image,
     resize,
     resized_size,
-    transform_boxes,
 )
 from fastmrcnn.errors import UserError
 

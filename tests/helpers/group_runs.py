@@ -175,7 +175,11 @@ def make_step(trial: Trial, group: Group) -> TrainingStep:
 class Recorder:
     """Stands for a CUDA graph: `replay` runs what was recorded, on the buffers that it was recorded on."""
 
+    def __init__(self) -> None:
+        self.recorded = 0
+
     def __call__(self, run: Callable[..., Any], *inputs: Any) -> tuple[Any, Callable[[], None]]:
+        self.recorded += 1
         for _ in range(2):
             result = run(*inputs)
 

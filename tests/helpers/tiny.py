@@ -36,7 +36,7 @@ TREE: dict[str, Any] = {
     },
     "optim": {"name": "adamw", "lr": 0.002, "reference_batch": 2, "warmup_steps": 2},
     "train": {"steps": 8, "batch": 2, "log_every": 2, "checkpoint_every": 4},
-    "runtime": {"device": "cpu"},
+    "runtime": {"device": "cpu", "precision": "fp32"},
     "evaluate": {"batch": 2, "pictures": 1},
 }
 TIMES = ("time", "data_time", "images_per_second", "eta_seconds")

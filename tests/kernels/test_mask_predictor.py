@@ -268,6 +268,16 @@ def test_from_bitmaps(ratio: int, bitmap: bool, layout: str, device: str) -> Non
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_from_bitmaps_with_maps_of_objects(device: str) -> None:
+    features, weight, bias, classes, _, slot_weight = inputs(3, 3, 4, 15, device=device)
+    truth = ground_truth(3, device)
+    own = truth | {name: truth[name][:, None] for name in ("to_annotation", "size")}
+    predictor = (features, weight, bias, classes, slot_weight)
+    one, two = (class_mask_loss_from_bitmaps(*predictor, **each) for each in (truth, own))
+    assert one.equal(two)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_no_real_slot(device: str) -> None:
     given = inputs(device=device)
     given = given._replace(slot_weight=given.slot_weight * 0)

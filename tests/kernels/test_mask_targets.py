@@ -127,6 +127,43 @@ def test_definition(name: str, ratio: int, aligned: bool, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("ratio", [2, 0])
+def test_each_object_may_have_its_own_map(ratio: int, device: str) -> None:
+    """As where an input is put together from parts of several annotated images, one of them rotated."""
+    case = CASES["enlarged"]
+    arguments = tables(case).arguments
+    cos, sin = 0.6 * np.cos(0.3), 0.6 * np.sin(0.3)
+    maps = torch.tensor([[0.5, 0, 0], [0, 0.5, 0]]).repeat(2, 3, 1, 1)
+    maps[0, 0] = torch.tensor([[cos, sin, -9.0], [-sin, cos, 6.0]])
+    maps[1, 0] = torch.tensor([[0, -0.5, WIDTH], [0.5, 0, 0]])
+    own = arguments | {"to_annotation": maps, "size": arguments["size"][:, None].repeat(1, 3, 1)}
+    own["size"][0, 0] = torch.tensor([25, 24])  # beyond the border of its annotation there is nothing
+    options = {"resolution": 4, "sampling_ratio": ratio}
+    boxes = boxes_of(case)[:3].repeat(3, 1) if not interpreting() else boxes_of(case)[[2, 2, 2]]
+    slots = torch.tensor([[0, 0], [0, 1], [1, 0]]).repeat_interleave(len(boxes) // 3, 0)
+    rois = (boxes, *slots.unbind(1))
+    exact = naive.mask_targets(boxes, *rois[1:], **own, **options)
+    assert exact.sum() > 1
+    on_device = {key: moved(value, device) for key, value in own.items()}
+    found = mask_targets(*(t.to(device) for t in (boxes.double(), *rois[1:])), **on_device, **options)
+    torch.testing.assert_close(found.cpu(), exact, rtol=0, atol=1e-6)
+    for each, (image, matched) in enumerate(slots.tolist()):  # the numbers of an image with this map alone
+        alone = arguments | {"to_annotation": maps[:, matched], "size": own["size"][:, matched]}
+        one = (boxes[each : each + 1].double(), torch.tensor([image]), torch.tensor([matched]))
+        on_device = {key: moved(value, device) for key, value in alone.items()}
+        expected = mask_targets(*(t.to(device) for t in one), **on_device, **options)
+        assert torch.equal(found[each : each + 1], expected)
+
+
+def test_maps_of_objects_go_with_sizes_of_objects() -> None:
+    arguments = tables(IDENTITY).arguments
+    arguments["to_annotation"] = arguments["to_annotation"][:, None].repeat(1, 3, 1, 1)
+    rois = (boxes_of(IDENTITY)[:1], torch.tensor([0]), torch.tensor([0]))
+    with pytest.raises(ValueError, match=r"size must be \(2, 3, 2\)"):
+        mask_targets(*rois, **arguments, resolution=4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", INTEGERS)
 def test_indices_and_windows_of_every_integer_type(dtype: torch.dtype, device: str) -> None:
     """Also where there are more images and slots than it counts."""

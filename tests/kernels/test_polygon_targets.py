@@ -231,6 +231,22 @@ def test_boxes_find_their_objects(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_each_object_may_have_its_own_map(device: str) -> None:
+    arguments = two_images()
+    maps = arguments["to_input"][:, None].repeat(1, 2, 1, 1)
+    maps[1, 0] = torch.tensor([[0.0, 2, -8], [1, 0, 0]], dtype=torch.float64)  # turned, wider, and moved
+    arguments["to_input"] = maps
+    on_device = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    found = polygon_mask_targets(**on_device).cpu()
+    expected = torch.zeros(4, 8, 8, dtype=torch.bool)
+    expected[0, :2, :2] = expected[0, 6:, 6:] = True
+    expected[2, :4, :4] = True
+    expected[3, 4:, :8] = True
+    assert found.equal(expected)
+    assert naive.polygon_mask_targets(**arguments).equal(expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", INTEGERS)
 def test_indices_of_every_integer_type(dtype: torch.dtype, device: str) -> None:
     """Also where there are more images and slots than it counts."""

@@ -262,6 +262,7 @@ from fastmrcnn.kernels.mask_loss import kernel as mask_loss
 from fastmrcnn.kernels.mask_paste import kernel as mask_paste
 from fastmrcnn.kernels.mask_rle import kernel as mask_rle
 from fastmrcnn.kernels.nms import kernel as nms
+from fastmrcnn.kernels.resize_pad import kernel as resize_pad
 from fastmrcnn.kernels.roi_align import backward, forward
 from fastmrcnn.kernels.common.pooling import Asked, Pooling
 
@@ -269,6 +270,7 @@ how = Pooling((1, 1), [1.0], 1, False, 224.0, 4, 4)
 box, index = torch.empty(1, 4, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
 feature = torch.empty(1, 1, 1, 1, device="meta")
 kept = torch.empty(1, 1, dtype=torch.bool, device="meta")
+pair = index.new_empty(1, 2)
 _, loss, launches = mask_loss._forward(feature, index, feature[0], box[:, 0])
 launches = [
     level_assign._launch(box, 2, 5, 224.0, 4)[1],
@@ -277,6 +279,7 @@ launches = [
     mask_paste._launch(feature[0], box, None, 1, 1, 0.5, False)[1],
     *mask_rle._launches(feature[0], box, None, None, 1, 1, 0.5, 1)[2],
     *nms._launches(box[None], box[None, :, 0], index[None], None, 0.5, index[None], kept, True),
+    resize_pad._launch(kept[0].byte(), index, *[pair] * 3, index, pair.bool(), pair, None, 1, 1)[1],
     forward.launch([feature], box, index, None, how)[1],
     *backward.launches([feature], [Asked(box, index, None, how)], 1, [(1, 1)], False)[1],
 ]
@@ -292,7 +295,7 @@ def test_sizes_of_one_compile(tmp_path: Path) -> None:
     script.write_text(ONES)
     done = run(str(script), PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(set(done.stdout.split())) == 15
+    assert len(set(done.stdout.split())) == 16
 
 
 VARIANTS = """
@@ -308,6 +311,7 @@ from fastmrcnn.kernels.mask_rle import kernel as mask_rle
 from fastmrcnn.kernels.mask_targets import kernel as mask_targets
 from fastmrcnn.kernels.matcher import kernel as matcher
 from fastmrcnn.kernels.nms import kernel as nms
+from fastmrcnn.kernels.resize_pad import kernel as resize_pad
 from fastmrcnn.kernels.roi_align import backward, forward
 from fastmrcnn.kernels.roi_max import backward as max_backward, forward as max_forward
 
@@ -364,6 +368,10 @@ for images in (1, 2, 16):
             )
             sampling = Sampling((slots, 16 * objects), 28, 0, True, True)
             launched(mask_targets._launch(rois, image, image, None, tables, sampling)[1])
+
+            pairs = [tables.size] * 3
+            packed = (tables.buffer, new(images, dtype=torch.int64), *pairs, None, None, None, None)
+            launched(resize_pad._launch(*packed, 7 * slots, 32 * objects)[1])
 print({name: len(keys) for name, keys in variants.items()})
 """
 
@@ -375,7 +383,7 @@ def test_sizes_that_change_between_calls_compile_nothing_anew(tmp_path: Path) ->
     done = run(str(script), PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr[-2000:]
     counts = ast.literal_eval(done.stdout)
-    assert len(counts) == 18
+    assert len(counts) == 19
     # Rows of bitmaps of a multiple of 16 bytes are stored 16 bytes at once; a row of one byte is the third.
     assert {name: count for name, count in counts.items() if count > 1} == {"_paste_kernel": 3}
 

@@ -15,6 +15,7 @@ import bench_mask_loss
 import bench_mask_paste
 import bench_mask_predictor
 import bench_nms
+import bench_resize_pad
 import bench_roi_align
 import harness
 import pytest
@@ -164,6 +165,10 @@ def test_the_operators_gates_bite(which: str) -> None:
         wrong = replace(pasted, ours=lambda masks, ours=pasted.ours, **rest: ours(masks=masks * 1.01, **rest))
         with pytest.raises(NotCloseError):
             measure(wrong, "forward", CPU, SECONDS, None)
+    pixels = bench_resize_pad.contest(workload.SMALL, CPU)
+    wrong = replace(pixels, ours=lambda resized, **rest: pixels.ours(resized=resized - 1, **rest))
+    with pytest.raises(NotCloseError):
+        measure(wrong, "forward", CPU, SECONDS, None)
     nms = bench_nms.contest(workload.SMALL)
     wrong = replace(nms, ours=lambda scores, **rest: nms.ours(scores=scores.flip(1), **rest))
     with pytest.raises(NotCloseError):
@@ -237,6 +242,13 @@ def test_traffic_of_pasted_masks_by_hand() -> None:
     runs = bench_mask_paste.rle_contest(load).traffic
     assert runs is not None
     assert runs.bytes("forward") == read + 100 * 4097 * 4
+
+
+def test_traffic_of_resizing_by_hand() -> None:
+    """8 images of 480x640 in bytes, what is said of each, and the pixels of 800x1344."""
+    traffic = bench_resize_pad.contest(workload.TRAINING, CPU).traffic
+    assert traffic is not None
+    assert traffic.bytes("forward") == 8 * (3 * 480 * 640 + 8 + 2 * 2 * 4) + 8 * 3 * 800 * 1344
 
 
 def test_the_workload_is_what_it_says() -> None:
@@ -383,6 +395,7 @@ def test_end_to_end_on_the_cpu(tmp_path: Path) -> None:
         "mask paste to bools": {"forward"},
         "mask paste to bits": {"forward"},
         "mask RLE": {"forward"},
+        "resize and pad": {"forward"},
         "training step": {"step"},
     }
     assert sorted((BENCH / "results").iterdir()) == before

@@ -2,50 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from made_up_runs import FakeTraining, bench_in, made_up_report
 
 from fastmrcnn import experiments
 from fastmrcnn.errors import UserError
 from fastmrcnn.study.document import Heading, Items, Paragraph, Picture, Table, as_html, as_markdown
 from fastmrcnn.study.places import metrics_file
 from fastmrcnn.study.plan import PastTimes, plan
-from fastmrcnn.study.runs import Bench, Run, Split
+from fastmrcnn.study.runs import Bench, Run
 from fastmrcnn.study.sets import Sets, given_sets
 from fastmrcnn.study.small import SMALL
 from fastmrcnn.study.writing import read_results, write_report
-
-NOWHERE = Split(*[Path("nowhere")] * 4)
-
-
-class FakeTraining:
-    """Stands in for the process that trains: leaves the metrics of a run, or fails."""
-
-    def __init__(self, fails: Sequence[str] = ()) -> None:
-        self.commands: list[list[str]] = []
-        self.fails = fails
-
-    def __call__(self, bench: Bench, command: list[str], log: Path, run: Run) -> None:
-        self.commands.append(command)
-        if command[1] == "fastmrcnn.propose":
-            Path(command[command.index("--output") + 1]).touch()
-            return
-        if run.cell.name in self.fails:
-            raise UserError(f"{run.name}: exit code 1")
-        folder = bench.folder(run) / "run_001"
-        folder.mkdir(parents=True, exist_ok=True)
-        value = 20 + len(run.cell.name) + run.seed
-        rows = [
-            {"iteration": 19, "total_loss": 2.0, "loss_cls": 1.0, "time": 0.5},
-            {"iteration": 39, "total_loss": 1.0, "loss_cls": 0.5, "time": 0.5},
-            {"iteration": 39, "bbox/AP": value, "segm/AP": value - 2.0, "keypoints/AP": None},
-        ]
-        (folder / "metrics.json").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
 
 
 @pytest.fixture
@@ -54,11 +26,6 @@ def training(monkeypatch: pytest.MonkeyPatch) -> FakeTraining:
     monkeypatch.setattr(Bench, "_python", lambda bench, *rest: fake(bench, *rest))
     monkeypatch.setattr(Bench, "keep", lambda *_: None)
     return fake
-
-
-def bench_in(folder: Path, *extra: str) -> Bench:
-    lines: list[str] = []
-    return Bench(SMALL, folder, folder / "work", lambda name: NOWHERE, extra=extra, tell=lines.append)
 
 
 def test_what_is_finished_is_not_run_again(tmp_path: Path, training: FakeTraining) -> None:
@@ -165,11 +132,6 @@ def test_the_plan_counts_shared_runs_once_and_learns_their_time(
     assert rows["competition"].hours == pytest.approx(5 * 20 / 3600)
 
 
-def results_in(folder: Path) -> None:
-    bench = bench_in(folder)
-    bench.run_all(bench.runs_of(SMALL.comparisons, seeds=3), jobs=2)
-
-
 def without_pictures(page: str) -> str:
     return re.sub(r"base64,[A-Za-z0-9+/=]+", "base64,", page)
 
@@ -177,15 +139,7 @@ def without_pictures(page: str) -> str:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a report on made-up runs."""
-    folder = tmp_path_factory.mktemp("report")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        fake = FakeTraining()
-        monkeypatch.setattr(Bench, "_python", lambda bench, *rest: fake(bench, *rest))
-        monkeypatch.setattr(Bench, "keep", lambda *_: None)
-        results_in(folder)
-    paths = write_report(SMALL, folder)
-    assert [path.name for path in paths] == ["report.md", "report.html", "report.zh.md", "report.zh.html"]
-    return folder
+    return made_up_report(tmp_path_factory.mktemp("report"))
 
 
 def test_report_has_every_comparison_in_both_languages(report: Path) -> None:

@@ -169,7 +169,7 @@ def test_recorded_steps_are_the_steps(two: list[dict[str, Found]], name: str, ki
 def test_a_step_with_synchronised_norms_is_one_graph(tmp_path: Path) -> None:
     two = run_together(tmp_path, ["compiled"])
     found, wanted = both(two, "compiled"), made(TRIALS["compiled"])
-    assert max(distances(found, wanted).values()) < 10, distances(found, wanted)
+    assert max(distances(found, wanted).values()) < 1, distances(found, wanted)
 
 
 def test_several_batches_average_their_gradients() -> None:

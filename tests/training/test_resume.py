@@ -20,6 +20,14 @@ AUGMENT = [
     "data.augment.brightness=0.2",
     "data.augment.contrast=0.2",
 ]
+COMPOSE = [
+    "data.augment.crop=[64, 96]",
+    "data.augment.scale=[0.5, 2.0]",
+    "data.augment.rotate=10",
+    "data.augment.saturation=0.2",
+    "data.augment.copy_paste=0.5",
+    "data.augment.mosaic=0.5",
+]
 SGD = ["optim.name=sgd", "optim.lr=0.01", "model.backbone.norm=bn", "model.fpn.norm=bn"]
 WIDE = ["model.backbone.width=16", "model.fpn.channels=16"]
 
@@ -44,6 +52,7 @@ def _threads() -> Iterator[None]:
         pytest.param([*SGD, *WIDE, "runtime.threads=2"], False, id="bn-2-threads"),
         pytest.param(["runtime.precision=fp16", "optim.schedule=cosine", "optim.ema=0.9"], False, id="fp16"),
         pytest.param(["train.log_every=3"], False, id="saved-between-reads"),
+        pytest.param([*COMPOSE, "data.workers=2"], False, id="several-images"),
     ],
 )
 def test_a_run_that_was_killed_is_resumed_exactly(

@@ -3,6 +3,7 @@ events allow. Nothing is done when it is asked for, as on a GPU."""
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -17,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmrcnn.graphs import leaves
 from fastmrcnn.model.subsample import SamplingKeys
-from fastmrcnn.structures import Batch, Counts, Losses
+from fastmrcnn.pixels import pixels_to_be, with_pixels
+from fastmrcnn.structures import Batch, Counts, Losses, RawImages, tree_map
+from fastmrcnn.training import cuda_graph
 from fastmrcnn.training.cuda_graph import GraphedStep, Result, Run, Staging
 
 CPU = torch.device("cpu")
@@ -188,6 +191,47 @@ def test_batches_that_are_there_already_need_no_staging() -> None:
     assert later.loss_mask == digest(ONE_SHAPE[1][1], keys_of(1))
 
 
+def raw_batch(number: int) -> Batch:
+    """Two images of one level, mirrored, in a buffer of one of two sizes."""
+    batch = random_batch(number)
+    sizes = batch.sizes.int()
+    nothing = torch.zeros((2, 2), dtype=torch.int32)
+    buffer = torch.full((3 * int(sizes.prod(1).sum()) + 99 * (number % 2),), 7 + number, dtype=torch.uint8)
+    offset = torch.tensor([0, 3 * int(sizes[0].prod())])
+    flips = torch.tensor([[True, False]] * 2)
+    raw = RawImages(buffer, offset, sizes, sizes, nothing[:, 0], flips, nothing)
+    return batch._replace(pixels=batch.pixels[:0], raw=raw)
+
+
+RAW = [(k, raw_batch(k) if k != 3 else random_batch(k)) for k in range(7)]
+
+
+@pytest.mark.parametrize("blind", [False, True])
+def test_pixels_are_made_beside_the_step_before(blind: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the images of their own batch, which are overwritten only when that is done."""
+    wrong = 0
+    for choose in orders():
+        device = Device(blind=blind)
+
+        def queued(batch: Batch, device: Device = device) -> Batch:
+            made = torch.zeros_like(pixels_to_be(batch), device="cpu")
+            device.give(lambda: made.copy_(with_pixels(batch).pixels))
+            return batch._replace(pixels=made, raw=None)
+
+        monkeypatch.setattr(cuda_graph, "with_pixels", queued)
+        expected = [digest(with_pixels(batch), keys_of(number)) for number, batch in RAW]
+        found = steps(device, RAW)
+        if blind:
+            with contextlib.suppress(ValueError):  # of sizes that have not arrived
+                device.run(choose)
+            wrong += [loss.item() for loss, _ in found] != expected
+        else:
+            device.run(choose)
+            assert [loss.item() for loss, _ in found] == expected
+    assert len({digest(with_pixels(batch), keys_of(0)) for _, batch in RAW}) == len(RAW)
+    assert wrong > len(orders()) / 2 or not blind
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_batches_arrive_in_order() -> None:
     device = torch.device("cuda")
@@ -203,12 +247,11 @@ def test_on_a_gpu_batches_arrive_in_order() -> None:
 
     step = GraphedStep(run, nullcontext, staging=staging)
     found = []
-    for number, batch in TWO_SHAPES * 3:
-        pinned = batch._replace(
-            targets=None, pixels=batch.pixels.pin_memory(), sizes=batch.sizes.pin_memory()
-        )
+    for number, batch in [*TWO_SHAPES, *RAW] * 3:
+        pinned = tree_map(Tensor.pin_memory, batch._replace(targets=None))
         own = SamplingKeys(*(key.to(device) for key in keys_of(number)))
-        found.append((step(staging(pinned), own)[0].loss_mask, digest(pinned, keys_of(number))))
+        expected = digest(with_pixels(batch._replace(targets=None)), keys_of(number))
+        found.append((step(staging(pinned), own)[0].loss_mask, expected))
     for loss, expected in found:
         assert loss is not None
         assert loss.item() == expected

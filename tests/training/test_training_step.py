@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from batches import random_batch, small_config, small_model
+from group_runs import Recorder
 from nosync import NoSync
 
 from fastmrcnn.config.file import parse_config
 from fastmrcnn.config.schema import Config, OptimConfig
 from fastmrcnn.device import choose_precision, set_up_cuda
 from fastmrcnn.errors import UserError
-from fastmrcnn.graphs import leaves
 from fastmrcnn.model.convs import Conv2d
-from fastmrcnn.model.subsample import SamplingKeys
-from fastmrcnn.structures import Batch, present, to_device
-from fastmrcnn.training.cuda_graph import GraphedStep, Result, Run
+from fastmrcnn.structures import present, to_device
+from fastmrcnn.training.cuda_graph import GraphedStep
 from fastmrcnn.training.execution import Execution, choose_execution
 from fastmrcnn.training.step import TrainingStep
 
@@ -51,24 +50,6 @@ def everything(step: TrainingStep) -> dict[str, torch.Tensor]:
 def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert a.keys() == b.keys()
     assert not [key for key in a if not a[key].equal(b[key])]
-
-
-class Recorder:
-    """Stands for the CUDA graph: `replay` runs the step on the very buffers that were recorded."""
-
-    def __init__(self) -> None:
-        self.recorded = 0
-
-    def __call__(self, run: Run, batch: Batch, keys: SamplingKeys) -> tuple[Result, Callable[[], None]]:
-        self.recorded += 1
-        for _ in range(2):
-            result = run(batch, keys)
-
-        def replay() -> None:
-            for own, new in zip(leaves(result), leaves(run(batch, keys)), strict=True):
-                own.copy_(new)
-
-        return result, replay
 
 
 @pytest.mark.parametrize("optim", [SGD, ADAMW], ids=["sgd", "adamw"])
