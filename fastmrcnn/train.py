@@ -229,7 +229,8 @@ def train(
     device = group.each(lambda: choose_device(own_device(config.runtime.device, group)))
     set_up_cuda(device)
     set_threads(config.runtime.threads)
-    background = val_set is not None and in_background(config, on_gpu=device.type == "cuda")
+    on_gpu = device.type == "cuda"
+    background = val_set is not None and group.each(partial(in_background, config, on_gpu, group.size))
     images = 0 if val_set is None else len(val_set)
     limit = time_limit_of(config, state, images, background, started)
     if limit is not None:
@@ -267,8 +268,7 @@ def train(
         print(busy)
 
     steps, batch_size, log_every = config.train.steps, config.train.images, config.train.log_every
-    pinned = device.type == "cuda"
-    loader = group.each(partial(train_loader, train_set, config, start, pin_memory=pinned, share=share))
+    loader = group.each(partial(train_loader, train_set, config, start, pin_memory=on_gpu, share=share))
     carried = state["extra"].get("metrics") if state is not None else None
     metrics = group.each(partial(Metrics, folder, start, carried, writes=group.leads))
     metrics.evaluated = group.lead(lambda: metrics.evaluated)
@@ -293,11 +293,11 @@ def train(
             limit.evaluated(time.perf_counter() - began)
         return found
 
-    # In the background the first process has them judged; in line all take part, and the first one keeps what
-    # is to be kept.
-    within = val_set is not None and (group.leads or not background)
+    best = group.lead(lambda: best_of(config, folder, metrics))
+    if best is not None:
+        best.writes = group.leads
     evaluations = Evaluations(
-        config.train.evaluate_every if within else None,
+        config.train.evaluate_every if val_set is not None else None,
         folder,
         judged,
         lambda: card,
@@ -305,8 +305,8 @@ def train(
         requests,
         in_line=evaluate,
         from_file=partial(from_file, val_set, folder, device),
-        background=background_of(config, val_set, folder, device) if within and background else None,
-        best=best_of(config, folder, metrics) if group.leads else None,
+        background=background_of(config, val_set, folder, device) if background else None,
+        best=best,
     )
     if limit is not None:
         saver.carry = lambda: {"time_limit": limit.carried()}
@@ -320,11 +320,12 @@ def train(
         contextlib.closing(bar),
         contextlib.closing(evaluations),
     ):
-        if group.leads:
-            evaluations.make_up(start)
-        metrics.evaluated = group.lead(lambda: metrics.evaluated)
+        group.lead(partial(evaluations.make_up, start))
+        metrics.evaluated, evaluations.best = group.lead(lambda: (metrics.evaluated, evaluations.best))
+        if evaluations.best is not None:
+            evaluations.best.writes = group.leads
         evaluations.after(start, steps)
-        steps = agreed_steps(config, evaluations.last_step(start, steps), group)
+        steps = evaluations.last_step(start, steps)
         fetched = time.perf_counter()
         for step, loaded in enumerate(steps_of(loader, group, requests, share), start=start):
             data_time = time.perf_counter() - fetched
@@ -361,7 +362,7 @@ def train(
             evaluations.after(done, steps)
             fetched = time.perf_counter()
             metrics.exclude(fetched - paused)
-            steps = agreed_steps(config, evaluations.last_step(done, steps), group)
+            steps = evaluations.last_step(done, steps)
             if limit is not None:
                 limit.saved(saved - paused)
                 if limit.measuring or done % log_every == 0:
@@ -375,7 +376,6 @@ def train(
                 break
         bar.close()
         evaluations.wait()
-        metrics.evaluated = group.lead(lambda: metrics.evaluated)
         if val_set is not None and (start < steps or steps - 1 not in metrics.evaluated):
             evaluations.take(steps, evaluate(config.evaluate.pictures))
         metrics.close()
@@ -392,13 +392,6 @@ def train(
             plot_losses(folder / "metrics.json", folder / "losses.png")
             print_next(folder, saver.path, config, val_set, evaluations.describe_best())
     return evaluations.last
-
-
-def agreed_steps(config: Config, steps: int, group: Group) -> int:
-    """The steps of the run, where the first process may have come to the end of `train.patience`."""
-    if config.train.patience is None or group.size == 1:
-        return steps
-    return -group.most([-steps])[0]
 
 
 def restored(state: dict[str, Any], make_step: TrainingStep, config: Config) -> int:
@@ -418,9 +411,8 @@ def restored(state: dict[str, Any], make_step: TrainingStep, config: Config) -> 
 
 def background_of(
     config: Config, val_set: CocoDataset | None, folder: Path, device: torch.device
-) -> Evaluator | None:
-    if val_set is None or not in_background(config, on_gpu=device.type == "cuda"):
-        return None
+) -> Evaluator:
+    assert val_set is not None, "there are evaluations"
     return Evaluator(val_set, folder / "evaluation", device, config.runtime.threads)
 
 
