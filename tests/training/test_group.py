@@ -136,7 +136,7 @@ def test_a_failure_of_one_ends_all(
 ) -> None:
     ended = pair.call(together, "fail", rank, how)
     assert tuple(one.code for one in ended) == codes, ended
-    assert tuple(one.last for one in ended) == lines
+    assert tuple(one.last for one in ended) == lines, ended
 
 
 class Compiler:
