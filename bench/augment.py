@@ -12,6 +12,7 @@ import platform
 import tempfile
 import time
 import tracemalloc
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,22 +70,23 @@ def measure(dataset: CocoDataset, augment: Augment, samples: int) -> tuple[float
         source.store.resized(index, (480, 640))
         source.store.objects(index)
     numbers = [(n % len(dataset.records), n) for n in range(samples)]
+    bucket = augment.crop or (1088, 1088)
     started = time.process_time()
     for index, number in numbers:
-        source._sample(index, number, {})
+        source._read(index, number, source._plan(index, number), bucket, {}, None)()
     seconds = time.process_time() - started
     tracemalloc.start()
     for index, number in numbers[:4]:
-        source._sample(index, number, {})
+        source._read(index, number, source._plan(index, number), bucket, {}, None)()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return 1000 * seconds / samples, peak / 2**20
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--samples", type=int, default=40)
-    samples = parser.parse_args().samples
+    samples = parser.parse_args(argv).samples
     print(f"{platform.machine()}, one thread, {samples} samples of each\n")
     print("| change | ms | MiB of arrays |\n| --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:

@@ -246,6 +246,8 @@ def _find_each_other(group: Group) -> None:
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         store, rank, size = next(iter(rendezvous("env://", group.rank, group.size, timeout=MEETING)))
+        # torchrun's store outlives the processes: what those of an earlier start left in it leads nowhere.
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         own = dist.PrefixStore("fastmrcnn", store)
         own.set(f"here/{rank}", "")
         own.wait([f"here/{number}" for number in range(size)], MEETING)

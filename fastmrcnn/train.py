@@ -10,13 +10,12 @@ from collections import deque
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from fastmrcnn.config.checks import check_trainable, starting_config
-from fastmrcnn.config.file import differing_keys, dump_config, load_config, parse_config
+from fastmrcnn.config.file import differing_keys, dump_config, parse_config
 from fastmrcnn.config.schema import Config
 from fastmrcnn.data.build import train_loader
 from fastmrcnn.data.coco import CocoDataset
@@ -33,9 +32,10 @@ from fastmrcnn.errors import Parser, UserError, run_main
 from fastmrcnn.evaluation.background import Evaluator, judge_snapshot
 from fastmrcnn.evaluation.metric_names import metric_names
 from fastmrcnn.evaluation.run import run_evaluation
-from fastmrcnn.files import expanded, write_text
+from fastmrcnn.files import write_text
 from fastmrcnn.group import ALONE, Group, first_speaks, group_of_environment, joined, tell
 from fastmrcnn.structures import Batch
+from fastmrcnn.training.beginning import begin
 from fastmrcnn.training.best import Best, check_metric
 from fastmrcnn.training.console import describe, describe_start, list_left_out, mask_slot_advice, print_next
 from fastmrcnn.training.curves import plot_losses
@@ -46,27 +46,18 @@ from fastmrcnn.training.fit import settled_batch, telling_what_fits
 from fastmrcnn.training.metrics import Metrics
 from fastmrcnn.training.optim import learning_rate
 from fastmrcnn.training.precision import decide_precision
-from fastmrcnn.training.replay import checkpoint_to_replay, for_replay, replay
-from fastmrcnn.training.restart import begun_before, launch_of_environment, mark
-from fastmrcnn.training.run import discarding_unstarted, keep_config, prepare_run, run_folder_of
+from fastmrcnn.training.replay import for_replay, replay
+from fastmrcnn.training.restart import launch_of_environment, mark
+from fastmrcnn.training.run import discarding_unstarted, keep_config, prepare_run
 from fastmrcnn.training.saving import BadLossError, Saver, saving_first, tell_stop
 from fastmrcnn.training.sharing import own_device, share_of
 from fastmrcnn.training.step import TrainingStep
 from fastmrcnn.training.stopping import Requests
 from fastmrcnn.training.time_limit import time_limit_of, with_steps
 from fastmrcnn.training.together import apart, steps_of, stopping_together
-from fastmrcnn.weights.card import ModelCard, read_card
-from fastmrcnn.weights.checkpoint import find_whole_checkpoint, read_checkpoint, require_optimizer, restore
+from fastmrcnn.weights.card import ModelCard
+from fastmrcnn.weights.checkpoint import restore
 from fastmrcnn.weights.start import load_start, new_model
-
-
-class Beginning(NamedTuple):
-    """What a run begins with: of several processes the first one decides it for all."""
-
-    config: Config
-    folder: Path | None = None  # of a run that goes on
-    state: dict[str, Any] | None = None  # its checkpoint
-    before: ModelCard | None = None
 
 
 def main(argv: list[str]) -> None:
@@ -93,72 +84,6 @@ def main(argv: list[str]) -> None:
         except KeyboardInterrupt as stop:
             tell(group, stop)
             raise SystemExit(tell_stop(stop, folder, speaks=group.leads)) from None
-
-
-def begin(arguments: argparse.Namespace, group: Group = ALONE) -> Beginning:
-    """What the command line asks for; or, when torchrun starts it again, the run that it was at.
-
-    Raises:
-        UserError: it does not go together.
-    """
-    launch = launch_of_environment()
-    if arguments.replay is not None:
-        if arguments.resume is None:
-            raise UserError("--replay goes with --resume RUN, whose step it runs again")
-        if group.size > 1:
-            raise UserError("--replay runs a step in one process; start it without torchrun")
-    if arguments.resume is None:
-        config = starting_config(arguments.config, arguments.overrides)
-        restarted = begun_before(launch, expanded(config.output))
-        if restarted is None:
-            check_trainable(config)
-            check_processes(config, arguments, group)
-            return Beginning(config)
-        overrides = []  # the checkpoint's configuration has them
-        checkpoint = whole_checkpoint(restarted)
-    else:
-        if arguments.config is not None:
-            raise UserError(
-                "--resume goes on with the run's own configuration; leave out --config, and give "
-                "what is to change as key=value"
-            )
-        overrides = arguments.overrides
-        if arguments.replay is None:
-            checkpoint = whole_checkpoint(arguments.resume)
-        else:
-            checkpoint = checkpoint_to_replay(arguments.resume, arguments.replay)
-        restarted = begun_before(launch, run_folder_of(checkpoint).parent)
-        if restarted is not None:
-            checkpoint = whole_checkpoint(restarted)
-    if restarted is not None:
-        print(f"Started again by torchrun: going on from {checkpoint}")
-    state = read_checkpoint(checkpoint)
-    require_optimizer(state)
-    before = read_card(state, checkpoint)
-    config = load_config(overrides=overrides, base=state["config"])
-    if config.model.weights not in (None, before.config.model.weights):
-        raise UserError(
-            "model.weights starts a new run and goes with --config; --resume goes on with the "
-            "weights of the checkpoint"
-        )
-    check_trainable(config)
-    check_processes(config, arguments, group)
-    return Beginning(config, run_folder_of(checkpoint), state, before)
-
-
-def whole_checkpoint(path: str | Path) -> Path:
-    """The newest whole one that `path` means; damaged ones are told of."""
-    checkpoint, damaged = find_whole_checkpoint(path)
-    for line in damaged:
-        print(line)
-    return checkpoint
-
-
-def check_processes(config: Config, arguments: argparse.Namespace, group: Group) -> None:
-    """UserError if the run cannot be one of so many processes."""
-    share_of(config, group)
-    if arguments.dry_run and group.size > 1:
-        raise UserError("--dry-run estimates the cost in one process; start it without torchrun")
 
 
 def check_only(config: Config, before: ModelCard | None = None) -> None:
@@ -229,7 +154,8 @@ def train(
     device = group.each(lambda: choose_device(own_device(config.runtime.device, group)))
     set_up_cuda(device)
     set_threads(config.runtime.threads)
-    background = val_set is not None and in_background(config, on_gpu=device.type == "cuda")
+    on_gpu = device.type == "cuda"
+    background = val_set is not None and group.each(partial(in_background, config, on_gpu, group.size))
     images = 0 if val_set is None else len(val_set)
     limit = time_limit_of(config, state, images, background, started)
     if limit is not None:
@@ -267,8 +193,7 @@ def train(
         print(busy)
 
     steps, batch_size, log_every = config.train.steps, config.train.images, config.train.log_every
-    pinned = device.type == "cuda"
-    loader = group.each(partial(train_loader, train_set, config, start, pin_memory=pinned, share=share))
+    loader = group.each(partial(train_loader, train_set, config, start, pin_memory=on_gpu, share=share))
     carried = state["extra"].get("metrics") if state is not None else None
     metrics = group.each(partial(Metrics, folder, start, carried, writes=group.leads))
     metrics.evaluated = group.lead(lambda: metrics.evaluated)
@@ -293,11 +218,11 @@ def train(
             limit.evaluated(time.perf_counter() - began)
         return found
 
-    # In the background the first process has them judged; in line all take part, and the first one keeps what
-    # is to be kept.
-    within = val_set is not None and (group.leads or not background)
+    best = group.lead(lambda: best_of(config, folder, metrics))
+    if best is not None:
+        best.writes = group.leads
     evaluations = Evaluations(
-        config.train.evaluate_every if within else None,
+        config.train.evaluate_every if val_set is not None else None,
         folder,
         judged,
         lambda: card,
@@ -305,8 +230,8 @@ def train(
         requests,
         in_line=evaluate,
         from_file=partial(from_file, val_set, folder, device),
-        background=background_of(config, val_set, folder, device) if within and background else None,
-        best=best_of(config, folder, metrics) if group.leads else None,
+        background=background_of(config, val_set, folder, device) if background else None,
+        best=best,
     )
     if limit is not None:
         saver.carry = lambda: {"time_limit": limit.carried()}
@@ -320,11 +245,12 @@ def train(
         contextlib.closing(bar),
         contextlib.closing(evaluations),
     ):
-        if group.leads:
-            evaluations.make_up(start)
-        metrics.evaluated = group.lead(lambda: metrics.evaluated)
+        group.lead(partial(evaluations.make_up, start))
+        metrics.evaluated, evaluations.best = group.lead(lambda: (metrics.evaluated, evaluations.best))
+        if evaluations.best is not None:
+            evaluations.best.writes = group.leads
         evaluations.after(start, steps)
-        steps = agreed_steps(config, evaluations.last_step(start, steps), group)
+        steps = evaluations.last_step(start, steps)
         fetched = time.perf_counter()
         for step, loaded in enumerate(steps_of(loader, group, requests, share), start=start):
             data_time = time.perf_counter() - fetched
@@ -361,7 +287,7 @@ def train(
             evaluations.after(done, steps)
             fetched = time.perf_counter()
             metrics.exclude(fetched - paused)
-            steps = agreed_steps(config, evaluations.last_step(done, steps), group)
+            steps = evaluations.last_step(done, steps)
             if limit is not None:
                 limit.saved(saved - paused)
                 if limit.measuring or done % log_every == 0:
@@ -375,7 +301,6 @@ def train(
                 break
         bar.close()
         evaluations.wait()
-        metrics.evaluated = group.lead(lambda: metrics.evaluated)
         if val_set is not None and (start < steps or steps - 1 not in metrics.evaluated):
             evaluations.take(steps, evaluate(config.evaluate.pictures))
         metrics.close()
@@ -392,13 +317,6 @@ def train(
             plot_losses(folder / "metrics.json", folder / "losses.png")
             print_next(folder, saver.path, config, val_set, evaluations.describe_best())
     return evaluations.last
-
-
-def agreed_steps(config: Config, steps: int, group: Group) -> int:
-    """The steps of the run, where the first process may have come to the end of `train.patience`."""
-    if config.train.patience is None or group.size == 1:
-        return steps
-    return -group.most([-steps])[0]
 
 
 def restored(state: dict[str, Any], make_step: TrainingStep, config: Config) -> int:
@@ -418,9 +336,8 @@ def restored(state: dict[str, Any], make_step: TrainingStep, config: Config) -> 
 
 def background_of(
     config: Config, val_set: CocoDataset | None, folder: Path, device: torch.device
-) -> Evaluator | None:
-    if val_set is None or not in_background(config, on_gpu=device.type == "cuda"):
-        return None
+) -> Evaluator:
+    assert val_set is not None, "there are evaluations"
     return Evaluator(val_set, folder / "evaluation", device, config.runtime.threads)
 
 

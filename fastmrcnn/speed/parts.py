@@ -100,7 +100,7 @@ def places(make_step: TrainingStep) -> Iterator[tuple[Any, str, str]]:
     if isinstance(model.box_head, CascadeBoxHead):
         count = len(model.box_head.stages)
         places += [(model, f"box_head.stages.{stage}.forward", "box head") for stage in range(count)]
-    places.append((make_step, "update.backward", OPTIMIZER))
+    places += [(make_step, f"update.{part}", OPTIMIZER) for part in ("differentiate", "apply")]
     places.append((make_step, "draw_keys", SAMPLING))
     places.append((mask_rcnn, "pack_foreground", SAMPLING))
     for start, path, part in places:

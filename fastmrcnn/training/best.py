@@ -48,6 +48,8 @@ class Best:
         rows: Iterable[Mapping[str, Any]],
     ) -> None:
         self.metric, self.patience, self.path = metric, patience, folder / BEST
+        self.writes = True
+        """False: another process of the run writes the file, and this one only counts."""
         self.value: float | None = None
         self.step = 0
         self.since = 0
@@ -68,6 +70,8 @@ class Best:
         """
         if not self._count(step, found[self.metric]):
             return False
+        if not self.writes:
+            return True
         content = tree()
         # As in metrics.json: null where there was no object to find.
         numbers = {name: value if math.isfinite(value) else None for name, value in found.items()}

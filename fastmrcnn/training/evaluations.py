@@ -192,7 +192,16 @@ def reason(error: BaseException) -> str:
     return f"its process failed ({type(error).__name__}: {first})"
 
 
-def in_background(config: Config, on_gpu: bool) -> bool:
-    """What `evaluate.background` means."""
+def in_background(config: Config, on_gpu: bool, processes: int = 1) -> bool:
+    """What `evaluate.background` means. Several processes share an evaluation between their steps instead.
+
+    Raises:
+        UserError: it is on in a run of several.
+    """
     chosen = config.evaluate.background
-    return chosen == "on" or (chosen == "auto" and on_gpu)
+    if chosen == "on" and processes > 1:
+        raise UserError(
+            f"evaluate.background=on goes with one process, and this run has {processes}, which share an "
+            "evaluation; leave it out"
+        )
+    return chosen == "on" or (chosen == "auto" and on_gpu and processes == 1)

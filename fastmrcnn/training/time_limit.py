@@ -145,18 +145,24 @@ class TimeLimit:
         before = self.steps
         fit = self._fit(done)
         if fit is not None:
-            self.steps, self.config = fit, shortened(self.asked, fit)
+            self.adopt(fit, fitted=True)
             tqdm.write(self._line(before))
         return self.steps
 
     def agreed(self, done: int, group: Group) -> int:
         """As `after`, of several processes by the clock of the first one."""
-        if group.size > 1:
-            self.steps, self.config, self.fitted = group.lead(
-                lambda: (self.after(done), self.config, self.fitted)
-            )
-            return self.steps
-        return self.after(done)
+        if group.size == 1:
+            return self.after(done)
+        steps, fitted = group.lead(lambda: (self.after(done), self.fitted))
+        if not group.leads:
+            self.adopt(steps, fitted)
+        return self.steps
+
+    def adopt(self, steps: int, fitted: bool) -> None:
+        """Go by the clock of another process of the run: the steps that it found, and whether it has."""
+        self.fitted = fitted
+        if steps != self.steps:
+            self.steps, self.config = steps, shortened(self.asked, steps)
 
     def _fit(self, done: int) -> int | None:
         """The number of steps if it is to be another."""

@@ -86,6 +86,7 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "buckets": ({"augment": MOVES, "buckets": [(96, 96), (64, 128), (128, 64)]}, 0),
     "large images": ({"augment": MOVES, "short_sides": [16], "long_side_max": 24}, 0),
     "rotated": ({"augment": Augment(rotate=20)}, 0),
+    "composed": ({"augment": Augment(0.5, copy_paste=0.4, mosaic=0.4)}, 0),
 }
 
 

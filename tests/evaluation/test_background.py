@@ -17,10 +17,11 @@ from tiny import CrashError, TinyData, assert_same_state, break_at, newest_run, 
 from torch import nn
 
 from fastmrcnn import train
+from fastmrcnn.config.schema import Config
 from fastmrcnn.errors import UserError
 from fastmrcnn.evaluation.background import Evaluator
 from fastmrcnn.training import evaluations
-from fastmrcnn.training.evaluations import MOST_WAITING, Evaluations
+from fastmrcnn.training.evaluations import MOST_WAITING, Evaluations, in_background
 from fastmrcnn.training.stopping import Requests
 from fastmrcnn.weights.checkpoint import read_checkpoint
 
@@ -211,6 +212,17 @@ def test_training_waits_when_too_much_is_waiting(make: Callable[..., Evaluations
     for done in range(1, 5 * (2 + MOST_WAITING) + 1):
         run.after(done, 1000)
     assert run.metrics.evaluated == {4}
+
+
+def test_where_evaluations_are_made() -> None:
+    def config(mode: str) -> Config:
+        return Config.model_validate({"evaluate": {"background": mode}})
+
+    found = [[in_background(config(mode), gpu) for gpu in (False, True)] for mode in ("off", "auto", "on")]
+    assert found == [[False, False], [False, True], [True, True]]
+    assert not in_background(config("auto"), True, processes=2)
+    with pytest.raises(UserError, match="goes with one process, and this run has 2"):
+        in_background(config("on"), True, processes=2)
 
 
 def test_failures_in_the_other_process(

@@ -127,6 +127,9 @@ def test_what_counts_as_better(tmp_path: Path) -> None:
     assert (again.value, again.step, again.since, again.exhausted) == (5.0, 2, 2, False)
     assert not again.take(5, {KEY: 2.0}, tree)
     assert again.exhausted
+    again.writes = False  # another process of the run does
+    assert again.take(6, {KEY: 9.0}, dict)
+    assert (again.value, kept_metric(tmp_path / "best.pt")) == (9.0, KEY)
     # Where nothing has been kept by this number, the next one is, whatever the rows say.
     other = Best("bbox/AP", None, tmp_path, [{"iteration": 1, "bbox/AP": 50.0}])
     assert other.take(3, {"bbox/AP": 1.0}, tree)

@@ -89,6 +89,17 @@ def test_a_run_ends_in_time_and_uses_it(step: float, evaluation: float, guess: f
     assert changes == (1 if guess == evaluation else 2)
 
 
+def test_processes_go_by_one_clock() -> None:
+    leader, other = (TimeLimit(0.25, config_of(100_000), WORK, lambda _: 10.0, clock=Machine()) for _ in "ab")
+    for done in range(1, 200):
+        assert leader.measuring == other.measuring
+        if leader.measuring or done % 20 == 0:
+            leader.clock.now += 1  # type: ignore[attr-defined]
+            other.adopt(leader.after(done), leader.fitted)
+        assert other.config == leader.config
+    assert leader.steps < 100_000
+
+
 def test_a_run_that_has_time_is_left_alone() -> None:
     machine = Machine()
     limit = TimeLimit(1, config_of(200), WORK, lambda _: 1.0, clock=machine, started=machine.now)

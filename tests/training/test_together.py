@@ -150,6 +150,27 @@ def test_a_run_goes_on_with_another_number_of_processes(
     assert_near(whole, run)
 
 
+def test_patience_comes_to_its_end_in_all_at_once(data: TinyData, pair: Pair, tmp_path: Path) -> None:
+    """And the first process alone keeps the best weights."""
+    keeps = ["train.keep_best=segm/AP", "train.patience=1", "train.evaluate_every=1", "train.steps=50"]
+    words = [data.arguments(tmp_path / name, *CHANGES, *keeps, val=True) for name in ("first", "second")]
+    first, second = pair.call(command, "train", Each(words))
+    assert (first.code, second.code, second.err) == (0, 0, ""), (first, second)
+    assert "has not risen" in first.out
+    run = newest_run(tmp_path / "first")
+    assert read_checkpoint(run)["step"] < 50
+    assert (run / "checkpoints" / "best.pt").exists()
+    assert not (tmp_path / "second").exists()
+
+
+def test_the_clock_of_the_first_decides_for_all(data: TinyData, pair: Pair, tmp_path: Path) -> None:
+    words = data.arguments(tmp_path, "train.steps=100000", "train.time_limit=0.002")
+    first, second = pair.call(command, "train", words)
+    assert (first.code, second.code, second.err) == (0, 0, ""), (first, second)
+    assert "steps fit, and the schedule is now that of" in first.out
+    assert read_checkpoint(newest_run(tmp_path))["step"] < 100000
+
+
 @pytest.mark.slow
 def test_batches_that_are_gathered_to_a_step(data: TinyData, pair: Pair, tmp_path: Path) -> None:
     """Two processes, each with two batches of one image, take the images of one process's two of two."""
