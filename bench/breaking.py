@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from fastmrcnn.config.file import differing_keys, parse_config
 from fastmrcnn.data.shapes import write_shapes
 from fastmrcnn.errors import UserError
 from fastmrcnn.weights.checkpoint import find_checkpoint, read_checkpoint
@@ -40,6 +41,7 @@ SETTINGS = [
     "data.augment.rotate90=0.5",
     "optim.warmup_steps=2",
     "runtime.device=cpu",
+    "runtime.precision=fp32",  # auto may choose by how fast the first steps are
     "runtime.threads=1",
     "train.batch=2",
     f"train.steps={STEPS}",
@@ -53,7 +55,7 @@ PLANTED = """
 import sys
 from fastmrcnn import train
 from fastmrcnn.data.worker import TrainSamples
-owner, name = {"step": (train, "learning_rate"), "loader": (TrainSamples, "__getitem__")}[sys.argv[1]]
+owner, name = {"step": (train, "learning_rate"), "loader": (TrainSamples, "load")}[sys.argv[1]]
 real, steps = getattr(owner, name), []
 def mistaken(*arguments):
     steps.append(1)
@@ -251,12 +253,15 @@ def same_run(whole: Path, other: Path) -> None:
     """AssertionError unless two runs ended with the same bits and the same rows of metrics."""
     ends = [read_checkpoint(run) for run in (whole, other)]
     assert ends[0]["step"] == ends[1]["step"], f"it ended at step {ends[1]['step']}"
+    one, two = (parse_config(end["config"], "the checkpoint") for end in ends)
+    settings = [key for key in differing_keys(one, two) if key != "output" and not key.startswith("data.")]
+    assert not settings, f"it was another run: {', '.join(settings)} differ"
     for part in ("model", "optimizer", "scaler", "ema"):
         values, shape = pytree.tree_flatten(ends[0][part])
         others, other_shape = pytree.tree_flatten(ends[1][part])
         assert shape == other_shape, f"{part}: another structure"
-        for one, two in zip(values, others, strict=True):
-            same = torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
+        for mine, theirs in zip(values, others, strict=True):
+            same = torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
             assert same, f"{part}: other numbers"
     assert rows_of(whole) == rows_of(other), "metrics.json: other rows"
 

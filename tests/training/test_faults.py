@@ -53,6 +53,13 @@ def test_rows_and_steps_count_too(run: Path, tmp_path: Path) -> None:
         same_run(run, other)
     shutil.rmtree(other)
     other = copied(run, tmp_path)
+    state = read_checkpoint(other)
+    state["config"]["runtime"]["cpu_precision"] = "bf16"
+    torch.save(state, find_checkpoint(other))
+    with pytest.raises(AssertionError, match=r"another run: runtime\.cpu_precision differ"):
+        same_run(run, other)
+    shutil.rmtree(other)
+    other = copied(run, tmp_path)
     record = other / "metrics.json"
     record.write_text("".join(record.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(AssertionError, match=r"metrics\.json: other rows"):
