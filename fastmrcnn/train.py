@@ -230,7 +230,7 @@ def train(
         requests,
         in_line=evaluate,
         from_file=partial(from_file, val_set, folder, device),
-        background=background_of(config, val_set, folder, device) if background else None,
+        background=background_of(background, config, val_set, folder, device),
         best=best,
     )
     if limit is not None:
@@ -335,9 +335,10 @@ def restored(state: dict[str, Any], make_step: TrainingStep, config: Config) -> 
 
 
 def background_of(
-    config: Config, val_set: CocoDataset | None, folder: Path, device: torch.device
-) -> Evaluator:
-    assert val_set is not None, "there are evaluations"
+    wanted: bool, config: Config, val_set: CocoDataset | None, folder: Path, device: torch.device
+) -> Evaluator | None:
+    if val_set is None or not wanted:
+        return None
     return Evaluator(val_set, folder / "evaluation", device, config.runtime.threads)
 
 

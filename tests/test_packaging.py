@@ -236,8 +236,8 @@ def normalized(name: str) -> str:
 @pytest.mark.parametrize(
     ("folders", "extras"),
     [
-        (("fastmrcnn", "kernels"), ("export", "serve", "demo", "timm")),
-        (("tests", "bench"), ("test", "export", "timm")),
+        (("fastmrcnn", "kernels"), ("export", "serve", "demo", "timm", "albumentations")),
+        (("tests", "bench"), ("test", "export", "timm", "albumentations")),
     ],
 )
 def test_what_is_imported_is_declared(

@@ -46,8 +46,8 @@ def brightest(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Of each image that a loader reads."""
     real, found = worker.read_image, []
 
-    def read_image(record: ImageRecord) -> Any:
-        pixels, note = real(record)
+    def read_image(record: ImageRecord, *memory: Any) -> Any:
+        pixels, note = real(record, *memory)
         found.append(int(pixels.max()))
         return pixels, note
 

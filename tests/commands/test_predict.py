@@ -188,6 +188,11 @@ def message_without_output(image: str) -> str:
     return str(caught.value)
 
 
+def of_one_precision(config: Config) -> Config:
+    """Which a process of its own does not choose for itself."""
+    return config.model_copy(update={"runtime": config.runtime.model_copy(update={"precision": "fp32"})})
+
+
 def untrained_checkpoint(dataset: CocoDataset, folder: Path) -> Path:
     torch.manual_seed(0)
     model = build_model(config().model, 3)
@@ -196,7 +201,7 @@ def untrained_checkpoint(dataset: CocoDataset, folder: Path) -> Path:
         step=1,
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        card=ModelCard(config(), dataset.class_names, dataset.category_ids),
+        card=ModelCard(of_one_precision(config()), dataset.class_names, dataset.category_ids),
         keep=1,
     )
 

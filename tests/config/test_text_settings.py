@@ -23,6 +23,7 @@ TEXT = {
     ),
     *(f"model.{part}{end}" for part in ("weights", "backbone.weights") for end in ("", "_sha256")),
     "data.augment.albumentations",
+    "train.keep_best",
     "data.cache",
     "runtime.device",
     "output",

@@ -1,4 +1,4 @@
-"""Resizing with padding against its definition, and against Pillow, whose levels it has to the last bit.
+"""Resizing with padding against its definition, and against Pillow 12, whose levels it has to the last bit.
 
 CPU tensors run `cpu.py`, or Triton's kernel if TRITON_INTERPRET=1; the tests are the same.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from hypothesis import given, settings
@@ -142,13 +143,19 @@ def by_pillow(image: np.ndarray, size: Size) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
 
 
+def assert_levels_of_pillow(found: Tensor, image: np.ndarray, size: Size) -> None:
+    """Those of Pillow 12 to the last bit; Pillow 13 rounds otherwise at some sizes."""
+    apart = np.abs(found.cpu().numpy().astype(int) - by_pillow(image, size).astype(int)).max()
+    assert apart <= (int(PIL.__version__.split(".")[0]) >= 13)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("source", "size"), PAIRS + EDGES)
 def test_the_levels_of_pillow(source: Size, size: Size, device: str) -> None:
     """Growing 8-fold and shrinking 16-fold too, and an image that is as large as the output."""
     image = noise(np.random.default_rng(sum(source)), *source)
     found = resize_pad(**pack([image], [size]).on(device), height=size[0], width=size[1])
-    assert np.array_equal(found[0].permute(1, 2, 0).cpu().numpy(), by_pillow(image, size))
+    assert_levels_of_pillow(found[0].permute(1, 2, 0), image, size)
 
 
 @pytest.mark.skipif(interpreting(), reason="takes a minute when interpreted")
@@ -157,7 +164,7 @@ def test_the_levels_of_pillow_at_the_sizes_of_photographs() -> None:
     for source, size in (((480, 640), (800, 1067)), ((427, 640), (640, 959)), ((600, 901), (333, 500))):
         image = noise(rng, *source)
         found = resize_pad(**pack([image], [size]).on("cpu"), height=800, width=1088)[0].permute(1, 2, 0)
-        assert np.array_equal(found[: size[0], : size[1]].numpy(), by_pillow(image, size))
+        assert_levels_of_pillow(found[: size[0], : size[1]], image, size)
         assert not found[size[0] :].any()
         assert not found[:, size[1] :].any()
 

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -273,7 +274,7 @@ def lacking_an_image(argv: list[str]) -> None:
     def read_sets(*arguments: Any, **options: Any) -> Any:
         train_set, val_set = real(*arguments, **options)
         if os.environ["RANK"] == "1":
-            del train_set.records[2]
+            train_set = replace(train_set, records=train_set.records[:2] + train_set.records[3:])
         return train_set, val_set
 
     with pytest.MonkeyPatch.context() as patch:
