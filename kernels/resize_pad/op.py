@@ -29,8 +29,9 @@ def resize_pad(
     """Images of any size resized, turned, flipped, cut, coloured and padded into one batch, in this order.
 
     Resizing is Pillow's `Image.resize(..., BILINEAR)`, which is antialiased: along rows, rounded to 8 bits,
-    then along columns, with weights of 22 bits. The levels are those of Pillow up to 12 (13 rounds otherwise at
-    some sizes, by one level); with a colour matrix they are within one level of what exact numbers would round to. The host does not wait for the device.
+    then along columns, with weights of 22 bits. The levels are those of Pillow up to 12 (13 rounds otherwise
+    at some sizes, by one level); with a colour matrix they are within one level of what exact numbers would
+    round to. The host does not wait for the device.
 
     Args:
         buffer: (B,) uint8, RGB images row by row, end to end.

@@ -176,7 +176,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("key", sorted(TEXT - {"runtime.device"}))
+@pytest.mark.parametrize("key", sorted(TEXT - {"runtime.device", "train.keep_best"}))
 def test_the_home_folder_in_every_path(key: str, home: Path, tmp_path: Path) -> None:
     expected = "~/x" if key.endswith("sha256") else f"{home}/x"
     (home / "c.yaml").write_text(nested(key, "~/x"), encoding="utf-8")
