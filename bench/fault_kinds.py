@@ -104,7 +104,8 @@ def asked_twice(world: World, tries: int, draw: random.Random) -> str:
             os.kill(running.pid, signal.SIGTERM)
         code = running.wait()
         waited = time.monotonic() - began
-        assert code == 143, f"the exit code was {code}: {running.last()}"
+        # The second may come when the first has been answered and nobody listens. A shell says 143 of both.
+        assert code in (143, -signal.SIGTERM), f"the exit code was {code}: {running.last()}"
         assert waited < 30, f"it took {waited:.0f} s"
         world.goes_on(run_in(output))
     return "stopped at once, exit code 143; the last checkpoint is whole, the same bits"
