@@ -196,7 +196,6 @@ def train(
     loader = group.each(partial(train_loader, train_set, config, start, pin_memory=on_gpu, share=share))
     carried = state["extra"].get("metrics") if state is not None else None
     metrics = group.each(partial(Metrics, folder, start, carried, writes=group.leads))
-    metrics.evaluated = group.lead(lambda: metrics.evaluated)
     keep = config.train.keep_checkpoints
     saver = Saver(folder, make_step, card, metrics, keep=keep, start=start, writes=group.leads)
     recent: deque[tuple[int, list[int]]] = deque(maxlen=log_every)
@@ -218,9 +217,6 @@ def train(
             limit.evaluated(time.perf_counter() - began)
         return found
 
-    best = group.lead(lambda: best_of(config, folder, metrics))
-    if best is not None:
-        best.writes = group.leads
     evaluations = Evaluations(
         config.train.evaluate_every if val_set is not None else None,
         folder,
@@ -231,7 +227,7 @@ def train(
         in_line=evaluate,
         from_file=partial(from_file, val_set, folder, device),
         background=background_of(background, config, val_set, folder, device),
-        best=best,
+        best=best_of(config, folder, metrics) if group.leads else None,  # which tells the others below
     )
     if limit is not None:
         saver.carry = lambda: {"time_limit": limit.carried()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,15 @@ def bitmap(segmentation: Any, height: int, width: int) -> tuple[NDArray[np.uint8
         return np.zeros((0, 0), np.uint8), (0, 0, 0, 0)
     whole = coco_mask.decode(rle)
     return np.ascontiguousarray(whole[y : y + h, x : x + w]), (x, y, w, h)
+
+
+def whole_bitmaps(segmentations: Sequence[Any], height: int, width: int) -> NDArray[np.bool_]:
+    """Bitmaps of segmentations in the whole image, (n, height, width)."""
+    masks = np.zeros((len(segmentations), height, width), dtype=bool)
+    for mask, segmentation in zip(masks, segmentations, strict=True):
+        crop, (x, y, w, h) = bitmap(segmentation, height, width)
+        mask[y : y + h, x : x + w] = crop
+    return masks
 
 
 def mask_area(segmentation: Any, height: int, width: int) -> int:

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from pycocotools.coco import COCO
 from torch import nn
 from tqdm import tqdm
@@ -19,7 +18,7 @@ from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.collate import read_objects
 from fastmrcnn.data.images import read_image
 from fastmrcnn.data.keypoints import choose_sigmas
-from fastmrcnn.data.masks import bitmap
+from fastmrcnn.data.masks import whole_bitmaps
 from fastmrcnn.data.pixel_range import clipped_line
 from fastmrcnn.data.proposals import write_proposals
 from fastmrcnn.data.records import ImageRecord
@@ -242,16 +241,13 @@ def draw_picture(
 def annotated_objects(record: ImageRecord, dataset: CocoDataset) -> Objects:
     """The objects of an image, crowd regions included, as they are drawn."""
     known = read_objects(record, dataset.keypoints, masks=False)
-    masks = np.zeros((len(record.objects), record.height, record.width), dtype=bool)
-    for mask, item in zip(masks, record.objects, strict=True):
-        crop, (x, y, w, h) = bitmap(item.segmentation, record.height, record.width)
-        mask[y : y + h, x : x + w] = crop
+    shapes = [item.segmentation for item in record.objects]
     return Objects(
         record.height,
         record.width,
         known.boxes,
         known.classes,
-        masks=masks,
+        masks=whole_bitmaps(shapes, record.height, record.width),
         keypoints=known.keypoints,
         crowd=known.crowd,
     )

@@ -179,22 +179,41 @@ def build(config: ModelConfig, num_classes: int) -> nn.Module:
     reason = not_comparable(config)
     if reason is not None:
         raise NotComparableError(reason)
-    try:
-        from torchvision.models.detection import MaskRCNN
-        from torchvision.models.detection.anchor_utils import AnchorGenerator
-        from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-        from torchvision.ops.misc import FrozenBatchNorm2d
-    except (ImportError, RuntimeError) as error:  # RuntimeError: it was built for another torch
-        raise NotComparableError(f"torchvision does not import ({str(error).splitlines()[0]})") from None
-    rpn, roi, box = config.rpn, config.roi, config.box_head
+    if (problem := torchvision_problem()) is not None:
+        raise NotComparableError(problem)
+    from torchvision.models.detection import MaskRCNN
+    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+    from torchvision.ops.misc import FrozenBatchNorm2d
+
     backbone = resnet_fpn_backbone(
         backbone_name=config.backbone.name,
         weights=None,
         norm_layer=FrozenBatchNorm2d,
         trainable_layers=5 - config.backbone.frozen_stages,
     )
+    for module in backbone.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.eps = config.backbone.norm_eps
+    return MaskRCNN(backbone, num_classes + 1, _skip_resize=True, **peer_settings(config))
+
+
+def torchvision_problem() -> str | None:
+    """Why torchvision cannot be used; None: it can."""
+    try:
+        from torchvision.models import detection  # noqa: F401
+    except (ImportError, RuntimeError) as error:  # RuntimeError: it was built for another torch
+        return f"torchvision does not import ({str(error).splitlines()[0]})"
+    return None
+
+
+def peer_settings(config: ModelConfig) -> dict[str, Any]:
+    """What torchvision's Mask R-CNN takes from a recipe, whatever its network: pixels, anchors, numbers of
+    samples and thresholds."""
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+
+    rpn, roi, box = config.rpn, config.roi, config.box_head
     ratios = tuple(config.anchors.aspect_ratios)
-    settings: dict[str, Any] = {
+    return {
         "image_mean": [value / 255 for value in config.pixel_mean],
         "image_std": [value / 255 for value in config.pixel_std],
         "rpn_anchor_generator": AnchorGenerator(
@@ -214,7 +233,3 @@ def build(config: ModelConfig, num_classes: int) -> nn.Module:
         "box_nms_thresh": box.nms_iou,
         "box_detections_per_img": box.detections,
     }
-    for module in backbone.modules():
-        if isinstance(module, FrozenBatchNorm2d):
-            module.eps = config.backbone.norm_eps
-    return MaskRCNN(backbone, num_classes + 1, _skip_resize=True, **settings)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from fastmrcnn.errors import UserError
 from fastmrcnn.files import make_folder
-from fastmrcnn.study.peer import torchvision_is_here
+from fastmrcnn.speed.torchvision_row import torchvision_problem
 from fastmrcnn.study.places import race_file
 from fastmrcnn.study.race import CONTENDERS, DEFAULTS, MINUTES, TRACKS
 
@@ -52,7 +52,7 @@ def why_no_race(given: Mapping[str, Path]) -> str | None:
     """A line that says what the race lacks; None: nothing."""
     if not any(name in given for name in TRACKS):
         return f"it needs a real set: --data NAME=DIR, where NAME is one of {', '.join(TRACKS)}"
-    return torchvision_is_here()
+    return torchvision_problem()
 
 
 def run_heats(

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from fastmrcnn.config.schema import Config
 from fastmrcnn.data.coco import CocoDataset
 from fastmrcnn.data.images import read_image
-from fastmrcnn.data.masks import bitmap
+from fastmrcnn.data.masks import whole_bitmaps
 from fastmrcnn.errors import UserError
 from fastmrcnn.model.build import build_model
+from fastmrcnn.speed.torchvision_row import peer_settings, torchvision_problem
 from fastmrcnn.weights.card import ModelCard
 
 Example = tuple[Tensor, dict[str, Tensor]]
@@ -33,15 +34,6 @@ class Maps(nn.Module):
         return OrderedDict(zip(names, maps, strict=True))
 
 
-def torchvision_is_here() -> str | None:
-    """Why torchvision cannot be used; None: it can."""
-    try:
-        from torchvision.models import detection  # noqa: F401
-    except (ImportError, RuntimeError) as error:  # RuntimeError: it was built for another torch
-        return f"torchvision does not import ({str(error).splitlines()[0]})"
-    return None
-
-
 def build_peer(config: Config, card: ModelCard) -> nn.Module:
     """torchvision's model: backbone, pyramid, widths, anchors, sampling and thresholds are those of `config`,
     all weights random; resizing, heads, losses, RoIAlign and what it does with them are its own.
@@ -49,10 +41,9 @@ def build_peer(config: Config, card: ModelCard) -> nn.Module:
     Raises:
         UserError: torchvision is missing; the configuration has parts that it does not have.
     """
-    if (problem := torchvision_is_here()) is not None:
+    if (problem := torchvision_problem()) is not None:
         raise UserError(f"{problem}; the race needs it: pip install torchvision==0.27.1")
     from torchvision.models.detection import MaskRCNN
-    from torchvision.models.detection.anchor_utils import AnchorGenerator
     from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
     from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
     from torchvision.models.detection.rpn import RPNHead
@@ -66,40 +57,23 @@ def build_peer(config: Config, card: ModelCard) -> nn.Module:
             "torchvision's Mask R-CNN has a pyramid, two hidden layers and a mask head of convolutions"
         )
     channels, classes = model.fpn.channels, len(card.class_names) + 1
-    ratios = tuple(model.anchors.aspect_ratios)
+    per_cell = len(model.anchors.sizes[0]) * len(model.anchors.aspect_ratios)
     levels = ["0", "1", "2", "3"]
     return MaskRCNN(
         Maps(ours.backbone, ours.fpn, channels),
         min_size=data.short_side_test,
         max_size=data.long_side_max,
-        image_mean=[value / 255 for value in model.pixel_mean],
-        image_std=[value / 255 for value in model.pixel_std],
-        rpn_anchor_generator=AnchorGenerator(
-            tuple(tuple(sizes) for sizes in model.anchors.sizes), (ratios,) * len(model.anchors.sizes)
-        ),
-        rpn_head=RPNHead(channels, len(model.anchors.sizes[0]) * len(ratios), conv_depth=rpn.convs),
-        rpn_pre_nms_top_n_train=rpn.pre_nms_top_n,
+        rpn_head=RPNHead(channels, per_cell, conv_depth=rpn.convs),
         rpn_pre_nms_top_n_test=rpn.pre_nms_top_n_test,
-        rpn_post_nms_top_n_train=rpn.post_nms_top_n,
         rpn_post_nms_top_n_test=rpn.post_nms_top_n_test,
-        rpn_nms_thresh=rpn.nms_iou,
-        rpn_fg_iou_thresh=rpn.foreground_iou,
-        rpn_bg_iou_thresh=rpn.background_iou,
-        rpn_batch_size_per_image=rpn.batch_per_image,
-        rpn_positive_fraction=rpn.foreground_share,
         box_roi_pool=MultiScaleRoIAlign(levels, box.resolution, roi.sampling_ratio),
         box_head=TwoMLPHead(channels * box.resolution**2, box.hidden),
         box_predictor=FastRCNNPredictor(box.hidden, classes),
-        box_fg_iou_thresh=roi.foreground_iou,
-        box_bg_iou_thresh=roi.foreground_iou,
-        box_batch_size_per_image=roi.batch_per_image,
-        box_positive_fraction=roi.foreground_share,
         box_score_thresh=box.score_threshold,
-        box_nms_thresh=box.nms_iou,
-        box_detections_per_img=box.detections,
         mask_roi_pool=MultiScaleRoIAlign(levels, mask.resolution // 2, roi.sampling_ratio),
         mask_head=MaskRCNNHeads(channels, (mask.channels,) * mask.convs, 1),
         mask_predictor=MaskRCNNPredictor(mask.channels, mask.channels, classes),
+        **peer_settings(model),
     )
 
 
@@ -139,10 +113,8 @@ class Examples:
         if index not in self.kept:
             record = self.dataset.records[index]
             objects = [item for item in record.objects if not item.crowd]
-            masks = np.zeros((len(objects), record.height, record.width), np.uint8)
-            for mask, item in zip(masks, objects, strict=True):
-                crop, (x, y, w, h) = bitmap(item.segmentation, record.height, record.width)
-                mask[y : y + h, x : x + w] = crop
+            shapes = [item.segmentation for item in objects]
+            masks = whole_bitmaps(shapes, record.height, record.width).view(np.uint8)
             target = {
                 "boxes": torch.tensor([item.box for item in objects], dtype=torch.float32).reshape(-1, 4),
                 "labels": torch.tensor([item.class_index + 1 for item in objects], dtype=torch.int64),

@@ -12,7 +12,7 @@ from fastmrcnn.study.document import Block, Heading, Items, Paragraph, Picture, 
 from fastmrcnn.study.plots import COLOURS, new_figure, plain, svg
 from fastmrcnn.study.race import CONTENDERS, DEFAULTS, OURS, TRACKS, TUNED
 from fastmrcnn.study.runs import read_json
-from fastmrcnn.study.statistics import estimate
+from fastmrcnn.study.statistics import estimate, spread
 from fastmrcnn.study.suite import Text
 from fastmrcnn.study.words import Language, say
 
@@ -132,16 +132,9 @@ def _table(heats: Heats, language: Language) -> tuple[list[str], list[list[str]]
         row = [say(LABELS[contender], language)]
         for m in minutes:
             values = heats.values(contender, m)
-            row.append(_spread(values))
+            row.append(spread(estimate(values)) if values else "")
         rows.append(row)
     return [METRIC, *(f"{m:g}" for m in minutes)], rows
-
-
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    found = estimate(values)
-    return f"{found.mean:.1f}" if math.isnan(found.deviation) else f"{found.mean:.1f} ± {found.deviation:.1f}"
 
 
 def verdicts(heats: Heats, language: Language) -> list[str]:

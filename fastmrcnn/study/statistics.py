@@ -51,6 +51,13 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean, math.sqrt(variance), len(values))
 
 
+def spread(found: Estimate) -> str:
+    """Mean and standard deviation of the runs."""
+    if math.isnan(found.deviation):
+        return f"{found.mean:.1f}"
+    return f"{found.mean:.1f} ± {found.deviation:.1f}"
+
+
 def judge(claim: Claim, one: Mapping[int, float], other: Mapping[int, float]) -> Judged:
     """A claim by its metric of two cells, each a value a seed.
 

@@ -15,7 +15,7 @@ from fastmrcnn.study.pictures import strip
 from fastmrcnn.study.plots import plot_cells, plot_effects
 from fastmrcnn.study.race_section import race_section
 from fastmrcnn.study.runs import read_metrics
-from fastmrcnn.study.statistics import Estimate, Judged, estimate, judge
+from fastmrcnn.study.statistics import Estimate, Judged, estimate, judge, spread
 from fastmrcnn.study.suite import Comparison, Suite
 from fastmrcnn.study.words import WORDS, Language, say
 
@@ -187,13 +187,6 @@ def sentence(judged: Judged, labels: Mapping[str, str], language: Language) -> s
 
 def signed(value: float) -> str:
     return f"{value:+.1f}"
-
-
-def spread(found: Estimate) -> str:
-    """Mean and standard deviation of the runs."""
-    if math.isnan(found.deviation):
-        return f"{found.mean:.1f}"
-    return f"{found.mean:.1f} ± {found.deviation:.1f}"
 
 
 def interval(found: Estimate | None) -> str:
